@@ -1,0 +1,100 @@
+"""What is kept, where, for how long, and who writes it: every stream and bucket of the mesh, as one table.
+
+``computemesh.bus.provision`` creates these, updates them when this table changes, and reports drift.
+Sizes are limits, not reservations made in advance; with R1 storage a limit above the free disk space is
+refused by the server, so they are modest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from computemesh.contracts import nodes, work
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, Message
+
+MIB: Final = 1024 * 1024
+DAY_S: Final = 86_400.0
+
+V = TypeVar("V", bound=msgspec.Struct)
+
+
+class Lease(Message, frozen=True, kw_only=True):
+    """Who acts for a service at present. Saves effort; the fence is the CAS on each record."""
+
+    holder: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    name: str
+    subjects: tuple[str, ...]
+    owner: str
+    """The service that reads it and may purge it."""
+    max_age_s: float
+    max_bytes: int
+    max_message_bytes: int
+    duplicate_window_s: float
+    about: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket(Generic[V]):
+    name: str
+    value: type[V]
+    owner: str
+    """The only service that writes it."""
+    max_bytes: int
+    republish: str = ""
+    """Subject prefix under which the server publishes each single-token key once it is stored."""
+    expiry_markers: bool = False
+    """Whether a key that expires leaves a marker, so that watchers learn of it."""
+    about: str
+
+    @property
+    def stream(self) -> str:
+        return f"KV_{self.name}"
+
+    def subject(self, key: str) -> str:
+        return f"$KV.{self.name}.{key}"
+
+
+WORK_INBOX: Final = Stream(
+    name="COMPUTE_WORK",
+    subjects=(work.SUBMIT.subject, work.COMPLETED.subject, work.FAILED.subject),
+    owner="work-marshaller",
+    max_age_s=7 * DAY_S,
+    max_bytes=1024 * MIB,
+    max_message_bytes=MESSAGE_BYTES_MAX,
+    duplicate_window_s=120.0,
+    about="Submissions and reports, in the order they came.",
+)
+NODES: Final = Bucket(
+    name="compute-nodes",
+    value=nodes.NodeRecord,
+    owner="node-registry",
+    max_bytes=256 * MIB,
+    about="Every node that was ever announced, and whether it is alive.",
+)
+WORK: Final = Bucket(
+    name="compute-work",
+    value=work.WorkRecord,
+    owner="work-marshaller",
+    max_bytes=2048 * MIB,
+    republish=work.STATE.subject,
+    about="The truth about every work item, until some time after it finished.",
+)
+LEASES: Final = Bucket(
+    name="compute-leases",
+    value=Lease,
+    owner="whoever holds it",
+    max_bytes=1 * MIB,
+    expiry_markers=True,
+    about="Which replica acts, per service.",
+)
+
+STREAMS: Final = (WORK_INBOX,)
+BUCKETS: Final = (NODES, WORK, LEASES)

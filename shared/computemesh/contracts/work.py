@@ -1,0 +1,396 @@
+"""Work: from "please do this" to one recorded outcome.
+
+    anyone           --submit-->     COMPUTE_WORK     durable; the PubAck means stored, never lost
+    anyone           --request-->    work-marshaller  the same, checked first and answered
+    work-marshaller  --deliver-->    one direct node  answered accepted or not
+    work-marshaller  --assigned-->   plain nodes      for nodes without direct delivery
+    a node           --progress-->   anyone           while it runs
+    a node           --completed / failed-->  COMPUTE_WORK   durable: its *report*
+    the server       --state-->      anyone           the recorded outcome, published if and only if stored
+    work-marshaller  --rejected-->   anyone           a submission or report that could not be used, and why
+    work-marshaller  --stop-->       one direct node  an attempt that no longer counts
+    anyone           --get / list / cancel / explain-->  work-marshaller
+
+Reports may be stale or doubled; whoever needs the outcome reads ``state``.
+
+    pending --> assigned --> running --> completed
+       ^           |            |------> failed      the work's own fault: not tried again
+       |           v            |------> dead        tried as often as allowed
+       +------- retrying <------+
+    and cancelled, from every state that is not final
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from computemesh.contracts.base import Event, Http, Message, Request, Role
+from computemesh.contracts.nodes import Labels, Name
+from computemesh.hardware import Count, MegaBytes, Tier
+from computemesh.ids import Id
+
+WORK_TYPES: Final = ("inference",)
+"""Work types that every mesh knows. Others are known once a node has announced them."""
+
+PRIORITY_MAX: Final = 9
+
+
+class WorkState(StrEnum):
+    PENDING = "pending"
+    ASSIGNED = "assigned"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    DEAD = "dead"
+
+
+FINAL: Final = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED, WorkState.DEAD})
+
+
+class Requirements(Message, frozen=True, kw_only=True):
+    """What a node must have for this item. The default asks for nothing."""
+
+    gpus: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    vram_mb: MegaBytes = 0
+    """On each of those GPUs (on one GPU, when `gpus` is 0)."""
+    ram_mb: MegaBytes = 0
+    cpus: Count = 0
+    """Logical CPUs."""
+    min_tier: Tier | None = None
+    labels: Labels = {}
+    """Labels the node must carry, with these values."""
+    node_id: Id | None = None
+    """Only this node."""
+
+
+class WorkItem(Message, frozen=True, kw_only=True):
+    """What a submitter asks for."""
+
+    work_id: Id | None = None
+    """Idempotency key: submitting it again gives the item that exists. Left out, one is made."""
+    work_type: Name
+    """What kind of executor runs it, such as `inference`."""
+    model_name: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=PRIORITY_MAX)] = 5
+    """0 to 9; 9 goes first."""
+    payload: dict[str, Any] = {}
+    """What the executor reads. For `inference`: `prompt`, `prompts` or `messages`, and `max_tokens`, `temperature` …"""
+    requirements: Requirements = Requirements()
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 3600.0
+    """Longest time one attempt may take once it is assigned."""
+    retries_max: Annotated[int, msgspec.Meta(ge=0, le=100)] | None = None
+    """Attempts after the first that fails; left out, the mesh's `WORK_RETRY_MAX`."""
+    owner: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    labels: Labels = {}
+
+
+class WorkError(Message, frozen=True, kw_only=True):
+    """Why an attempt failed."""
+
+    reason: str
+    code: str = "failed"
+    fault: Literal["work", "node", "mesh"] = "node"
+    """Whose fault it is. Only the work's own fault ends it at once."""
+
+
+class Move(Message, frozen=True, kw_only=True):
+    """One line of an item's story."""
+
+    at: float
+    state: WorkState
+    attempt: int = 0
+    node_id: str = ""
+    reason: str = ""
+
+
+class WorkRecord(Message, frozen=True, kw_only=True):
+    """The truth about one item: the value in ``compute-work`` and the payload of ``state``."""
+
+    work_id: str
+    state: WorkState
+    work_type: str
+    model_name: str = ""
+    priority: int = 5
+    payload: dict[str, Any] = {}
+    requirements: Requirements = Requirements()
+    timeout_s: float = 3600.0
+    retries_max: int | None = None
+    owner: str = ""
+    labels: dict[str, str] = {}
+
+    attempt: int = 0
+    """Number of the latest attempt; a report with another one is stale."""
+    failures: int = 0
+    """Attempts that failed; bounded by `retries_max`."""
+    losses: int = 0
+    """Attempts that vanished with their node."""
+    node_id: str = ""
+    """Where the latest attempt runs or ran."""
+    plain: bool = False
+    """That node has no direct delivery, so its report need not name the attempt."""
+    not_before: float = 0.0
+    """Unix seconds before which a retry does not start."""
+    submitted_at: float = 0.0
+    changed_at: float = 0.0
+    finished_at: float | None = None
+    result: Any = None
+    error: WorkError | None = None
+    """Why the latest attempt failed; stays beside the result of a later one that did not."""
+    story: list[Move] = []
+    """The latest moves, oldest first."""
+    inbox_seq: int = 0
+    """Where the submission stands in COMPUTE_WORK; orders items of one priority."""
+
+
+class Assignment(Message, frozen=True, kw_only=True):
+    """An item, handed to a node."""
+
+    work_id: Id
+    attempt: int
+    node_id: str
+    work_type: str
+    model_name: str = ""
+    priority: int = 5
+    payload: dict[str, Any] = {}
+    timeout_s: float = 3600.0
+    owner: str = ""
+
+
+class Delivery(Message, frozen=True, kw_only=True):
+    """A direct node's answer to an assignment."""
+
+    accepted: bool
+    reason: str = ""
+
+
+class WorkCompleted(Message, frozen=True, kw_only=True):
+    """A node's report: it is done."""
+
+    work_id: Id
+    result: Any = None
+    attempt: int | None = None
+    """Which attempt this was. Only plain nodes may leave it out."""
+    node_id: str = ""
+
+
+class WorkFailed(Message, frozen=True, kw_only=True):
+    """A node's report: it went wrong."""
+
+    work_id: Id
+    error: Annotated[str, msgspec.Meta(max_length=65_536)] = "the node gave no reason"
+    code: Annotated[str, msgspec.Meta(max_length=63)] = "failed"
+    fault: Literal["work", "node"] = "node"
+    """`work`: it would fail anywhere, do not try again."""
+    attempt: int | None = None
+    node_id: str = ""
+
+
+class WorkProgress(Message, frozen=True, kw_only=True):
+    work_id: Id
+    attempt: int
+    node_id: str
+    fraction: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    """Share that is done, when it can be known."""
+    message: str = ""
+
+
+class WorkRejected(Message, frozen=True, kw_only=True):
+    """A captured message that could not be used. Nothing was recorded for it."""
+
+    subject: str
+    inbox_seq: int
+    work_id: str = ""
+    code: str
+    reason: str
+    field: str = ""
+    original: str = ""
+    """The first bytes of the message, undecodable ones replaced."""
+
+
+class WorkGet(Message, frozen=True, kw_only=True):
+    work_id: Id
+
+
+class WorkList(Message, frozen=True, kw_only=True):
+    status: WorkState | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+
+
+class WorkSummary(Message, frozen=True, kw_only=True):
+    """A line of a list: the record without payload, result and story."""
+
+    work_id: str
+    state: WorkState
+    work_type: str
+    model_name: str = ""
+    priority: int = 5
+    owner: str = ""
+    attempt: int = 0
+    node_id: str = ""
+    submitted_at: float = 0.0
+    changed_at: float = 0.0
+    error: WorkError | None = None
+
+
+class WorkItems(Message, frozen=True, kw_only=True):
+    items: list[WorkSummary]
+    """The newest first."""
+    count: Count
+    """Items that match, also those beyond `limit`."""
+
+
+class WorkCancel(Message, frozen=True, kw_only=True):
+    work_id: Id
+    reason: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+
+
+class WorkStop(Message, frozen=True, kw_only=True):
+    """End this attempt; its outcome no longer counts."""
+
+    work_id: Id
+    attempt: int
+    reason: str = ""
+
+
+class Stopped(Message, frozen=True, kw_only=True):
+    was_running: bool
+
+
+class NodeVerdict(Message, frozen=True, kw_only=True):
+    """Why one node was, or was not, fit for an item."""
+
+    node_id: str
+    fits: bool
+    may_change: bool = True
+    """False: this node can never run it as it is now made."""
+    reasons: list[str] = []
+    score: float = 0.0
+
+
+class WorkExplanation(Message, frozen=True, kw_only=True):
+    work_id: str
+    state: WorkState
+    summary: str
+    nodes: list[NodeVerdict] = []
+
+
+_EVERYONE: Final = frozenset(Role)
+_SERVICES: Final = frozenset({Role.SERVICES})
+_ASKERS: Final = frozenset({Role.CLIENT, Role.SERVICES})
+
+SUBMIT: Final = Event(
+    subject="compute.work.submit.v1",
+    payload=WorkItem,
+    sent_by=_ASKERS,
+    read_by=_EVERYONE,
+    captured=True,
+    about="Submits work. The server's acknowledgement means stored.",
+)
+REQUEST: Final = Request(
+    subject="compute.work.request.v1",
+    takes=WorkItem,
+    gives=WorkRecord,
+    asked_by=_ASKERS,
+    http=(Http(method="POST", path="/api/v1/work/submit", status=202),),
+    about="Checks a work item, submits it, and answers with the item or the refusal.",
+)
+ASSIGNED: Final = Event(
+    subject="compute.work.assigned.v1",
+    payload=Assignment,
+    sent_by=_SERVICES,
+    read_by=_EVERYONE,
+    about="Work for nodes without direct delivery; `node_id` says for which.",
+)
+DELIVER: Final = Request(
+    subject="compute.work.assigned.v1",
+    target="node_id",
+    takes=Assignment,
+    gives=Delivery,
+    asked_by=_SERVICES,
+    answered_by=Role.NODE,
+    about="Work for one node, answered accepted or not.",
+)
+STOP: Final = Request(
+    subject="compute.work.stop.v1",
+    target="node_id",
+    takes=WorkStop,
+    gives=Stopped,
+    asked_by=_SERVICES,
+    answered_by=Role.NODE,
+    about="Ends an attempt and kills its processes.",
+)
+PROGRESS: Final = Event(
+    subject="compute.work.progress.v1",
+    payload=WorkProgress,
+    sent_by=frozenset({Role.NODE}),
+    read_by=_EVERYONE,
+    about="How far an attempt is.",
+)
+COMPLETED: Final = Event(
+    subject="compute.work.completed.v1",
+    payload=WorkCompleted,
+    sent_by=frozenset({Role.NODE}),
+    read_by=_EVERYONE,
+    captured=True,
+    about="A node's report that an item is done, with its result.",
+)
+FAILED: Final = Event(
+    subject="compute.work.failed.v1",
+    payload=WorkFailed,
+    sent_by=frozenset({Role.NODE}),
+    read_by=_EVERYONE,
+    captured=True,
+    about="A node's report that an attempt failed.",
+)
+REJECTED: Final = Event(
+    subject="compute.work.rejected.v1",
+    payload=WorkRejected,
+    sent_by=_SERVICES,
+    read_by=_EVERYONE,
+    about="A captured message could not be used, and why.",
+)
+STATE: Final = Event(
+    subject="compute.work.state.v1",
+    target="work_id",
+    payload=WorkRecord,
+    sent_by=frozenset(),  # The server republishes what the bucket stored; nobody else may.
+    read_by=_EVERYONE,
+    about="The recorded state of an item, published by the server once it is stored.",
+)
+GET: Final = Request(
+    subject="compute.work.get.v1",
+    takes=WorkGet,
+    gives=WorkRecord,
+    asked_by=_EVERYONE,
+    http=(Http(method="GET", path="/api/v1/work/{work_id}"),),
+    about="One item.",
+)
+LIST: Final = Request(
+    subject="compute.work.list.v1",
+    takes=WorkList,
+    gives=WorkItems,
+    asked_by=_EVERYONE,
+    http=(Http(method="GET", path="/api/v1/work"),),
+    about="Items, newest first, of one state or all.",
+)
+CANCEL: Final = Request(
+    subject="compute.work.cancel.v1",
+    takes=WorkCancel,
+    gives=WorkRecord,
+    asked_by=_ASKERS,
+    http=(Http(method="DELETE", path="/api/v1/work/{work_id}"),),
+    about="Cancels an item and ends what runs of it.",
+)
+EXPLAIN: Final = Request(
+    subject="compute.work.explain.v1",
+    takes=WorkGet,
+    gives=WorkExplanation,
+    asked_by=_EVERYONE,
+    http=(Http(method="GET", path="/api/v1/work/{work_id}/explain"),),
+    about="Why an item is where it is: each node, and what speaks for or against it.",
+)

@@ -1,0 +1,36 @@
+"""Names that travel inside NATS subjects and KV keys.
+
+An id is one token of ``[A-Za-z0-9_-]``, 1 to 63 long. A dot, ``*``, ``>`` or blank in an id would change
+the address it becomes part of, so ids are checked where they enter and where a subject is built.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Annotated, Final
+
+import msgspec
+
+TOKEN_PATTERN: Final = r"^[A-Za-z0-9_-]{1,63}\Z"
+_TOKEN: Final = re.compile(TOKEN_PATTERN)
+
+Id = Annotated[
+    str,
+    msgspec.Meta(pattern=TOKEN_PATTERN, description="One token of letters, digits, `_` and `-`, 1 to 63 long."),
+]
+
+
+def is_token(text: str) -> bool:
+    """Whether *text* may stand as one token of a subject."""
+    return _TOKEN.match(text) is not None
+
+
+def token_from(text: str) -> str:
+    """The nearest token to a free name such as a host name: other characters become ``-``."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:63] or "unnamed"
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id, ``prefix-`` and 64 random bits in hexadecimal."""
+    return f"{prefix}-{secrets.token_hex(8)}"
