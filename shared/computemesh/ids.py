@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-TOKEN_PATTERN: Final = r"^[A-Za-z0-9_-]{1,63}\Z"
+TOKEN_PATTERN: Final = r"^[A-Za-z0-9_-]{1,63}$(?!\n)"
 _TOKEN: Final = re.compile(TOKEN_PATTERN)
 
 Id = Annotated[

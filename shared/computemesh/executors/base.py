@@ -1,0 +1,79 @@
+"""The interface of an executor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from computemesh.contracts.base import Message
+
+
+class EngineAddress(Message, frozen=True, kw_only=True):
+    """An inference engine on this machine that serves the task's model."""
+
+    base_url: str
+    """Such as ``http://127.0.0.1:40001``; OpenAI paths start with ``/v1`` below it."""
+    model: str
+    """The name to send as ``model``."""
+
+
+class Task(Message, frozen=True, kw_only=True):
+    """One attempt at one work item, as an executor sees it."""
+
+    work_id: str
+    attempt: int
+    work_type: str
+    model_name: str = ""
+    payload: dict[str, Any] = {}
+    timeout_s: float = 3600.0
+    engine: EngineAddress | None = None
+    """Set when the executor's class says :attr:`Executor.needs_engine`."""
+
+
+class ExecutionError(Exception):
+    """A failure to show the submitter. Anything else that escapes ``run`` is the node's fault.
+
+    Args:
+        fault: ``work`` when it would fail on every node: it is then not tried again.
+    """
+
+    def __init__(self, reason: str, *, code: str = "failed", fault: Literal["work", "node"] = "work") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+        self.fault: Literal["work", "node"] = fault
+
+
+class Progress(Protocol):
+    def __call__(self, message: str = "", *, fraction: float | None = None) -> None:
+        """Tells whoever watches how far the run is. Cheap: reports that come too fast are thinned out."""
+
+
+class Executor(ABC):
+    """Runs work of one type. A new object, in a new process, for every attempt.
+
+    Called in this order, each once: ``prepare``, ``run``, ``teardown`` (also when one of them raised).
+    Cancellation and timeout end the process group: SIGTERM, then SIGKILL a second later.
+    """
+
+    needs_engine: ClassVar[bool] = False
+    """Whether the node must have an inference engine serving ``task.model_name`` before a run starts."""
+
+    def prepare(self) -> None:
+        """Load what any task needs. Runs ahead of time, before a task is known, so it saves waiting."""
+
+    @abstractmethod
+    def run(self, task: Task, out_dir: Path, progress: Progress) -> Any:
+        """Do the work and give its result, a JSON value.
+
+        Args:
+            out_dir: a folder of this item for whatever files the work makes; standard output and error
+                are already captured there as ``log.txt``.
+
+        Raises:
+            ExecutionError: with a reason for the submitter.
+        """
+
+    def teardown(self) -> None:
+        """Free what ``prepare`` and ``run`` took. Must bear being called after either failed."""

@@ -1,0 +1,55 @@
+"""Child processes that never outlive their parent, and end as a whole.
+
+Every child gets a process group of its own, so that stopping it reaches whatever it started. On Linux the
+kernel also signals it when its parent dies, ``kill -9`` included; elsewhere a child that must not be
+orphaned watches its standard input for end of file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1
+_PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+
+
+def dies_with_parent(sig: signal.Signals) -> Callable[[], None] | None:
+    """A ``preexec_fn`` that asks the kernel to send *sig* to the child when its parent dies.
+
+    The function was looked up beforehand, so the forked child only makes system calls. The parent is the
+    *thread* that forks: call this from the main thread.
+    """
+    if _PRCTL is None:
+        return None
+    prctl, parent, number = _PRCTL, os.getpid(), int(sig)
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # It died between the fork and the line above.
+            os.kill(os.getpid(), number)
+
+    return ask
+
+
+def signal_group(pid: int, sig: signal.Signals) -> None:
+    """Sends *sig* to the process group led by *pid*; a group that is gone is none of our business."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, sig)
+
+
+async def end(process: Process, *, grace_s: float) -> int:
+    """Terminates a child and its group, kills what is left after *grace_s*, and gives the exit status."""
+    if process.returncode is None:
+        signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), grace_s)
+    signal_group(process.pid, signal.SIGKILL)
+    return await process.wait()
