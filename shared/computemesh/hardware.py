@@ -94,8 +94,9 @@ class Gpu(Message, frozen=True, kw_only=True):
 
 
 def tier_of(gpus: Sequence[Gpu]) -> Tier:
-    """The tier of a machine with these GPUs: that of its strongest one."""
-    return max((_tier_of_one(gpu) for gpu in gpus), key=_RANK.__getitem__, default=Tier.CPU_ONLY)
+    """The tier of a machine with these GPUs: that of its strongest one that works."""
+    working = (gpu for gpu in gpus if not gpu.error)
+    return max((_tier_of_one(gpu) for gpu in working), key=_RANK.__getitem__, default=Tier.CPU_ONLY)
 
 
 def _tier_of_one(gpu: Gpu) -> Tier:

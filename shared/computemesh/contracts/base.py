@@ -115,6 +115,8 @@ class Bound(Generic[Q, R]):
     contract: Request[Q, R]
     handler: Handler[Q, R]
     target: str = ""
+    acting: bool = False
+    """Answered on the bus only by the replica that acts; the HTTP edges of the others pass it on."""
 
     @property
     def subject(self) -> str:
@@ -124,9 +126,9 @@ class Bound(Generic[Q, R]):
 AnyBound = Bound[Any, Any]
 
 
-def serve(contract: Request[Q, R], handler: Handler[Q, R], *, target: str = "") -> AnyBound:
+def serve(contract: Request[Q, R], handler: Handler[Q, R], *, target: str = "", acting: bool = False) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
-    return Bound(contract, handler, target)
+    return Bound(contract, handler, target, acting)
 
 
 def _address(subject: str, target_name: str, target: str) -> str:
@@ -157,7 +159,8 @@ def decode(data: bytes, kind: type[M]) -> M | Refused:
     if too_deep(data):
         return Refused(code="bad_message", reason=f"nested deeper than {DEPTH_MAX} levels")
     try:
-        return _decoder(kind).decode(data or b"{}")
+        message: M = _decoder(kind).decode(data or b"{}")
+        return message
     except (ValueError, RecursionError) as error:
         return refused(error)
 

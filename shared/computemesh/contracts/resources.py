@@ -1,8 +1,8 @@
 """Resources: what one machine is made of.
 
-    anyone             --get-->      resource-detector of that node    answered Inventory
-    resource-detector  --changed-->  anyone                            hardware came, went or changed size
-    resource-detector  --load-->     anyone                            every few seconds
+anyone             --get-->      resource-detector of that node    answered Inventory
+resource-detector  --changed-->  anyone                            hardware came, went or changed size
+resource-detector  --load-->     anyone                            every few seconds
 """
 
 from __future__ import annotations

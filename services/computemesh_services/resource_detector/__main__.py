@@ -1,0 +1,23 @@
+"""``python -m computemesh_services.resource_detector``"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from computemesh.bus import Bus
+from computemesh.contracts.base import Role
+from computemesh.lifecycle import run
+from computemesh_services.resource_detector.config import DetectorConfig
+from computemesh_services.resource_detector.probes import choose_provider
+from computemesh_services.resource_detector.service import NAME, ResourceDetector
+
+
+def main() -> None:
+    def make(bus: Bus, config: DetectorConfig, _url: Callable[[], str]) -> ResourceDetector:
+        return ResourceDetector(bus, config, choose_provider())
+
+    run(NAME, "What this machine is made of.", Role.NODE, DetectorConfig, make)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What the work-marshaller can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from computemesh.config import ServiceConfig
+
+
+class MarshallerConfig(ServiceConfig, frozen=True, kw_only=True):
+    work_retry_max: Annotated[int, msgspec.Meta(ge=0, le=100, extra={"env": ["WORK_RETRY_MAX"]})] = 3
+    """Attempts after the first that fails, unless the item says otherwise."""
+    work_retry_delay: Annotated[float, msgspec.Meta(ge=0, le=3600, extra={"env": ["WORK_RETRY_DELAY"]})] = 5.0
+    """Seconds before the first retry; doubled for each further one, with jitter."""
+    work_waiting_max: Annotated[int, msgspec.Meta(ge=1)] = 100_000
+    """Items that may wait; more are refused."""
+    work_keep_s: Annotated[int, msgspec.Meta(ge=1)] = 7 * 86_400
+    """How long a finished item stays."""

@@ -1,0 +1,231 @@
+"""Writing work records: one compare-and-set put per transition, many in flight, one per item.
+
+A record's next put waits for the acknowledgement of its last one, and whatever must be sent because a
+record changed is handed out only after its acknowledgement. Puts that wait for the same item are merged:
+only the newest is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import msgspec
+
+from computemesh import log
+from computemesh.bus import Bucket, Bus, Conflict, NotStored, Pipeline, Reply
+from computemesh.bus.connection import read_ack
+from computemesh.contracts.base import Message, encode
+from computemesh.contracts.work import WorkRecord
+from computemesh_services.work_marshaller.floor import Floor
+from computemesh_services.work_marshaller.workitem import is_final
+
+CURSOR_KEY: Final = "meta.inbox"
+"""Where the floor is kept. Two tokens, so that it is not republished as the state of an item."""
+
+_log = log.get("journal")
+
+
+class Cursor(Message, frozen=True, kw_only=True):
+    """From where the inbox must be read again."""
+
+    next_seq: int
+    stream_created: str
+    """Tells a stream that was made anew, whose sequences start over."""
+
+
+@dataclass
+class Slot:
+    """One item's place in the bucket."""
+
+    revision: int = 0
+    stored: WorkRecord | None = None
+    flight: WorkRecord | None = None
+    flight_seqs: list[int] = field(default_factory=list[int])
+    wanted: WorkRecord | None = None
+    seqs: list[int] = field(default_factory=list[int])
+    """Inbox messages that are reflected once `wanted` is stored."""
+
+
+OnStored = Callable[[WorkRecord | None, WorkRecord], Awaitable[None]]
+
+
+class Journal:
+    """The only writer of ``compute-work`` in this process.
+
+    When it can no longer vouch for what is stored (a lost race, no acknowledgement, a full disk),
+    ``broken`` is set and nothing more is written: the truth must be read again.
+    """
+
+    def __init__(self, bus: Bus, bucket: Bucket[WorkRecord], floor: Floor, *, keep_s: int, timeout_s: float) -> None:
+        self.broken = asyncio.Event()
+        self.reason = ""
+        self.on_stored: OnStored | None = None
+        self.on_duplicate: Callable[[str], None] | None = None
+        """Called with the id of a new item that turned out to be finished long ago."""
+        self._bucket = bucket
+        self._bus = bus
+        self._floor = floor
+        self._keep_s = keep_s
+        self._slots: dict[str, Slot] = {}
+        self._puts = Pipeline(bus, timeout_s=timeout_s)
+        self._cursor_revision = 0
+        self._cursor_written = 0
+        self._cursor_in_flight = False
+        self._checks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await self._puts.start()
+
+    async def stop(self) -> None:
+        for task in self._checks:
+            task.cancel()
+        await self._puts.stop()
+
+    def adopt(self, record: WorkRecord, revision: int) -> None:
+        """Takes over a record that is stored."""
+        self._slots[record.work_id] = Slot(revision=revision, stored=record)
+
+    def adopt_cursor(self, next_seq: int, revision: int) -> None:
+        self._cursor_written, self._cursor_revision = next_seq, revision
+
+    def is_stored(self, record: WorkRecord) -> bool:
+        slot = self._slots.get(record.work_id)
+        return slot is not None and slot.stored is record
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was written is acknowledged."""
+        return len(self._puts) == 0 and not self._checks
+
+    def carry(self, work_id: str, seq: int) -> None:
+        """The inbox message *seq* is reflected by the item's next put."""
+        self._slots.setdefault(work_id, Slot()).seqs.append(seq)
+
+    async def write(self, record: WorkRecord) -> None:
+        """Puts the record as soon as the item's last put is acknowledged."""
+        slot = self._slots.setdefault(record.work_id, Slot())
+        if slot.stored is record:
+            return
+        slot.wanted = record
+        if slot.flight is None:
+            await self._send(slot, record)
+
+    async def _send(self, slot: Slot, record: WorkRecord) -> None:
+        if self.broken.is_set():
+            return
+        slot.flight, slot.wanted = record, None
+        slot.flight_seqs, slot.seqs = slot.seqs, []
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(slot.revision)}
+        if is_final(record):
+            headers["Nats-TTL"] = f"{self._keep_s}s"
+        try:
+            await self._puts.send(
+                self._bucket.spec.subject(record.work_id),
+                self._fitted(record),
+                partial(self._on_reply, slot, record),
+                headers=headers,
+            )
+        except NotStored as error:
+            self._break(str(error))
+
+    def _fitted(self, record: WorkRecord) -> bytes:
+        """The record's bytes; without its payload when both payload and result are near the limit."""
+        data = encode(record)
+        if len(data) > self._bus.max_payload:
+            note = {"omitted": "too large to be kept beside the result"}
+            data = encode(msgspec.structs.replace(record, payload=note))
+        return data
+
+    async def _on_reply(self, slot: Slot, record: WorkRecord, reply: Reply) -> None:
+        if self.broken.is_set():
+            return
+        if reply.timed_out or reply.no_responder:
+            self._break(f"{record.work_id}: no acknowledgement")
+            return
+        try:
+            ack = read_ack(record.work_id, reply.data)
+        except Conflict as error:
+            if slot.revision == 0:
+                self._check_duplicate(slot, record)
+            else:
+                self._break(str(error))
+            return
+        except NotStored as error:
+            self._break(str(error))
+            return
+        await self._stored(slot, record, ack.seq)
+
+    async def _stored(self, slot: Slot, record: WorkRecord, revision: int) -> None:
+        before = slot.stored
+        slot.stored, slot.revision, slot.flight = record, revision, None
+        self._close(slot)
+        if slot.wanted is not None:
+            await self._send(slot, slot.wanted)
+        elif is_final(record):
+            del self._slots[record.work_id]
+        assert self.on_stored is not None
+        await self.on_stored(before, record)
+
+    def _close(self, slot: Slot) -> None:
+        for seq in slot.flight_seqs:
+            self._floor.close(seq)
+        slot.flight_seqs = []
+
+    def _check_duplicate(self, slot: Slot, record: WorkRecord) -> None:
+        """A new item whose key is taken: finished long ago and forgotten here, or another writer's."""
+
+        async def check() -> None:
+            entry = await self._bucket.get(record.work_id)
+            if entry is None or not is_final(entry.value):
+                self._break(f"{record.work_id}: another marshaller writes")
+                return
+            self._close(slot)
+            for seq in slot.seqs:
+                self._floor.close(seq)
+            self._slots.pop(record.work_id, None)
+            if self.on_duplicate:
+                self.on_duplicate(record.work_id)
+
+        task = asyncio.create_task(check())
+        self._checks.add(task)
+        task.add_done_callback(self._checked)
+
+    def _checked(self, task: asyncio.Task[None]) -> None:
+        self._checks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._break(f"cannot check for a duplicate: {error}")
+
+    async def write_cursor(self, stream_created: str) -> None:
+        """Notes how far the inbox is reflected, if that changed."""
+        seq = self._floor.seq
+        if seq == self._cursor_written or self._cursor_in_flight or self.broken.is_set():
+            return
+        self._cursor_in_flight = True
+        await self._puts.send(
+            self._bucket.spec.subject(CURSOR_KEY),
+            encode(Cursor(next_seq=seq, stream_created=stream_created)),
+            partial(self._on_cursor, seq),
+            headers={"Nats-Expected-Last-Subject-Sequence": str(self._cursor_revision)},
+        )
+
+    async def _on_cursor(self, seq: int, reply: Reply) -> None:
+        self._cursor_in_flight = False
+        if reply.timed_out or reply.no_responder:
+            self._break("no acknowledgement of the inbox position")
+            return
+        try:
+            self._cursor_revision = read_ack(CURSOR_KEY, reply.data).seq
+        except (Conflict, NotStored) as error:
+            self._break(str(error))
+            return
+        self._cursor_written = seq
+
+    def _break(self, reason: str) -> None:
+        if not self.broken.is_set():
+            self.reason = reason
+            _log.warning("the journal stops; reading the truth again", reason=reason)
+            self.broken.set()

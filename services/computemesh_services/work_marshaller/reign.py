@@ -1,0 +1,398 @@
+"""One reign: from taking the lease to losing it, with all memory built anew from what is stored.
+
+    load the bucket --> replay the inbox from the cursor --> deliver again what was not answered --> follow
+
+It ends when the lease, the connection, the inbox or the journal can no longer be relied upon. Everything
+in memory is then dropped; the next reign, here or in another replica, reads the truth again. Replaying is
+idempotent, so starting too early does no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from datetime import datetime
+from typing import Final
+
+import msgspec
+from prometheus_client import Counter, Gauge
+
+from computemesh import log
+from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Pull, Reply, Stored
+from computemesh.bus.lease import Held
+from computemesh.bus.provision import stream_created_at
+from computemesh.contracts import nodes, storage, work
+from computemesh.contracts.base import Refused, decode, encode
+from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
+from computemesh.contracts.work import WorkItem, WorkRecord, WorkState
+from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.floor import Floor
+from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal
+from computemesh_services.work_marshaller.scheduler import (
+    REMEMBERED_MAX,
+    Deliver,
+    Limits,
+    Scheduler,
+    Stop,
+    consequences,
+)
+
+STORE_TIMEOUT_S: Final = 5.0
+"""An acknowledgement that takes longer counts as lost, and the truth is read again."""
+
+DELIVERY_TIMEOUT_S: Final = 2.0
+"""How long a direct node may take to answer an assignment."""
+
+DELIVERIES_MAX: Final = 3
+"""Times an assignment is sent before the node counts as unreachable."""
+
+CURSOR_S: Final = 0.25
+"""How often the inbox position is noted."""
+
+ORIGINAL_CHARS_MAX: Final = 2000
+"""How much of a message that could not be used is shown in its rejection."""
+
+ENVELOPE_BYTES: Final = 65_536
+"""Room a record needs beside its payload."""
+
+_log = log.get("reign")
+
+WAITING = Gauge("computemesh_work_waiting", "Items that wait for a node or for their next attempt.")
+OUT = Gauge("computemesh_work_out", "Items assigned to or running on nodes.")
+MOVES = Counter("computemesh_work_moves_total", "Recorded moves of items, by the state they reached.", ["state"])
+REJECTED = Counter("computemesh_work_rejected_total", "Captured messages that could not be used.", ["code"])
+
+
+class Reign:
+    """Everything the acting marshaller knows, and its hands."""
+
+    def __init__(self, bus: Bus, held: Held, nodes_seen: Mirror[NodeRecord], limits: Limits, *, keep_s: int) -> None:
+        self.scheduler = Scheduler(limits, jitter=random.random)
+        self.caught_up = asyncio.Event()
+        """Set once the inbox was replayed; until then memory is behind the truth."""
+        self._bus = bus
+        self._held = held
+        self._nodes = nodes_seen
+        self._keep_s = keep_s
+        self._bucket = Bucket(bus, storage.WORK)
+        self._calls = Pipeline(bus, timeout_s=DELIVERY_TIMEOUT_S)
+        self._pull = Pull(bus, storage.WORK_INBOX.name)
+        self._wake = asyncio.Event()
+        self._stream_created = ""
+        self._floor = Floor(1)
+        self._journal = Journal(bus, self._bucket, self._floor, keep_s=keep_s, timeout_s=STORE_TIMEOUT_S)
+
+    async def run(self, draining: asyncio.Event) -> str:
+        """Reigns until something ends it, and says what. Ends at once, with all stored, when draining."""
+        interrupted = self._bus.interrupted
+        beats = await self._bus.subscribe(nodes.HEARTBEAT, self._on_heartbeat)
+        ticker: asyncio.Task[None] | None = None
+        try:
+            await self._calls.start()
+            await self._recover()
+            ticker = asyncio.create_task(self._tick_forever())
+            ends = {
+                "draining": draining,
+                "the connection broke": interrupted,
+                "the lease was lost": self._held.lost,
+                "the inbox reader was lost": self._pull.lost,
+                "the journal broke": self._journal.broken,
+            }
+            reason = await _first(ends, ticker)
+            if reason == "draining":
+                await self._settle()
+            return reason
+        finally:
+            if ticker is not None:
+                ticker.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await ticker
+            await self._bus.forget(beats)
+            await self._pull.stop()
+            await self._calls.stop()
+            await self._journal.stop()
+
+    # --- recovery ----------------------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        started_s = time.monotonic()
+        await self._nodes.synced.wait()
+        now = time.time()
+        for node in self._nodes.values():
+            self.scheduler.node_changed(node, now)
+        self._stream_created = await stream_created_at(self._bus, storage.WORK_INBOX.name)
+        start_seq = await self._read_cursor()
+        await self._journal.start()
+        self._journal.on_stored = self._on_stored
+        self._journal.on_duplicate = self.scheduler.forget
+        count = await self._load(now)
+        waiting = await self._pull.start(
+            self._on_inbox, subjects=list(storage.WORK_INBOX.subjects), start_seq=start_seq
+        )
+        if waiting == 0:
+            await self._replayed()
+        _log.info(
+            "recovered",
+            items=count,
+            replaying=waiting,
+            from_seq=start_seq,
+            took_ms=round((time.monotonic() - started_s) * 1e3),
+        )
+
+    async def _read_cursor(self) -> int:
+        """Where to start in the inbox. Also sets up the floor."""
+        reply = await self._bus.call(
+            f"$JS.API.DIRECT.GET.{storage.WORK.stream}.{storage.WORK.subject(CURSOR_KEY)}", b""
+        )
+        headers = reply.headers or {}
+        start_seq = 1
+        if "Nats-Sequence" in headers:
+            cursor = msgspec.json.decode(reply.data, type=Cursor)
+            if cursor.stream_created == self._stream_created:
+                start_seq = cursor.next_seq
+            self._journal.adopt_cursor(cursor.next_seq, int(headers["Nats-Sequence"]))
+        self._floor.start(start_seq)
+        return start_seq
+
+    async def _load(self, now: float) -> int:
+        entries = await self._bucket.load()
+        finished: list[WorkRecord] = []
+        for entry in entries.values():
+            if workitem.is_final(entry.value):
+                finished.append(entry.value)
+            else:
+                self.scheduler.restore(entry.value, now)
+                self._journal.adopt(entry.value, entry.revision)
+        finished.sort(key=lambda record: record.finished_at or 0.0)
+        for record in finished[-REMEMBERED_MAX:]:
+            self.scheduler.restore(record, now)
+        return len(entries)
+
+    async def _replayed(self) -> None:
+        """The inbox is read to its end: what is still assigned may never have arrived, so send it again."""
+        self.caught_up.set()
+        for record in list(self.scheduler.records.values()):
+            if record.state is WorkState.ASSIGNED and self._journal.is_stored(record):
+                await self._deliver(record, 1)
+        await self._advance(time.time())
+
+    # --- the inbox ---------------------------------------------------------------------------------------------
+
+    async def _on_inbox(self, stored: Stored) -> None:
+        self._floor.open(stored.seq)
+        now = time.time()
+        changed = self._decide(stored, now)
+        if isinstance(changed, Refused):
+            await self._reject(stored, changed)
+            self._floor.close(stored.seq)
+        elif changed is None:
+            self._floor.close(stored.seq)
+        else:
+            self._journal.carry(changed.work_id, stored.seq)
+        if stored.pending == 0 and not self.caught_up.is_set():
+            await self._replayed()
+        await self._advance(now)
+
+    def _decide(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
+        """What follows from a message. One that meets a defect of ours is set aside, not met again and again."""
+        try:
+            if stored.subject == work.SUBMIT.subject:
+                return self._submission(stored, now)
+            return self._report(stored, now)
+        except Exception:
+            _log.exception("could not handle a message", subject=stored.subject, seq=stored.seq)
+            return Refused(
+                code="internal", reason="the marshaller failed on this message; its log says why", status=500
+            )
+
+    def _submission(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
+        item = decode(stored.data, WorkItem)
+        if isinstance(item, Refused):
+            return item
+        if len(stored.data) > self._bus.max_payload - ENVELOPE_BYTES:
+            return Refused(
+                code="too_large",
+                reason=f"{len(stored.data)} bytes; this server's max_payload of {self._bus.max_payload} bytes "
+                f"leaves {self._bus.max_payload - ENVELOPE_BYTES} for an item",
+                status=413,
+            )
+        work_id = item.work_id or self._derived_id(stored.seq)
+        if work_id in self.scheduler.records:
+            return None
+        return self.scheduler.refusal(item) or self.scheduler.submitted(item, work_id, stored.seq, now)
+
+    def _derived_id(self, seq: int) -> str:
+        """The id of an item that came without one: the same whenever the inbox is replayed."""
+        created_s = int(datetime.fromisoformat(self._stream_created).timestamp())
+        return f"w-{created_s:x}-{seq}"
+
+    def _report(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
+        if stored.subject == work.COMPLETED.subject:
+            done = decode(stored.data, work.WorkCompleted)
+            return done if isinstance(done, Refused) else self.scheduler.completed(done, now)
+        failed = decode(stored.data, work.WorkFailed)
+        return failed if isinstance(failed, Refused) else self.scheduler.failed(failed, now)
+
+    async def _reject(self, stored: Stored, refusal: Refused) -> None:
+        REJECTED.labels(refusal.code).inc()
+        _log.warning(
+            "rejected", subject=stored.subject, seq=stored.seq, code=refusal.code, field=refusal.field,
+            reason=refusal.reason,
+        )  # fmt: skip
+        await self._bus.publish(
+            work.REJECTED,
+            work.WorkRejected(
+                subject=stored.subject,
+                inbox_seq=stored.seq,
+                work_id=_id_in(stored.data),
+                code=refusal.code,
+                reason=refusal.reason,
+                field=refusal.field,
+                original=stored.data[:ORIGINAL_CHARS_MAX].decode("utf-8", "replace"),
+            ),
+        )
+
+    # --- moving on ---------------------------------------------------------------------------------------------
+
+    async def _advance(self, now: float) -> None:
+        """Lets the scheduler decide, and hands its records to the journal."""
+        self.scheduler.tick(now)
+        if self.caught_up.is_set():
+            self.scheduler.place(now)
+        while self.scheduler.outbox:
+            # Of several moves of one item only the last need be stored.
+            batch = {record.work_id: record for record in self.scheduler.outbox}
+            self.scheduler.outbox.clear()
+            for record in batch.values():
+                await self._journal.write(record)
+
+    async def _on_stored(self, before: WorkRecord | None, record: WorkRecord) -> None:
+        MOVES.labels(record.state).inc()
+        _log.debug("stored", work_id=record.work_id, state=record.state, attempt=record.attempt, node=record.node_id)
+        for effect in consequences(before, record):
+            match effect:
+                case Deliver():
+                    if self.scheduler.records.get(record.work_id) is record:
+                        await self._deliver(record, 1)
+                case Stop():
+                    await self._stop(effect)
+
+    async def cancel(self, work_id: str, reason: str) -> WorkRecord | None:
+        now = time.time()
+        record = self.scheduler.cancel(work_id, reason, now)
+        await self._advance(now)
+        return record
+
+    async def _tick_forever(self) -> None:
+        cursor_at = 0.0
+        while True:
+            now = time.time()
+            until = min(self.scheduler.next_at() or now + CURSOR_S, now + CURSOR_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(0.005, until - now))
+            self._wake.clear()
+            await self._advance(time.time())
+            if (now := time.time()) >= cursor_at:
+                cursor_at = now + CURSOR_S
+                await self._journal.write_cursor(self._stream_created)
+                WAITING.set(self.scheduler.waiting)
+                OUT.set(self.scheduler.out)
+
+    async def _settle(self) -> None:
+        """Stores all that is decided, so that the next reign has nothing to replay."""
+        await self._pull.stop()
+        for record in list(self.scheduler.records.values()):
+            if not workitem.is_final(record):
+                await self._journal.write(record)
+        while not (self._journal.idle or self._journal.broken.is_set()):
+            await asyncio.sleep(0.005)
+        await self._journal.write_cursor(self._stream_created)
+        while not (self._journal.idle or self._journal.broken.is_set()):
+            await asyncio.sleep(0.005)
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def node_changed(self, node_id: str, node: NodeRecord | None) -> None:
+        """The registry's bucket changed."""
+        now = time.time()
+        if node is None:
+            self.scheduler.node_gone(node_id, now)
+        else:
+            self.scheduler.node_changed(node, now)
+        self._wake.set()
+
+    async def _on_heartbeat(self, beat: NodeHeartbeat) -> None:
+        if not self.caught_up.is_set():
+            return
+        now = time.time()
+        for stop in self.scheduler.heartbeat(beat, now):
+            await self._stop(stop)
+        await self._advance(now)
+
+    async def _deliver(self, record: WorkRecord, time_sent: int) -> None:
+        message = workitem.assignment(record)
+        if record.plain:
+            await self._bus.publish(work.ASSIGNED, message)
+            return
+
+        async def on_reply(reply: Reply) -> None:
+            await self._on_delivery(record, time_sent, reply)
+
+        await self._calls.send(work.DELIVER.at(record.node_id), encode(message), on_reply)
+
+    async def _on_delivery(self, record: WorkRecord, time_sent: int, reply: Reply) -> None:
+        now = time.time()
+        if reply.timed_out:
+            current = self.scheduler.records.get(record.work_id)
+            if current is not record:
+                return  # It was reported, or moved on, without an answer.
+            if time_sent < DELIVERIES_MAX:
+                await self._deliver(record, time_sent + 1)
+                return
+            self.scheduler.declined(record.work_id, record.attempt, "did not answer an assignment", now)
+        elif reply.no_responder:
+            self.scheduler.declined(record.work_id, record.attempt, "nobody listens at the node", now)
+        else:
+            answer = decode(reply.data, work.Delivery)
+            if isinstance(answer, Refused):
+                self.scheduler.declined(record.work_id, record.attempt, f"answered nonsense: {answer.reason}", now)
+            elif answer.accepted:
+                self.scheduler.accepted(record.work_id, record.attempt, answer.session, now)
+            else:
+                self.scheduler.declined(record.work_id, record.attempt, answer.reason or "declined", now)
+        await self._advance(now)
+
+    async def _stop(self, effect: Stop) -> None:
+        message = work.WorkStop(work_id=effect.work_id, attempt=effect.attempt, reason=effect.reason)
+        await self._calls.send(work.STOP.at(effect.node_id), encode(message), _ignore)
+
+
+async def _ignore(_: Reply) -> None:
+    """A stop needs no answer: a node that still runs the attempt says so in its next heartbeat."""
+
+
+def _id_in(data: bytes) -> str:
+    """The ``work_id`` of a message that could not be used, if it can be made out."""
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("work_id")
+        return str(msgspec.json.decode(found))[:100] if found is not None else ""
+    except (ValueError, RecursionError):
+        return ""
+
+
+async def _first(events: dict[str, asyncio.Event], loop_task: asyncio.Task[None]) -> str:
+    """The name of the event that is set first. A defect in *loop_task* is raised."""
+    waits = {name: asyncio.create_task(event.wait()) for name, event in events.items()}
+    try:
+        await asyncio.wait({*waits.values(), loop_task}, return_when=asyncio.FIRST_COMPLETED)
+        if loop_task.done():
+            error = loop_task.exception()
+            if error is not None and not isinstance(error, BusError):
+                raise error
+            return f"the bus failed: {error}"
+        return next(name for name, task in waits.items() if task.done())
+    finally:
+        for task in waits.values():
+            task.cancel()

@@ -1,0 +1,508 @@
+"""What to do next with every item: the marshaller's decisions, without clock, bus or log.
+
+The shell feeds it what happened (a submission, a report, an answer, a heartbeat, time passing) and takes
+from ``outbox`` what must follow. Records are replaced, never edited. What must be *sent* because a record
+was stored is decided by :func:`consequences`, so it can never leave before the record is safe, and is the
+same after a crash.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from computemesh.contracts.base import Message, Refused
+from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord, NodeState
+from computemesh.contracts.work import (
+    FINAL,
+    WORK_TYPES,
+    NodeVerdict,
+    WorkCompleted,
+    WorkError,
+    WorkExplanation,
+    WorkFailed,
+    WorkItem,
+    WorkRecord,
+    WorkState,
+)
+from computemesh_services.work_marshaller import placement, workitem
+from computemesh_services.work_marshaller.placement import Candidate
+from computemesh_services.work_marshaller.workitem import RetryPolicy
+
+WRITE_LATE_S: Final = 0.25
+"""An item that waits, or an attempt that runs, for longer than this is written as such."""
+
+REST_S: Final = 2.0
+"""A node that could not be reached, or refused an item, is left alone this long unless it shows up."""
+
+MISSED_S: Final = 3.0
+"""A running attempt that its node's heartbeats do not list for this long is lost."""
+
+STRIKES_MAX: Final = 3
+"""Timeouts in a row after which a node that never sends heartbeats gets no more work."""
+
+REMEMBERED_MAX: Final = 10_000
+"""Finished items kept in memory for lists; all others are read from the bucket."""
+
+ANSWER_GRACE_S: Final = 5.0
+"""A direct node enforces the timeout itself and reports it; the marshaller steps in this much later."""
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Hand the record's attempt to its node."""
+
+    record: WorkRecord
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End an attempt that no longer counts."""
+
+    work_id: str
+    attempt: int
+    node_id: str
+    reason: str
+
+
+Effect = Deliver | Stop
+
+
+def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
+    """What must be sent because *stored* now stands in place of *before*."""
+    effects: list[Effect] = []
+    if before and before.state in _OUT and not before.plain and _moved_on(before, stored):
+        reason = stored.story[-1].reason or str(stored.state) if stored.story else str(stored.state)
+        # A node that reported the attempt's end need not be told to end it.
+        if stored.state not in (WorkState.COMPLETED, WorkState.FAILED):
+            effects.append(Stop(before.work_id, before.attempt, before.node_id, reason))
+    if stored.state is WorkState.ASSIGNED and (before is None or before.attempt != stored.attempt):
+        effects.append(Deliver(stored))
+    return effects
+
+
+_OUT: Final = frozenset({WorkState.ASSIGNED, WorkState.RUNNING})
+_WAITING: Final = frozenset({WorkState.PENDING, WorkState.RETRYING})
+
+
+def _moved_on(before: WorkRecord, after: WorkRecord) -> bool:
+    return after.state not in _OUT or after.attempt != before.attempt
+
+
+@dataclass
+class Seat:
+    """What the scheduler knows of a node."""
+
+    node: NodeRecord
+    taken: set[str] = field(default_factory=set[str])
+    loaded_models: frozenset[str] = frozenset()
+    accepting: bool = True
+    strikes: int = 0
+    rests_until: float = 0.0
+    rest_reason: str = ""
+    session: str = ""
+
+    def candidate(self, now: float) -> Candidate:
+        reason = self.rest_reason if now < self.rests_until else ""
+        if self.strikes >= STRIKES_MAX and not self.node.monitored:
+            reason = f"let {self.strikes} items time out in a row"
+        return Candidate(self.node, len(self.taken), self.loaded_models, self.accepting, reason)
+
+
+@dataclass
+class Watch:
+    """An attempt that is out, and since when its node has been silent about it."""
+
+    accepted_at: float | None = None
+    session: str = ""
+    missed_at: float | None = None
+
+
+class Limits(Message, frozen=True, kw_only=True):
+    """Bounds of the queue and of attempts."""
+
+    waiting_max: int = 100_000
+    retry: RetryPolicy = RetryPolicy()
+
+
+class Scheduler:
+    """All items that are not finished, all nodes, and the decisions about them.
+
+    Not safe for concurrent use, and in no need of it: every method is synchronous and short.
+    """
+
+    def __init__(self, limits: Limits, *, jitter: Callable[[], float]) -> None:
+        self.records: dict[str, WorkRecord] = {}
+        """Every item that is not finished, and the latest finished ones."""
+        self.outbox: list[WorkRecord] = []
+        """Records to store, in order. The shell empties it after every call."""
+        self.seats: dict[str, Seat] = {}
+        self._limits = limits
+        self._jitter = jitter
+        self._queues: dict[bytes, list[tuple[int, int, str]]] = {}
+        self._watches: dict[str, Watch] = {}
+        self._clock: list[tuple[float, str, int]] = []
+        self._finished: dict[str, None] = {}
+        self._waiting = 0
+        self._changed = True
+
+    # --- items -----------------------------------------------------------------------------------------------
+
+    def refusal(self, item: WorkItem) -> Refused | None:
+        """Why a new item cannot be taken, or None."""
+        if not self._knows(item.work_type):
+            known = sorted({*WORK_TYPES, *(t for s in self.seats.values() for t in s.node.work_types)})
+            return Refused(
+                code="unknown_work_type",
+                field="work_type",
+                reason=f"no node has announced work of type {item.work_type!r}; known: {', '.join(known)}",
+            )
+        if self._waiting >= self._limits.waiting_max:
+            return Refused(
+                code="queue_full",
+                reason=f"{self._waiting} items wait already, as many as are allowed",
+                status=503,
+                retry="later",
+            )
+        return None
+
+    def _knows(self, work_type: str) -> bool:
+        if work_type in WORK_TYPES:
+            return True
+        return any(not s.node.work_types or work_type in s.node.work_types for s in self.seats.values())
+
+    def restore(self, record: WorkRecord, now: float) -> None:
+        """Takes over a record that is stored already."""
+        self._put(record, now)
+
+    def submitted(self, item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord | None:
+        """A new item, or None for one that is known: submitting twice changes nothing."""
+        if work_id in self.records:
+            return None
+        record = workitem.received(item, work_id, seq, now)
+        self._put(record, now)
+        return record
+
+    def forget(self, work_id: str) -> None:
+        """Drops an item that turned out to be recorded elsewhere."""
+        record = self.records.pop(work_id, None)
+        if record is not None:
+            self._leave(record)
+        self._watches.pop(work_id, None)
+        self._finished.pop(work_id, None)
+
+    def completed(self, report: WorkCompleted, now: float) -> WorkRecord | None:
+        """The changed record, or None for a report that is stale, doubled or about nothing known."""
+        record = self.records.get(report.work_id)
+        if record is None or not workitem.is_current(record, report.attempt):
+            return None
+        self._reported(record)
+        return self._write(workitem.completed(record, report, now), now)
+
+    def failed(self, report: WorkFailed, now: float) -> WorkRecord | None:
+        """As :meth:`completed`, for an attempt that went wrong."""
+        record = self.records.get(report.work_id)
+        if record is None or not workitem.is_current(record, report.attempt):
+            return None
+        self._reported(record)
+        return self._fail(record, workitem.error_of(report), now)
+
+    def cancel(self, work_id: str, reason: str, now: float) -> WorkRecord | None:
+        """The item as it then stands; one that is final stays as it is. None: not known here."""
+        record = self.records.get(work_id)
+        if record is None or workitem.is_final(record):
+            return record
+        return self._write(workitem.cancelled(record, reason or "cancelled", now), now)
+
+    def explain(self, record: WorkRecord, now: float) -> WorkExplanation:
+        """Why the item is where it is."""
+        verdicts = placement.explain(record, [seat.candidate(now) for seat in self.seats.values()])
+        return WorkExplanation(
+            work_id=record.work_id, state=record.state, summary=_summary(record, verdicts, now), nodes=verdicts
+        )
+
+    # --- answers of nodes --------------------------------------------------------------------------------------
+
+    def accepted(self, work_id: str, attempt: int, session: str, now: float) -> None:
+        """The node, in this session of it, took the attempt."""
+        if (record := self._out(work_id, attempt)) and (watch := self._watches.get(work_id)):
+            watch.accepted_at = now
+            watch.session = session
+            self._at(now + WRITE_LATE_S, record)
+
+    def declined(self, work_id: str, attempt: int, reason: str, now: float) -> None:
+        """The node did not take it, or could not be reached: it goes back to the queue at once."""
+        record = self._out(work_id, attempt)
+        if record is None or record.state is not WorkState.ASSIGNED:
+            return
+        if seat := self.seats.get(record.node_id):
+            seat.rests_until = now + REST_S
+            seat.rest_reason = reason
+            self._clock_at(seat.rests_until, "", 0)
+        self._write(workitem.undelivered(record, now, reason), now)
+
+    def _out(self, work_id: str, attempt: int) -> WorkRecord | None:
+        record = self.records.get(work_id)
+        return record if record and record.state in _OUT and record.attempt == attempt else None
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def node_changed(self, node: NodeRecord, now: float) -> None:
+        """The registry wrote this record."""
+        self._changed = True
+        seat = self.seats.get(node.node_id)
+        if seat is None:
+            seat = self.seats[node.node_id] = Seat(node, session=node.session)
+            seat.taken = {r.work_id for r in self.records.values() if r.state in _OUT and r.node_id == node.node_id}
+            return
+        back = node.changed_at != seat.node.changed_at and node.state is NodeState.ONLINE
+        seat.node = node
+        if back:
+            seat.strikes = 0
+            seat.rests_until = 0.0
+        if node.state is NodeState.LOST:
+            self._lose_all(seat, f"node {node.node_id} was lost", now)
+        elif node.session and node.session != seat.session:
+            self._new_session(seat, node.session, now)
+
+    def node_gone(self, node_id: str, now: float) -> None:
+        """The registry forgot the node."""
+        self._changed = True
+        if seat := self.seats.pop(node_id, None):
+            self._lose_all(seat, f"node {node_id} was removed", now)
+
+    def heartbeat(self, beat: NodeHeartbeat, now: float) -> list[Stop]:
+        """Renews the attempts the node lists, and gives those it lists that no longer count."""
+        seat = self.seats.get(beat.node_id)
+        if seat is None:
+            return []
+        if beat.session and beat.session != seat.session:
+            self._new_session(seat, beat.session, now)
+        self._changed |= beat.accepting != seat.accepting or seat.rests_until > now
+        seat.accepting = beat.accepting
+        seat.loaded_models = frozenset(beat.loaded_models)
+        seat.rests_until = 0.0
+        running = {(work.work_id, work.attempt) for work in beat.running}
+        for work_id in list(seat.taken):
+            self._renew(self.records[work_id], running, now)
+        return [
+            Stop(work_id, attempt, beat.node_id, "this attempt no longer counts")
+            for work_id, attempt in running
+            if self._is_stale(work_id, attempt, beat.node_id)
+        ]
+
+    def _is_stale(self, work_id: str, attempt: int, node_id: str) -> bool:
+        record = self.records.get(work_id)
+        return record is not None and not (
+            record.state in _OUT and record.attempt == attempt and record.node_id == node_id
+        )
+
+    def _renew(self, record: WorkRecord, running: set[tuple[str, int]], now: float) -> None:
+        watch = self._watches.get(record.work_id)
+        if record.plain or watch is None:
+            return
+        if (record.work_id, record.attempt) in running:
+            watch.missed_at = None
+            watch.accepted_at = watch.accepted_at or now
+            return
+        if watch.accepted_at is None and record.state is WorkState.ASSIGNED:
+            return  # Its delivery is still being tried.
+        watch.missed_at = watch.missed_at or now
+        if now - watch.missed_at >= MISSED_S:
+            self._write(workitem.lost(record, f"node {record.node_id} no longer runs it", now), now)
+
+    def _new_session(self, seat: Seat, session: str, now: float) -> None:
+        """The agent was born again: what it had accepted before is gone. What it had not, is delivered again."""
+        seat.session = session
+        self._changed = True
+        for work_id in list(seat.taken):
+            record, watch = self.records[work_id], self._watches.get(work_id)
+            accepted = record.state is WorkState.RUNNING or (watch is not None and watch.accepted_at is not None)
+            if accepted and not record.plain and (watch is None or watch.session != session):
+                self._write(workitem.lost(record, f"node {seat.node.node_id} restarted", now), now)
+
+    def _lose_all(self, seat: Seat, reason: str, now: float) -> None:
+        for work_id in list(seat.taken):
+            self._write(workitem.lost(self.records[work_id], reason, now), now)
+
+    # --- time --------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Retries that are due, timeouts, and what is written because it takes long."""
+        while self._clock and self._clock[0][0] <= now:
+            _, work_id, attempt = heapq.heappop(self._clock)
+            record = self.records.get(work_id)
+            if record is None:
+                self._changed = True  # A node's rest is over.
+            elif record.attempt == attempt:
+                self._time_passed(record, now)
+
+    def _time_passed(self, record: WorkRecord, now: float) -> None:
+        if record.state is WorkState.RETRYING and record.not_before <= now:
+            self._write(workitem.due(record, now), now)
+        elif record.state is WorkState.PENDING and now - record.changed_at >= WRITE_LATE_S:
+            self.outbox.append(record)  # Seen to wait: not written until now, or written again at no harm.
+        elif record.state in _OUT:
+            watch = self._watches.get(record.work_id)
+            if now >= self._deadline(record):
+                self._time_out(record, now)
+            elif record.state is WorkState.ASSIGNED and watch is not None and watch.accepted_at is not None:
+                self._write(workitem.started(record, now), now)
+
+    def _deadline(self, record: WorkRecord) -> float:
+        assigned_at = next((m.at for m in reversed(record.story) if m.state is WorkState.ASSIGNED), record.changed_at)
+        return assigned_at + record.timeout_s + (0.0 if record.plain else ANSWER_GRACE_S)
+
+    def _time_out(self, record: WorkRecord, now: float) -> None:
+        if seat := self.seats.get(record.node_id):
+            seat.strikes += 1
+        error = WorkError(reason=f"no outcome after {record.timeout_s:g} s", code="timeout", fault="node")
+        self._fail(record, error, now)
+
+    def next_at(self) -> float | None:
+        """When :meth:`tick` has something to do next."""
+        return self._clock[0][0] if self._clock else None
+
+    # --- placement ---------------------------------------------------------------------------------------------
+
+    def place(self, now: float) -> None:
+        """Assigns whatever fits somewhere, higher priority first, then in order of submission.
+
+        Items with the same needs stand in one queue. When the first of a queue fits nowhere, none of it
+        does, so the work is in proportion to the kinds of items and not to their number.
+        """
+        if not self._changed:
+            return
+        self._changed = False
+        blocked: set[bytes] = set()
+        while True:
+            heads = [(queue[0], shape) for shape, queue in self._queues.items() if queue and shape not in blocked]
+            if not heads:
+                return
+            (_, _, work_id), shape = min(heads)
+            record = self.records.get(work_id)
+            if record is None or record.state is not WorkState.PENDING:
+                self._pop(shape)
+                continue
+            chosen = placement.choose(record, (seat.candidate(now) for seat in self.seats.values()))
+            if chosen is None:
+                blocked.add(shape)
+                continue
+            self._pop(shape)
+            plain = self.seats[chosen].node.delivery != "direct"
+            self._write(workitem.assigned(record, chosen, now, plain=plain), now)
+
+    def _pop(self, shape: bytes) -> None:
+        heapq.heappop(self._queues[shape])
+        if not self._queues[shape]:
+            del self._queues[shape]
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for a node or for their next attempt."""
+        return self._waiting
+
+    @property
+    def out(self) -> int:
+        """Items that are with nodes."""
+        return len(self._watches)
+
+    def _fail(self, record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
+        return self._write(workitem.failed(record, error, self._limits.retry, now, self._jitter()), now)
+
+    def _reported(self, record: WorkRecord) -> None:
+        if seat := self.seats.get(record.node_id):
+            seat.strikes = 0
+
+    def _write(self, record: WorkRecord, now: float) -> WorkRecord:
+        before = self.records.get(record.work_id)
+        if before is not None:
+            self._leave(before)
+        self._put(record, now)
+        self.outbox.append(record)
+        return record
+
+    def _leave(self, record: WorkRecord) -> None:
+        if record.state in _WAITING:
+            self._waiting -= 1
+        elif record.state in _OUT:
+            self._changed = True
+            if seat := self.seats.get(record.node_id):
+                seat.taken.discard(record.work_id)
+
+    def _put(self, record: WorkRecord, now: float) -> None:
+        self.records[record.work_id] = record
+        if record.state not in _OUT:
+            self._watches.pop(record.work_id, None)
+        if record.state in _WAITING:
+            self._waiting += 1
+        if record.state is WorkState.PENDING:
+            self._changed = True
+            heapq.heappush(self._queues.setdefault(_shape(record), []), _rank(record))
+            self._at(now + WRITE_LATE_S, record)
+        elif record.state is WorkState.RETRYING:
+            self._at(record.not_before, record)
+        elif record.state in _OUT:
+            self._put_out(record)
+        elif record.state in FINAL:
+            self._finished[record.work_id] = None
+            while len(self._finished) > REMEMBERED_MAX:
+                oldest = next(iter(self._finished))
+                del self._finished[oldest]
+                del self.records[oldest]
+
+    def _put_out(self, record: WorkRecord) -> None:
+        if record.state is WorkState.ASSIGNED:
+            self._watches[record.work_id] = Watch()
+        else:
+            self._watches.setdefault(record.work_id, Watch())
+        if seat := self.seats.get(record.node_id):
+            seat.taken.add(record.work_id)
+        self._at(self._deadline(record), record)
+
+    def _at(self, when: float, record: WorkRecord) -> None:
+        self._clock_at(when, record.work_id, record.attempt)
+
+    def _clock_at(self, when: float, work_id: str, attempt: int) -> None:
+        heapq.heappush(self._clock, (when, work_id, attempt))
+
+
+class _Shape(msgspec.Struct, frozen=True):
+    """What placement looks at in an item: items that agree in it fit the same nodes."""
+
+    work_type: str
+    model_name: str
+    requirements: msgspec.Struct
+    avoid: str
+
+
+def _shape(record: WorkRecord) -> bytes:
+    avoid = record.node_id if record.error else ""
+    return msgspec.json.encode(_Shape(record.work_type, record.model_name, record.requirements, avoid))
+
+
+def _rank(record: WorkRecord) -> tuple[int, int, str]:
+    return (-record.priority, record.inbox_seq, record.work_id)
+
+
+def _summary(record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
+    if record.state in _OUT:
+        return f"attempt {record.attempt} is {record.state} on {record.node_id}"
+    if record.state is WorkState.RETRYING:
+        reason = record.error.reason if record.error else ""
+        return f"tried again in {max(0.0, record.not_before - now):.1f} s: {reason}"
+    if record.state in FINAL:
+        return f"{record.state}" + (f": {record.error.reason}" if record.error else "")
+    if not verdicts:
+        return "waits: no node is registered"
+    fits = sum(verdict.fits for verdict in verdicts)
+    hopeful = sum(verdict.may_change for verdict in verdicts)
+    if fits:
+        return f"waits its turn: {fits} of {len(verdicts)} nodes fit"
+    return f"waits: no node fits now; {hopeful} of {len(verdicts)} could later, the others are not made for it"

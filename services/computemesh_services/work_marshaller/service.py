@@ -1,0 +1,232 @@
+"""The shell around reigns: stands by for the lease, reigns, and answers questions about work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from computemesh import log
+from computemesh.bus import Bucket, Bus, BusError, MicroService, Mirror, NotStored, lease
+from computemesh.bus.micro import Endpoint
+from computemesh.contracts import storage, work
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, encode, serve
+from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.work import (
+    WorkCancel,
+    WorkExplanation,
+    WorkGet,
+    WorkItem,
+    WorkItems,
+    WorkList,
+    WorkRecord,
+)
+from computemesh.edge import Extra
+from computemesh.ids import new_id
+from computemesh.lifecycle import Spawn
+from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.config import MarshallerConfig
+from computemesh_services.work_marshaller.reign import Reign
+from computemesh_services.work_marshaller.scheduler import Limits
+from computemesh_services.work_marshaller.workitem import RetryPolicy
+
+NAME: Final = "work-marshaller"
+
+AGAIN_S: Final = 0.2
+"""Pause before the next reign when one broke off."""
+
+_log = log.get("service")
+
+
+class WorkMarshaller:
+    """Decides what runs where until it is done.
+
+    Any number may run. The one that holds the lease acts and answers; the others stand by and pass on what
+    their HTTP edge is asked. Two that act at once do no harm: records are written by compare-and-set.
+    """
+
+    def __init__(self, bus: Bus, config: MarshallerConfig, instance: str) -> None:
+        self._bus = bus
+        self._config = config
+        self._instance = instance
+        self._bucket = Bucket(bus, storage.WORK)
+        self._reign: Reign | None = None
+        """The present reign, once it has caught up."""
+        self._newest: Reign | None = None
+        """The present reign, also while it recovers."""
+        self._standing_by = False
+        self._draining = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._endpoints: list[Endpoint] = []
+        self._nodes: Mirror[NodeRecord] = Mirror(bus, storage.NODES, self._on_node)
+        self._limits = Limits(
+            waiting_max=config.work_waiting_max,
+            retry=RetryPolicy(retries_max=config.work_retry_max, delay_s=config.work_retry_delay),
+        )
+
+    def endpoints(self) -> list[AnyBound]:
+        return [
+            serve(work.REQUEST, self.on_request, acting=True),
+            serve(work.GET, self.on_get, acting=True),
+            serve(work.LIST, self.on_list, acting=True),
+            serve(work.CANCEL, self.on_cancel, acting=True),
+            serve(work.EXPLAIN, self.on_explain, acting=True),
+        ]
+
+    def extras(self) -> list[Extra]:
+        return []
+
+    async def start(self, spawn: Spawn, micro: MicroService) -> None:
+        spawn(self._nodes.follow())
+        spawn(self._reign_forever(micro))
+
+    async def drain(self) -> None:
+        """Stores all that is decided and gives the lease back."""
+        self._draining.set()
+        await self._ended.wait()
+
+    def health(self) -> Mapping[str, Any]:
+        reign = self._reign
+        if reign is None:
+            return {"acting": False}
+        return {"acting": True, "waiting": reign.scheduler.waiting, "out": reign.scheduler.out}
+
+    def unready(self) -> str:
+        return "" if self._standing_by or self._reign is not None else "recovering"
+
+    # --- reigns ------------------------------------------------------------------------------------------------
+
+    async def _reign_forever(self, micro: MicroService) -> None:
+        try:
+            while not self._draining.is_set():
+                held = await self._acquire()
+                if held is None:
+                    break
+                try:
+                    reason = await self._reign_once(held, micro)
+                except BusError as error:
+                    reason = str(error)
+                finally:
+                    await held.release()
+                _log.info("stepped down", reason=reason)
+                if not self._draining.is_set():
+                    await asyncio.sleep(AGAIN_S)
+        finally:
+            self._ended.set()
+
+    async def _acquire(self) -> lease.Held | None:
+        """The lease, or None when told to end meanwhile."""
+        await self._bus.connected.wait()
+        acquiring = asyncio.create_task(lease.acquire(self._bus, NAME, self._instance, on_wait=self._stand_by))
+        draining = asyncio.create_task(self._draining.wait())
+        await asyncio.wait({acquiring, draining}, return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        self._standing_by = False
+        if acquiring.done():
+            return acquiring.result()
+        acquiring.cancel()
+        return None
+
+    def _stand_by(self) -> None:
+        if not self._standing_by:
+            _log.info("standing by: another replica acts")
+        self._standing_by = True
+
+    async def _reign_once(self, held: lease.Held, micro: MicroService) -> str:
+        reign = Reign(self._bus, held, self._nodes, self._limits, keep_s=self._config.work_keep_s)
+        self._newest = reign
+        running = asyncio.create_task(reign.run(self._draining))
+        caught_up = asyncio.create_task(reign.caught_up.wait())
+        try:
+            await asyncio.wait({running, caught_up}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                self._reign = reign
+                self._endpoints = [await micro.add(bound) for bound in self.endpoints()]
+            return await running
+        finally:
+            self._reign = self._newest = None
+            caught_up.cancel()
+            running.cancel()
+            for endpoint in self._endpoints:
+                await micro.remove(endpoint)
+            self._endpoints = []
+
+    def _on_node(self, node_id: str, node: NodeRecord | None) -> None:
+        if self._newest is not None:
+            self._newest.node_changed(node_id, node)
+
+    # --- questions ---------------------------------------------------------------------------------------------
+
+    async def on_request(self, item: WorkItem) -> WorkRecord | Refused:
+        """Checks an item, stores it in the inbox, and answers with the item as it stands."""
+        reign = self._reign
+        if reign is None:
+            return await self._bus.ask(work.REQUEST, item)
+        if item.work_id is None:
+            item = msgspec.structs.replace(item, work_id=new_id("w"))
+        elif existing := await self._find(reign, item.work_id):
+            return existing
+        assert item.work_id is not None
+        if refusal := reign.scheduler.refusal(item):
+            return refusal
+        try:
+            seq = await self._bus.store(work.SUBMIT, item)
+        except NotStored as error:
+            if len(encode(item)) > MESSAGE_BYTES_MAX:
+                return Refused(
+                    code="too_large",
+                    reason=f"the item has {len(encode(item))} bytes, more than {MESSAGE_BYTES_MAX}",
+                    status=413,
+                )
+            return Refused(code="not_stored", reason=str(error), status=503, retry="later")
+        known = reign.scheduler.records.get(item.work_id)
+        return known or workitem.received(item, item.work_id, seq, time.time())
+
+    async def on_get(self, ask: WorkGet) -> WorkRecord | Refused:
+        if self._reign is None:
+            return await self._bus.ask(work.GET, ask)
+        return await self._find(self._reign, ask.work_id) or _unknown(ask.work_id)
+
+    async def on_list(self, ask: WorkList) -> WorkItems | Refused:
+        if self._reign is None:
+            return await self._bus.ask(work.LIST, ask)
+        records = self._reign.scheduler.records.values()
+        found = [record for record in records if ask.status in (None, record.state)]
+        found.sort(key=lambda record: record.inbox_seq, reverse=True)
+        return WorkItems(items=[workitem.summary(record) for record in found[: ask.limit]], count=len(found))
+
+    async def on_cancel(self, ask: WorkCancel) -> WorkRecord | Refused:
+        reign = self._reign
+        if reign is None:
+            return await self._bus.ask(work.CANCEL, ask)
+        record = await reign.cancel(ask.work_id, ask.reason) or await self._find(reign, ask.work_id)
+        if record is None:
+            return _unknown(ask.work_id)
+        if workitem.is_final(record) and record.state is not work.WorkState.CANCELLED:
+            return Refused(
+                code="already_final",
+                reason=f"{ask.work_id} is {record.state} and stays so",
+                field="work_id",
+                status=409,
+            )
+        return record
+
+    async def on_explain(self, ask: WorkGet) -> WorkExplanation | Refused:
+        reign = self._reign
+        if reign is None:
+            return await self._bus.ask(work.EXPLAIN, ask)
+        record = await self._find(reign, ask.work_id)
+        return reign.scheduler.explain(record, time.time()) if record else _unknown(ask.work_id)
+
+    async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
+        if record := reign.scheduler.records.get(work_id):
+            return record
+        entry = await self._bucket.get(work_id)
+        return entry.value if entry else None
+
+
+def _unknown(work_id: str) -> Refused:
+    return Refused(code="not_found", reason=f"no work item {work_id!r}", field="work_id", status=404)

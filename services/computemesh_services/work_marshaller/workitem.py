@@ -1,0 +1,202 @@
+"""The life of one work item: which moves are legal, and what each of them changes. Pure.
+
+    pending --> assigned --> running --> completed
+       ^           |            |------> failed      the work's own fault
+       |           v            |------> dead        tried as often as allowed
+       +------- retrying <------+
+    and cancelled, from every state that is not final
+
+Time is a parameter, in Unix seconds. A move that is not in :data:`NEXT` is a defect of the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from computemesh.contracts.base import Message
+from computemesh.contracts.work import (
+    FINAL,
+    Assignment,
+    Move,
+    WorkCompleted,
+    WorkError,
+    WorkFailed,
+    WorkItem,
+    WorkRecord,
+    WorkState,
+    WorkSummary,
+)
+
+P, A, RUN, RE = WorkState.PENDING, WorkState.ASSIGNED, WorkState.RUNNING, WorkState.RETRYING
+DONE, BAD, OFF, DEAD = WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED, WorkState.DEAD
+
+NEXT: Final[Mapping[WorkState, frozenset[WorkState]]] = {
+    P: frozenset({A, OFF}),
+    # A short attempt is over before anyone saw it run, so an assigned item may end at once.
+    A: frozenset({RUN, DONE, BAD, RE, P, DEAD, OFF}),
+    RUN: frozenset({DONE, BAD, RE, DEAD, OFF}),
+    RE: frozenset({P, A, OFF}),
+    DONE: frozenset(),
+    BAD: frozenset(),
+    OFF: frozenset(),
+    DEAD: frozenset(),
+}
+
+STORY_MAX: Final = 32
+"""Moves a record remembers."""
+
+LOSSES_MAX: Final = 20
+"""Attempts that may vanish with their nodes before the item itself is suspected of killing them."""
+
+
+class InvalidMove(AssertionError):
+    """A move that the table does not know, with the item's story."""
+
+
+class RetryPolicy(Message, frozen=True, kw_only=True):
+    """When a failed attempt is followed by another."""
+
+    retries_max: int = 3
+    delay_s: float = 5.0
+    """Before the first retry; doubled for each further one."""
+    delay_s_max: float = 300.0
+
+    def wait_s(self, failures: int, jitter: float) -> float:
+        """Pause after the *failures*-th failure.
+
+        Args:
+            jitter: 0 to 1; the pause is between half and all of the exponential delay.
+        """
+        full_s = min(self.delay_s_max, self.delay_s * 2.0 ** min(max(0, failures - 1), 30))
+        return full_s * (0.5 + jitter / 2)
+
+
+def received(item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord:
+    """A fresh record for an item that stands at *seq* of the inbox."""
+    return WorkRecord(
+        work_id=work_id,
+        state=P,
+        work_type=item.work_type,
+        model_name=item.model_name,
+        priority=item.priority,
+        payload=item.payload,
+        requirements=item.requirements,
+        timeout_s=item.timeout_s,
+        retries_max=item.retries_max,
+        owner=item.owner,
+        labels=item.labels,
+        submitted_at=now,
+        changed_at=now,
+        inbox_seq=seq,
+        story=[Move(at=now, state=P)],
+    )
+
+
+def is_final(record: WorkRecord) -> bool:
+    return record.state in FINAL
+
+
+def assigned(record: WorkRecord, node_id: str, now: float, *, plain: bool) -> WorkRecord:
+    """The next attempt, on *node_id*."""
+    changes = {"node_id": node_id, "plain": plain, "attempt": record.attempt + 1, "not_before": 0.0}
+    return _move(record, A, now, "", changes)
+
+
+def started(record: WorkRecord, now: float) -> WorkRecord:
+    return _move(record, RUN, now, "", {})
+
+
+def due(record: WorkRecord, now: float) -> WorkRecord:
+    """A retry whose pause is over."""
+    return _move(record, P, now, "", {})
+
+
+def undelivered(record: WorkRecord, now: float, reason: str) -> WorkRecord:
+    """The node could not be reached, or took nothing: as if it had not been assigned."""
+    return _move(record, P, now, reason, {})
+
+
+def completed(record: WorkRecord, report: WorkCompleted, now: float) -> WorkRecord:
+    return _move(record, DONE, now, "", {"result": report.result, "finished_at": now})
+
+
+def failed(record: WorkRecord, error: WorkError, policy: RetryPolicy, now: float, jitter: float) -> WorkRecord:
+    """An attempt failed: final when it is the work's own fault or the last one, else another follows."""
+    failures = record.failures + 1
+    changes: dict[str, Any] = {"failures": failures, "error": error}
+    if error.fault == "work":
+        return _move(record, BAD, now, error.reason, changes | {"finished_at": now})
+    retries_max = policy.retries_max if record.retries_max is None else record.retries_max
+    if failures > retries_max:
+        return _move(record, DEAD, now, error.reason, changes | {"finished_at": now})
+    changes["not_before"] = now + policy.wait_s(failures, jitter)
+    return _move(record, RE, now, error.reason, changes)
+
+
+def lost(record: WorkRecord, reason: str, now: float) -> WorkRecord:
+    """The attempt vanished with its node. Not the item's failure, unless it happens again and again."""
+    losses = record.losses + 1
+    error = WorkError(reason=reason, code="node_lost", fault="node")
+    if losses > LOSSES_MAX:
+        return _move(record, DEAD, now, reason, {"losses": losses, "error": error, "finished_at": now})
+    return _move(record, RE, now, reason, {"losses": losses, "error": error, "not_before": now})
+
+
+def cancelled(record: WorkRecord, reason: str, now: float) -> WorkRecord:
+    return _move(record, OFF, now, reason, {"finished_at": now})
+
+
+def is_current(record: WorkRecord, attempt: int | None) -> bool:
+    """Whether a report about *attempt* is about what runs now.
+
+    Only a plain node may leave the number out: the first report then wins.
+    """
+    if record.state not in (A, RUN):
+        return False
+    return attempt == record.attempt if attempt is not None else record.plain
+
+
+def error_of(report: WorkFailed) -> WorkError:
+    return WorkError(reason=report.error, code=report.code, fault=report.fault)
+
+
+def assignment(record: WorkRecord) -> Assignment:
+    """What the node gets."""
+    return Assignment(
+        work_id=record.work_id,
+        attempt=record.attempt,
+        node_id=record.node_id,
+        work_type=record.work_type,
+        model_name=record.model_name,
+        priority=record.priority,
+        payload=record.payload,
+        timeout_s=record.timeout_s,
+        owner=record.owner,
+    )
+
+
+def summary(record: WorkRecord) -> WorkSummary:
+    return WorkSummary(
+        work_id=record.work_id,
+        state=record.state,
+        work_type=record.work_type,
+        model_name=record.model_name,
+        priority=record.priority,
+        owner=record.owner,
+        attempt=record.attempt,
+        node_id=record.node_id,
+        submitted_at=record.submitted_at,
+        changed_at=record.changed_at,
+        error=record.error,
+    )
+
+
+def _move(record: WorkRecord, to: WorkState, now: float, reason: str, changes: dict[str, Any]) -> WorkRecord:
+    if to not in NEXT[record.state]:
+        raise InvalidMove(f"{record.work_id}: {record.state} to {to} ({reason}); {record.story}")
+    after = msgspec.structs.replace(record, state=to, changed_at=now, **changes)
+    line = Move(at=now, state=to, attempt=after.attempt, node_id=after.node_id, reason=reason[:200])
+    return msgspec.structs.replace(after, story=[*record.story[-STORY_MAX + 1 :], line])

@@ -1,0 +1,27 @@
+"""The only package that speaks NATS. Everything else sees contracts, buckets, pulls and leases."""
+
+from computemesh.bus.connection import Bus, Where
+from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
+from computemesh.bus.kv import Bucket, Entry, Mirror
+from computemesh.bus.micro import MicroService
+from computemesh.bus.pipeline import Pipeline, Reply
+from computemesh.bus.pull import Pull, Stored
+
+__all__ = [
+    "Bucket",
+    "Bus",
+    "BusError",
+    "Conflict",
+    "Entry",
+    "MicroService",
+    "Mirror",
+    "NoResponder",
+    "NotStored",
+    "Pipeline",
+    "Pull",
+    "Reply",
+    "Stored",
+    "TimedOut",
+    "Unreachable",
+    "Where",
+]

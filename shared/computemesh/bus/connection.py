@@ -1,0 +1,319 @@
+"""The connection to NATS, and the four things one does with it: publish, store, subscribe, ask."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client, Server
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from computemesh import log
+from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
+from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
+from computemesh.contracts.permissions import inbox_prefix
+
+ASK_TIMEOUT_S: Final = 5.0
+"""How long :meth:`Bus.ask` waits unless told otherwise."""
+
+INITIAL_RETRY_S: Final = 0.2
+"""Pause between attempts to reach a server that was never reached yet."""
+
+RECONNECT_DELAY_S_MAX: Final = 2.0
+"""Bound on the pause between two attempts to reach the server again."""
+
+PENDING_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Bound on what is buffered while the connection is down; above it publishing raises."""
+
+WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
+"""Server codes of a lost compare-and-set; replicated streams answer with the second."""
+
+M = TypeVar("M", bound=Message)
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+
+_log = log.get("bus")
+
+
+class ApiError(Message, frozen=True, kw_only=True):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class PubAck(Message, frozen=True, kw_only=True):
+    """JetStream's answer to a publish: stored under *seq*, or not because of *error*."""
+
+    seq: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+_decode_ack = msgspec.json.Decoder(PubAck).decode
+
+
+def read_ack(subject: str, data: bytes) -> PubAck:
+    """The acknowledgement in *data*.
+
+    Raises:
+        Conflict: a compare-and-set was lost.
+        NotStored: any other refusal of the server.
+    """
+    ack = _decode_ack(data)
+    if ack.error is None:
+        return ack
+    text = f"{subject}: {ack.error.description} ({ack.error.err_code})"
+    if ack.error.err_code in WRONG_LAST_SEQUENCE:
+        raise Conflict(text)
+    raise NotStored(text, code=ack.error.err_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """How to reach the bus, and as whom."""
+
+    url: str
+    role: Role
+    name: str
+    """Shown by the server beside the connection."""
+
+    @property
+    def shown(self) -> str:
+        """The address without its credentials, for messages."""
+        return "nats://" + self.url.partition("://")[2].rpartition("@")[2]
+
+
+class Bus:
+    """One connection, kept alive: it reconnects for ever, with jitter, and tells those who must resync."""
+
+    def __init__(self, where: Where, *, on_defect: Callable[[BaseException], None] | None = None) -> None:
+        self.where: Final = where
+        self.interrupted = asyncio.Event()
+        """Set when the connection breaks; a fresh event stands here after each reconnect."""
+        self.connected = asyncio.Event()
+        self.max_payload = 1024 * 1024
+        self._nc = Client()
+        self._on_defect = on_defect or (lambda error: _log.error("handler failed", error=repr(error)))
+        self._last_error: BaseException | None = None
+        self._subscriptions: list[Subscription] = []
+
+    # --- connection --------------------------------------------------------------------------------------
+
+    async def connect(self, *, timeout_s: float | None = None) -> None:
+        """Connects, waiting for a server that is not there yet.
+
+        Args:
+            timeout_s: give up after that long; None waits for ever, saying so in the log.
+
+        Raises:
+            Unreachable: no server in time, or it refuses the credentials.
+        """
+        attempt = asyncio.ensure_future(
+            self._nc.connect(
+                servers=[self.where.url],
+                name=self.where.name,
+                inbox_prefix=inbox_prefix(self.where.role),
+                connect_timeout=2,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=INITIAL_RETRY_S,  # type: ignore[arg-type]  # any number will do
+                reconnect_to_server_handler=_next_server,
+                ping_interval=10,
+                max_outstanding_pings=2,
+                pending_size=PENDING_BYTES_MAX,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnect,
+                reconnected_cb=self._on_reconnect,
+            )
+        )
+        waited_s = 0.0
+        while True:
+            step_s = 5.0 if timeout_s is None else timeout_s
+            done, _ = await asyncio.wait({attempt}, timeout=step_s)
+            waited_s += step_s
+            if done:
+                break
+            if timeout_s is not None:
+                attempt.cancel()
+                await asyncio.wait({attempt})
+                raise Unreachable(f"no NATS server at {self.where.shown}: {self._reason()}")
+            _log.warning("waiting for NATS", url=self.where.shown, waited_s=waited_s, reason=self._reason())
+        try:
+            attempt.result()
+        except (nats.errors.Error, OSError) as error:
+            raise Unreachable(f"no NATS server at {self.where.shown}: {error}") from error
+        self.max_payload = self._nc.max_payload
+        self.connected.set()
+
+    def _reason(self) -> str:
+        return str(self._last_error or "no answer")
+
+    async def _on_error(self, error: Exception) -> None:
+        self._last_error = error
+        if isinstance(error, nats.errors.Error) and "permissions violation" in str(error).lower():
+            _log.error("not permitted", role=str(self.where.role), reason=str(error))
+
+    async def _on_disconnect(self) -> None:
+        if self.connected.is_set():
+            _log.warning("NATS is gone, reconnecting", url=self.where.shown)
+        self.connected.clear()
+        self.interrupted.set()
+
+    async def _on_reconnect(self) -> None:
+        _log.info("NATS is back", url=self.where.shown)
+        self.interrupted = asyncio.Event()
+        self.connected.set()
+
+    @property
+    def up(self) -> bool:
+        return self._nc.is_connected
+
+    async def flush(self) -> None:
+        """Returns once the server has processed all that was sent so far."""
+        try:
+            await self._nc.flush(timeout=ASK_TIMEOUT_S)  # type: ignore[arg-type]  # any number will do
+        except (nats.errors.Error, OSError) as error:
+            raise TimedOut(f"flush: {error}") from error
+
+    async def close(self) -> None:
+        """Sends what is buffered and closes. Safe to call twice, and when the server is gone."""
+        with contextlib.suppress(nats.errors.Error, OSError, BusError, TimeoutError):
+            if self._nc.is_connected:
+                await self.flush()
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._nc.close()
+
+    # --- raw, for the other modules of this package ---------------------------------------------------------
+
+    def new_inbox(self) -> str:
+        return self._nc.new_inbox()
+
+    async def send(self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """Publishes bytes.
+
+        Raises:
+            Unreachable: the connection is down and its buffer full, or closed.
+            NotStored: larger than the server takes.
+        """
+        try:
+            await self._nc.publish(subject, data, reply=reply, headers=headers)
+        except nats.errors.MaxPayloadError as error:
+            raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}") from error
+        except (nats.errors.Error, OSError) as error:
+            raise Unreachable(f"{subject}: {error}") from error
+
+    async def call(
+        self, subject: str, data: bytes, *, timeout_s: float = ASK_TIMEOUT_S, headers: dict[str, str] | None = None
+    ) -> Msg:
+        """One request, one raw reply.
+
+        Raises:
+            NoResponder, TimedOut, Unreachable, NotStored.
+        """
+        if len(data) > self.max_payload:
+            raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}")
+        try:
+            return await self._nc.request(subject, data, timeout=timeout_s, headers=headers)
+        except nats.errors.NoRespondersError as error:
+            raise NoResponder(f"{subject}: nobody answers there now") from error
+        except (nats.errors.TimeoutError, TimeoutError) as error:
+            raise TimedOut(f"{subject}: no answer in {timeout_s:g} s") from error
+        except (nats.errors.Error, OSError) as error:
+            raise Unreachable(f"{subject}: {error}") from error
+
+    async def listen(
+        self, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""
+    ) -> Subscription:
+        """Subscribes raw. An exception in *on_message* is a defect of the program, and reported as one."""
+
+        async def guarded(message: Msg) -> None:
+            try:
+                await on_message(message)
+            except Exception as error:
+                self._on_defect(error)
+
+        return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+
+    async def forget(self, subscription: Subscription) -> None:
+        """Unsubscribes; what was delivered but not handled is dropped."""
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await subscription.unsubscribe()
+
+    async def drain(self, subscription: Subscription) -> None:
+        """Unsubscribes after handling what was delivered."""
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            await subscription.drain()  # type: ignore[no-untyped-call]
+
+    # --- contracts -----------------------------------------------------------------------------------------
+
+    async def publish(self, event: Event[M], payload: M, *, target: str = "") -> None:
+        """Publishes an event, at most once."""
+        await self.send(event.at(target), encode(payload))
+
+    async def store(
+        self, event: Event[M], payload: M, *, message_id: str = "", timeout_s: float = ASK_TIMEOUT_S
+    ) -> int:
+        """Publishes a captured event and waits until it is stored.
+
+        Args:
+            message_id: the server drops a second message with this id within its duplicate window.
+
+        Returns:
+            The sequence under which it stands.
+        """
+        assert event.captured, f"{event.subject} is not captured"
+        headers = {"Nats-Msg-Id": message_id} if message_id else None
+        subject = event.at()
+        reply = await self.call(subject, encode(payload), timeout_s=timeout_s, headers=headers)
+        return read_ack(subject, reply.data).seq
+
+    async def subscribe(
+        self,
+        event: Event[M],
+        handler: Callable[[M], Awaitable[None]],
+        *,
+        target: str = "",
+        queue: str = "",
+    ) -> Subscription:
+        """Hears an event, one message at a time and in order. What does not decode is logged and skipped."""
+        subject = event.at(target or ("*" if event.target else ""))
+
+        async def on_message(message: Msg) -> None:
+            payload = decode(message.data, event.payload)
+            if isinstance(payload, Refused):
+                _log.warning("ignored a message", subject=message.subject, reason=payload.reason, field=payload.field)
+                return
+            await handler(payload)
+
+        return await self.listen(subject, on_message, queue=queue)
+
+    async def ask(
+        self, request: Request[Q, R], question: Q, *, target: str = "", timeout_s: float = ASK_TIMEOUT_S
+    ) -> R | Refused:
+        """Asks and gives the answer or the refusal.
+
+        Raises:
+            NoResponder, TimedOut, Unreachable: nobody could be asked.
+        """
+        reply = await self.call(request.at(target), encode(question), timeout_s=timeout_s)
+        return read_answer(request, reply.data, reply.headers)
+
+
+def read_answer(request: Request[Q, R], data: bytes, headers: Mapping[str, str] | None) -> R | Refused:
+    """A reply as the request's reply type, or as the refusal it carries."""
+    kind: type[Any] = Refused if headers and "Nats-Service-Error" in headers else request.gives
+    answer: R | Refused = decode(data, kind)
+    return answer
+
+
+def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server | None, float]:
+    """Any server of the pool, after a pause that grows with its failures. Jitter spreads a whole fleet."""
+    chosen = random.choice(servers)  # noqa: S311  # spreading load, not a secret
+    ceiling_s = min(RECONNECT_DELAY_S_MAX, 0.1 * 2 ** min(chosen.reconnects, 8))
+    return chosen, random.uniform(0.02, ceiling_s)  # noqa: S311

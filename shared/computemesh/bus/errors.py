@@ -1,0 +1,38 @@
+"""What can go wrong between a service and the bus.
+
+BusError
+├── Unreachable      no server answers, or it refuses the credentials
+├── NoResponder      nobody serves that subject now
+├── TimedOut         asked, and not answered in time: it may have happened or not
+├── Conflict         the record changed under the writer (compare-and-set lost)
+└── NotStored        the server refused to store: full, too large, unknown stream
+"""
+
+from __future__ import annotations
+
+
+class BusError(Exception):
+    """Base of all bus failures. The message names the subject and what was tried."""
+
+
+class Unreachable(BusError):
+    pass
+
+
+class NoResponder(BusError):
+    pass
+
+
+class TimedOut(BusError):
+    pass
+
+
+class Conflict(BusError):
+    pass
+
+
+class NotStored(BusError):
+    def __init__(self, text: str, *, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+        """The server's ``err_code``."""

@@ -1,0 +1,214 @@
+"""Typed JetStream KV buckets, without the traps of the raw ones.
+
+A key that expired or was deleted simply is not there: markers never surface. Every write is a
+compare-and-set and raises :class:`Conflict` when it loses. :class:`Mirror` holds a whole bucket in memory
+and stays right across reconnects and server restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from computemesh import log
+from computemesh.bus.connection import Bus, read_ack
+from computemesh.bus.errors import BusError, Conflict
+from computemesh.bus.pull import Pull, Stored, read_all
+from computemesh.contracts import storage
+from computemesh.contracts.base import encode
+
+ATTEMPTS_MAX: Final = 32
+"""Races one :meth:`Bucket.change` may lose in a row before it gives up."""
+
+V = TypeVar("V", bound=msgspec.Struct)
+
+_log = log.get("kv")
+
+
+@dataclass(frozen=True)
+class Entry(Generic[V]):
+    value: V
+    revision: int
+    """Sequence in the bucket's stream; the next compare-and-set names it."""
+
+
+def is_gone(headers: Mapping[str, str] | None) -> bool:
+    """Whether a stored message only marks that its key was deleted, purged or expired."""
+    return headers is not None and ("KV-Operation" in headers or "Nats-Marker-Reason" in headers)
+
+
+class Bucket(Generic[V]):
+    """Reads and writes of one bucket."""
+
+    def __init__(self, bus: Bus, spec: storage.Bucket[V]) -> None:
+        self.spec: Final = spec
+        self._bus = bus
+        self._decode: Callable[[bytes], V] = msgspec.json.Decoder(spec.value).decode
+
+    async def get(self, key: str) -> Entry[V] | None:
+        entry, _ = await self._read(key)
+        return entry
+
+    async def _read(self, key: str) -> tuple[Entry[V] | None, int]:
+        """The entry, and the revision a write must name: also that of a marker, 0 when there is nothing."""
+        subject = self.spec.subject(key)
+        reply = await self._bus.call(f"$JS.API.DIRECT.GET.{self.spec.stream}.{subject}", b"")
+        headers = reply.headers or {}
+        if headers.get("Status") == "404":
+            return None, 0
+        if "Nats-Sequence" not in headers:
+            raise BusError(f"{self.spec.name}: cannot read {key}: {headers}")
+        revision = int(headers["Nats-Sequence"])
+        return (None if is_gone(headers) else Entry(self._decode(reply.data), revision)), revision
+
+    async def update(self, key: str, value: V, *, last: int, ttl_s: int | None = None) -> int:
+        """Writes if the key's revision is still *last* (0: it is not there), and gives the new revision.
+
+        Args:
+            ttl_s: the key expires after that long unless written again; at least 1.
+
+        Raises:
+            Conflict: somebody else wrote meanwhile.
+        """
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+        if ttl_s is not None:
+            headers["Nats-TTL"] = f"{ttl_s}s"
+        subject = self.spec.subject(key)
+        reply = await self._bus.call(subject, encode(value), headers=headers)
+        return read_ack(subject, reply.data).seq
+
+    async def create(self, key: str, value: V, *, ttl_s: int | None = None) -> int:
+        """Writes a key that is not there, or only as a marker.
+
+        Raises:
+            Conflict: it is there.
+        """
+        try:
+            return await self.update(key, value, last=0, ttl_s=ttl_s)
+        except Conflict:
+            entry, revision = await self._read(key)
+            if entry is not None or revision == 0:
+                raise
+            return await self.update(key, value, last=revision, ttl_s=ttl_s)
+
+    async def purge(self, key: str, *, last: int) -> None:
+        """Removes a key if its revision is still *last*."""
+        subject = self.spec.subject(key)
+        headers = {
+            "KV-Operation": "PURGE",
+            "Nats-Rollup": "sub",
+            "Nats-Expected-Last-Subject-Sequence": str(last),
+        }
+        reply = await self._bus.call(subject, b"", headers=headers)
+        read_ack(subject, reply.data)
+
+    async def change(self, key: str, decide: Callable[[V | None], V | None]) -> V | None:
+        """Moves a key's value by a pure function, which may run again when a race was lost.
+
+        Args:
+            decide: from the present value (None: not there) to the new one; None or the same value
+                writes nothing.
+
+        Returns:
+            The value that stands afterwards.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            entry, revision = await self._read(key)
+            before = entry.value if entry else None
+            after = decide(before)
+            if after is None or after == before:
+                return before
+            try:
+                await self.update(key, after, last=revision)
+            except Conflict:
+                continue
+            return after
+        raise Conflict(f"{self.spec.name}/{key}: {ATTEMPTS_MAX} races lost in a row")
+
+    async def load(self) -> dict[str, Entry[V]]:
+        """Every key, as of now. Keys of several tokens are bookkeeping and left out."""
+        prefix = self.spec.subject("")
+        stored = await read_all(self._bus, self.spec.stream, [self.spec.subject("*")])
+        return {
+            message.subject.removeprefix(prefix): Entry(self._decode(message.data), message.seq)
+            for message in stored
+            if not is_gone(message.headers)
+        }
+
+
+OnChange = Callable[[str, V | None], None]
+
+
+class Mirror(Generic[V]):
+    """A bucket in memory, kept equal to the stored one.
+
+    Reading starts over after every interruption, and keys that vanished meanwhile are noticed. One mirror
+    per bucket and process; *on_change* is called with the key and its value, None when it is gone.
+    """
+
+    def __init__(self, bus: Bus, spec: storage.Bucket[V], on_change: OnChange[V] | None = None) -> None:
+        self.entries: dict[str, Entry[V]] = {}
+        self.synced = asyncio.Event()
+        """Set while the mirror is known to hold all that is stored."""
+        self._bus = bus
+        self._spec = spec
+        self._decode: Callable[[bytes], V] = msgspec.json.Decoder(spec.value).decode
+        self._on_change = on_change
+        self._unseen: set[str] = set()
+
+    def get(self, key: str) -> V | None:
+        entry = self.entries.get(key)
+        return entry.value if entry else None
+
+    def values(self) -> list[V]:
+        return [entry.value for entry in self.entries.values()]
+
+    async def follow(self) -> None:
+        """Keeps the mirror equal to the bucket until cancelled. Run it as a background task."""
+        while True:
+            await self._bus.connected.wait()
+            pull = Pull(self._bus, self._spec.stream)
+            try:
+                await self._read_from_start(pull)
+                await pull.lost.wait()
+            except BusError as error:
+                _log.warning("cannot follow a bucket yet", bucket=self._spec.name, reason=str(error))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._bus.interrupted.wait(), 0.5)
+            finally:
+                self.synced.clear()
+                await pull.stop()
+
+    async def _read_from_start(self, pull: Pull) -> None:
+        self._unseen = set(self.entries)
+        waiting = await pull.start(self._on_stored, subjects=[self._spec.subject("*")], last_per_subject=True)
+        if waiting == 0:
+            self._caught_up()
+
+    async def _on_stored(self, stored: Stored) -> None:
+        key = stored.subject.removeprefix(self._spec.subject(""))
+        self._unseen.discard(key)
+        if is_gone(stored.headers):
+            self._drop(key)
+        elif key not in self.entries or self.entries[key].revision < stored.seq:
+            value = self._decode(stored.data)
+            self.entries[key] = Entry(value, stored.seq)
+            if self._on_change:
+                self._on_change(key, value)
+        if stored.pending == 0 and not self.synced.is_set():
+            self._caught_up()
+
+    def _caught_up(self) -> None:
+        for key in self._unseen:
+            self._drop(key)
+        self._unseen = set()
+        self.synced.set()
+
+    def _drop(self, key: str) -> None:
+        if self.entries.pop(key, None) is not None and self._on_change:
+            self._on_change(key, None)

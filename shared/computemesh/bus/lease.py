@@ -1,0 +1,107 @@
+"""Leases: which replica of a service acts at present.
+
+A lease is a key with a time to live that its holder renews. It only saves effort: two holders at once do
+no harm, because every write of theirs is a compare-and-set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from computemesh import log
+from computemesh.bus.connection import Bus
+from computemesh.bus.errors import BusError, Conflict
+from computemesh.bus.kv import Bucket
+from computemesh.contracts import storage
+from computemesh.contracts.storage import Lease
+
+TTL_S: Final = 3
+"""Silence after which another replica may take over. Whole seconds, as the server counts."""
+
+RENEW_S: Final = 1.0
+
+ATTEMPT_S: Final = 0.5
+"""How often a replica that waits tries again."""
+
+_log = log.get("lease")
+
+
+class Held:
+    """A lease in hand. ``lost`` is set as soon as it can no longer be relied upon."""
+
+    def __init__(self, bucket: Bucket[Lease], service: str, lease: Lease, revision: int) -> None:
+        self.epoch: Final = lease.epoch
+        self.lost = asyncio.Event()
+        self._bucket = bucket
+        self._service = service
+        self._lease = lease
+        self._revision = revision
+        self._task = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        loop = asyncio.get_running_loop()
+        good_until_s = loop.time() + TTL_S
+        while loop.time() < good_until_s:
+            await asyncio.sleep(RENEW_S)
+            try:
+                asked_s = loop.time()
+                self._revision = await self._bucket.update(self._service, self._lease, last=self._revision, ttl_s=TTL_S)
+                good_until_s = asked_s + TTL_S
+            except Conflict:
+                break
+            except BusError as error:
+                _log.warning("cannot renew", lease=self._service, reason=str(error))
+        self.lost.set()
+
+    async def release(self) -> None:
+        """Gives the lease back, so that another replica need not wait for it to expire."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        if not self.lost.is_set():
+            with contextlib.suppress(BusError):
+                await self._bucket.purge(self._service, last=self._revision)
+        self.lost.set()
+
+
+async def acquire(bus: Bus, service: str, holder: str, *, on_wait: Callable[[], None]) -> Held:
+    """Waits until *holder* has the lease of *service*.
+
+    A holder that finds its own name in the lease takes it at once: it is its own next life.
+
+    Args:
+        on_wait: called when another replica is seen to hold it.
+    """
+    bucket = Bucket(bus, storage.LEASES)
+    while True:
+        try:
+            held = await _try(bucket, service, holder)
+        except BusError as error:
+            _log.warning("cannot ask for the lease", lease=service, reason=str(error))
+        else:
+            if held is not None:
+                _log.info("acting", lease=service, epoch=held.epoch)
+                return held
+            on_wait()
+        await asyncio.sleep(ATTEMPT_S)
+
+
+async def _try(bucket: Bucket[Lease], service: str, holder: str) -> Held | None:
+    entry = await bucket.get(service)
+    if entry is not None and entry.value.holder != holder:
+        return None
+    # The epoch grows with the bucket, also across leases that expired.
+    lease = Lease(holder=holder, epoch=entry.revision if entry else 0)
+    try:
+        if entry is None:
+            revision = await bucket.create(service, lease, ttl_s=TTL_S)
+        else:
+            revision = await bucket.update(service, lease, last=entry.revision, ttl_s=TTL_S)
+        lease = Lease(holder=holder, epoch=revision)
+        revision = await bucket.update(service, lease, last=revision, ttl_s=TTL_S)
+    except Conflict:
+        return None
+    return Held(bucket, service, lease, revision)

@@ -1,0 +1,212 @@
+"""Request endpoints that speak the NATS micro protocol (ADR-32), so ``$SRV.PING/INFO/STATS`` just work.
+
+``nats.micro`` of nats-py handles one request at a time, drops those that wait when it stops, and counts
+time wrongly once handlers run concurrently; hence an implementation of our own. Requests of one endpoint
+run concurrently up to a bound, and draining answers what is in hand and what is waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from computemesh import __version__, log
+from computemesh.bus.connection import Bus
+from computemesh.bus.errors import BusError
+from computemesh.contracts.base import AnyBound, Message, Refused, decode, encode
+from computemesh.ids import new_id
+
+CONCURRENCY: Final = 64
+"""Requests of one endpoint in hand at once; more wait in the subscription."""
+
+_log = log.get("micro")
+
+
+class EndpointInfo(Message, frozen=True, kw_only=True):
+    name: str
+    subject: str
+    queue_group: str
+    metadata: dict[str, str] = {}
+
+
+class ServiceInfo(Message, frozen=True, kw_only=True):
+    """What ``$SRV.INFO`` answers."""
+
+    type: str = "io.nats.micro.v1.info_response"
+    name: str
+    id: str
+    version: str
+    description: str = ""
+    metadata: dict[str, str] = {}
+    endpoints: list[EndpointInfo] = []
+
+
+class Endpoint:
+    """One subject, its handler and its counters."""
+
+    def __init__(self, bus: Bus, bound: AnyBound, group: str) -> None:
+        self.bound: Final = bound
+        self.name: Final = bound.contract.subject.removeprefix("compute.").replace(".", "-")
+        self.group: Final = group
+        self.requests = 0
+        self.errors = 0
+        self.spent_ns = 0
+        self.last_error = ""
+        self._bus = bus
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+
+    async def start(self) -> None:
+        self._subscription = await self._bus.listen(self.bound.subject, self._on_message, queue=self.group)
+
+    async def drain(self) -> None:
+        """Takes no new request, answers those in hand and those waiting."""
+        if self._subscription is not None:
+            await self._bus.drain(self._subscription)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _on_message(self, message: Msg) -> None:
+        await self._slots.acquire()
+        task = asyncio.create_task(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, message: Msg) -> None:
+        started_ns = time.perf_counter_ns()
+        try:
+            answer = await call(self.bound, message.data)
+            if message.reply:
+                await self._bus.send(message.reply, encode(answer), headers=_error_headers(answer))
+        except BusError as error:
+            _log.warning("could not answer", subject=message.subject, reason=str(error))
+            return
+        finally:
+            self._slots.release()
+        self.requests += 1
+        self.spent_ns += time.perf_counter_ns() - started_ns
+        if isinstance(answer, Refused):
+            self.errors += 1
+            self.last_error = f"{answer.status}:{answer.reason}"
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "subject": self.bound.subject,
+            "queue_group": self.group,
+            "num_requests": self.requests,
+            "num_errors": self.errors,
+            "last_error": self.last_error,
+            "processing_time": self.spent_ns,
+            "average_processing_time": self.spent_ns // max(1, self.requests),
+        }
+
+
+async def call(bound: AnyBound, data: bytes) -> Message:
+    """The reply to a request's bytes. The bus and the HTTP edge both end here or in :func:`run`."""
+    question = decode(data, bound.contract.takes)
+    return question if isinstance(question, Refused) else await run(bound, question)
+
+
+async def run(bound: AnyBound, question: Any) -> Message:
+    """The handler's answer. A defect in it is logged with its trace and answered without one."""
+    try:
+        answer: Message = await bound.handler(question)
+    except BusError as error:
+        _log.warning("no answer from the bus", subject=bound.subject, reason=str(error))
+        return Refused(code="unavailable", reason=str(error), status=503, retry="later")
+    except Exception:
+        _log.exception("handler failed", subject=bound.subject)
+        return Refused(code="internal", reason="the service failed on this request; its log says why", status=500)
+    return answer
+
+
+def _error_headers(answer: Message) -> dict[str, str] | None:
+    if not isinstance(answer, Refused):
+        return None
+    # Headers are one line each and not UTF-8 everywhere; the body has the full text.
+    reason = answer.reason.encode("ascii", "replace").decode()
+    return {"Nats-Service-Error": reason[:500], "Nats-Service-Error-Code": str(answer.status)}
+
+
+class MicroService:
+    """The endpoints of one process, discoverable by anyone with ``$SRV.INFO``."""
+
+    def __init__(self, bus: Bus, *, name: str, description: str, metadata: dict[str, str]) -> None:
+        self.id: Final = new_id("s")
+        self.name: Final = name
+        self._bus = bus
+        self._description = description
+        self._metadata = metadata
+        self._endpoints: list[Endpoint] = []
+        self._control: list[Subscription] = []
+        self._started = datetime.now(UTC)
+
+    async def start(self, bounds: list[AnyBound]) -> None:
+        for bound in bounds:
+            await self.add(bound)
+        for verb, reply in (("PING", self._ping), ("INFO", self.info), ("STATS", self._stats)):
+            for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self.name}", f"$SRV.{verb}.{self.name}.{self.id}"):
+                self._control.append(await self._listen(subject, reply))
+
+    async def add(self, bound: AnyBound) -> Endpoint:
+        """Serves one more request, at once."""
+        endpoint = Endpoint(self._bus, bound, self.name)
+        await endpoint.start()
+        self._endpoints.append(endpoint)
+        return endpoint
+
+    async def remove(self, endpoint: Endpoint) -> None:
+        """Stops serving a request after answering what waits."""
+        await endpoint.drain()
+        self._endpoints.remove(endpoint)
+
+    async def drain(self) -> None:
+        await asyncio.gather(*(endpoint.drain() for endpoint in self._endpoints))
+        for subscription in self._control:
+            await self._bus.forget(subscription)
+
+    async def _listen(self, subject: str, reply: Any) -> Subscription:
+        async def on_message(message: Msg) -> None:
+            if message.reply:
+                await self._bus.send(message.reply, msgspec.json.encode(reply()))
+
+        return await self._bus.listen(subject, on_message)
+
+    def _identity(self, kind: str) -> dict[str, Any]:
+        return {
+            "type": f"io.nats.micro.v1.{kind}_response",
+            "name": self.name,
+            "id": self.id,
+            "version": __version__,
+            "metadata": self._metadata,
+        }
+
+    def _ping(self) -> dict[str, Any]:
+        return self._identity("ping")
+
+    def info(self) -> ServiceInfo:
+        return ServiceInfo(
+            name=self.name,
+            id=self.id,
+            version=__version__,
+            description=self._description,
+            metadata=self._metadata,
+            endpoints=[
+                EndpointInfo(name=e.name, subject=e.bound.subject, queue_group=e.group) for e in self._endpoints
+            ],
+        )
+
+    def _stats(self) -> dict[str, Any]:
+        started = self._started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return self._identity("stats") | {
+            "started": started,
+            "endpoints": [endpoint.stats() for endpoint in self._endpoints],
+        }

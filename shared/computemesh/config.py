@@ -1,0 +1,80 @@
+"""Configuration: frozen structs, filled from the environment, explained when wrong.
+
+The field ``http_port`` is read from ``COMPUTEMESH_HTTP_PORT``. A field may have further names, for people
+who come from other systems: ``Annotated[int, Meta(extra={"env": ["WORK_RETRY_MAX"]})]``. The first name
+that is set wins.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from computemesh.log import LogFormat
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+PREFIX = "COMPUTEMESH_"
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the message names the variable, its value and what is expected."""
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What every service can be told."""
+
+    nats_url: Annotated[str, msgspec.Meta(extra={"env": ["NATS_URL"]})] = "nats://127.0.0.1:4222"
+    """Where the bus is, with the credentials of this process's role in it."""
+    http_host: str = "127.0.0.1"
+    """Address the HTTP edge binds. Beyond loopback a token is demanded."""
+    http_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    """Port of the HTTP edge; 0 = any free one."""
+    token: str = ""
+    """Bearer token that HTTP callers must show when the edge is bound beyond loopback."""
+    allow_open: bool = False
+    """Allow an edge beyond loopback without a token: only inside a network that is closed itself."""
+    log_level: Annotated[str, msgspec.Meta(pattern="^(?i:debug|info|warning|error)$")] = "info"
+    log_format: LogFormat = "auto"
+    instance: str = ""
+    """Name of this replica, the same in its next life; left out, one is made up."""
+    drain_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 20.0
+    """How long a service that was told to end may finish what it has in hand."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    """Copies of each stream and bucket in a JetStream cluster."""
+    ready_fd: int | None = None
+    """Descriptor to which one line is written once the service is ready. Set by the supervisor."""
+
+
+def load(kind: type[C], environ: Mapping[str, str] | None = None) -> C:
+    """A configuration of type *kind* from environment variables.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    values = os.environ if environ is None else environ
+    hints = get_type_hints(kind, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        for name in [PREFIX + field.name.upper(), *_other_names(hints[field.name])]:
+            if values.get(name, "") != "":
+                found[field.name] = _value(values[name], hints[field.name], name)
+                break
+    return kind(**found)
+
+
+def _other_names(hint: Any) -> list[str]:
+    if get_origin(hint) is not Annotated:
+        return []
+    metas = [meta for meta in get_args(hint)[1:] if isinstance(meta, msgspec.Meta)]
+    return [name for meta in metas for name in (meta.extra or {}).get("env", [])]
+
+
+def _value(text: str, hint: Any, name: str) -> Any:
+    try:
+        return msgspec.convert(text, hint, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}={text!r}: {error}") from None

@@ -1,0 +1,5 @@
+"""HTTP, for people and other ecosystems: a translation of the contracts, with no logic of its own."""
+
+from computemesh.edge.http import Edge, Extra, application
+
+__all__ = ["Edge", "Extra", "application"]

@@ -1,0 +1,333 @@
+"""The HTTP edge of a service: its contracts as routes, and the doors that every edge has.
+
+``/healthz`` the process and its loops are alive; ``/readyz`` it can serve now; ``/metrics`` Prometheus;
+``/openapi.json``. Refusals are RFC 9457 problem details.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from computemesh.bus import micro
+from computemesh.config import ConfigError, ServiceConfig
+from computemesh.contracts.base import (
+    MESSAGE_BYTES_MAX,
+    AnyBound,
+    Http,
+    Message,
+    Refused,
+    convert,
+    encode,
+    refused,
+    too_deep,
+)
+from computemesh.edge import openapi
+
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Answered to anybody: they tell nothing but how this process is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A hand-written route, for an ecosystem whose shapes are not ours."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors:
+    """What the common doors need to know of the service."""
+
+    name: str
+    about: str
+    health: Callable[[], Mapping[str, Any]]
+    """Facts for ``/healthz``; the key ``problem`` is empty when all is well."""
+    unready: Callable[[], str]
+    """Why it cannot serve now; empty when it can."""
+
+
+def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], extras: list[Extra]) -> ASGIApp:
+    """The ASGI application of one service's edge."""
+    routes = [
+        Route(route.path, _handler(bound, route), methods=[route.method])
+        for bound in bounds
+        for route in bound.contract.http
+    ]
+    routes += [Route(extra.path, extra.handler, methods=[extra.method]) for extra in extras]
+    routes += _common(doors, bounds)
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
+    )
+    return Gate(app, config)
+
+
+def _common(doors: Doors, bounds: list[AnyBound]) -> list[Route]:
+    document = openapi.document(f"computemesh {doors.name}", doors.about, bounds)
+
+    async def healthz(_: Request) -> Response:
+        facts = {"service": doors.name, **doors.health()}
+        ok = not facts.get("problem")
+        return JSONResponse({"status": "ok" if ok else "failing", **facts}, 200 if ok else 503)
+
+    async def readyz(_: Request) -> Response:
+        reason = doors.unready()
+        return JSONResponse({"status": "not ready" if reason else "ready", "reason": reason}, 503 if reason else 200)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def schema(_: Request) -> Response:
+        return JSONResponse(document)
+
+    return [
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", metrics),
+        Route("/openapi.json", schema),
+    ]
+
+
+# --- one request ---------------------------------------------------------------------------------------------
+
+
+def _handler(bound: AnyBound, route: Http) -> Callable[[Request], Any]:
+    async def handle(request: Request) -> Response:
+        question = await read_question(request, bound.contract.takes)
+        answer = question if isinstance(question, Refused) else await micro.run(bound, question)
+        if isinstance(answer, Refused):
+            return problem(answer)
+        return Response(encode(answer), route.status, media_type="application/json")
+
+    return handle
+
+
+async def read_question(request: Request, kind: type[Any]) -> Any:
+    """The request's body, query and path as a message of *kind*, or the refusal."""
+    body = await read_body(request)
+    if isinstance(body, Refused):
+        return body
+    fields = _parse_object(body)
+    if isinstance(fields, Refused):
+        return fields
+    texts = _texts(request, kind)
+    if isinstance(texts, Refused):
+        return texts
+    return convert({**fields, **texts}, kind)
+
+
+async def read_body(request: Request) -> bytes | Refused:
+    """The body, refused when it is too large or not declared as JSON.
+
+    The content type matters: a browser lets any page post plain text to a port on this machine, but asks
+    first before it sends JSON.
+    """
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MESSAGE_BYTES_MAX:
+                return Refused(
+                    code="too_large", reason=f"the body is larger than {MESSAGE_BYTES_MAX} bytes", status=413
+                )
+    except ClientDisconnect:
+        return Refused(code="bad_message", reason="the caller went away while sending")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and kind != "application/json":
+        return Refused(
+            code="bad_content_type", reason=f"send Content-Type: application/json, not {kind or 'none'}", status=415
+        )
+    return bytes(body)
+
+
+def _parse_object(body: bytes) -> dict[str, Any] | Refused:
+    if not body:
+        return {}
+    if too_deep(body):
+        return Refused(code="bad_message", reason="nested too deep")
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        return refused(error)
+
+
+def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
+    """Path segments and query parameters, turned from text into what their fields hold."""
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    given = {**dict(request.query_params), **request.path_params}
+    found: dict[str, Any] = {}
+    for name, text in given.items():
+        if name not in types:
+            known = ", ".join(sorted(types)) or "none"
+            return Refused(code="bad_message", field=name, reason=f"unknown parameter; known: {known}")
+        try:
+            value = msgspec.convert(text, types[name], strict=False)
+        except ValueError as error:
+            return msgspec.structs.replace(refused(error), field=name)
+        found[name] = msgspec.to_builtins(value)
+    return found
+
+
+def problem(answer: Refused) -> Response:
+    """A refusal as RFC 9457 problem details."""
+    body = {
+        "type": f"urn:computemesh:{answer.code}",
+        "title": answer.code.replace("_", " "),
+        "status": answer.status,
+        "detail": answer.reason,
+        "code": answer.code,
+        "field": answer.field,
+        "retry": answer.retry,
+    }
+    headers = {"Retry-After": "1"} if answer.retry == "later" else None
+    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    answer = problem(Refused(code=code, reason=str(error.detail), status=error.status_code))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _defect(_: Request, _error: Exception) -> Response:
+    return problem(Refused(code="internal", reason="the service failed on this request; its log says why", status=500))
+
+
+# --- who may come in -----------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Checks who calls, before anything else sees the request.
+
+    On loopback no token is needed, so the names a browser was told (``Host``, ``Origin``) are checked
+    instead: a web page, or a DNS name that was re-pointed at this machine, must not reach the edge. Beyond
+    loopback the bearer token decides.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+        self._app = app
+        self._loopback = is_loopback(config.http_host)
+        self._token = config.token.encode()
+        if not self._loopback and not self._token and not config.allow_open:
+            raise ConfigError(
+                f"COMPUTEMESH_HTTP_HOST={config.http_host} is reachable from other machines: set "
+                "COMPUTEMESH_TOKEN, or COMPUTEMESH_ALLOW_OPEN=true inside a closed network"
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (answer := self._refusal(scope)) is not None:
+            await problem(answer)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Refused | None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if self._loopback and not is_loopback(_host_name(host)):
+            return Refused(code="bad_host", reason=f"this edge is not called {host!r}", status=421)
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return Refused(code="bad_origin", reason=f"calls from {origin!r} are not allowed", status=403)
+        if scope["path"] in OPEN_PATHS or self._loopback or not self._token:
+            return None
+        scheme, _, shown = headers.get(b"authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return Refused(code="no_token", reason="send Authorization: Bearer <COMPUTEMESH_TOKEN>", status=401)
+        if not hmac.compare_digest(shown.strip().encode(), self._token):
+            return Refused(code="bad_token", reason="that token is not the one of this mesh", status=403)
+        return None
+
+
+def _host_name(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether *host*, a name or an address, can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# --- the server ------------------------------------------------------------------------------------------------
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the lifecycle."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Edge:
+    """A bound port and the server on it."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._server: uvicorn.Server | None = None
+        family = socket.AF_INET6 if ":" in config.http_host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((config.http_host, config.http_port))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"port {config.http_port} on {config.http_host} cannot be bound ({error.strerror}): "
+                "another program has it; set another port or stop that program"
+            ) from None
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._config.http_host}]" if ":" in self._config.http_host else self._config.http_host
+        return f"http://{host}:{self._socket.getsockname()[1]}"
+
+    async def serve(self, app: ASGIApp) -> None:
+        """Serves until :meth:`stop`; requests in hand are answered first."""
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                loop="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=int(self._config.drain_timeout_s),
+            )
+        )
+        await self._server.serve(sockets=[self._socket])
+
+    def stop(self) -> None:
+        """Takes no new connection and lets :meth:`serve` end."""
+        if self._server is not None:
+            self._server.should_exit = True
+        self._socket.close()
+
+
+def as_json(message: Message, status: int = 200) -> Response:
+    """A message as an HTTP answer, for hand-written routes."""
+    return Response(encode(message), status, media_type="application/json")

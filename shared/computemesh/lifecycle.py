@@ -1,0 +1,247 @@
+"""The life of a service process: configure, connect, start, ready, drain, stopped.
+
+Crash-only: a background task that raises ends the process, and the supervisor starts it again. SIGTERM and
+SIGINT drain, in this order:
+
+1. not ready any more; the HTTP edge takes no new connection, the endpoints no new request;
+2. what is in hand is finished and what was waiting is answered;
+3. the service drains: finishes or hands back its own work, stores what must be stored;
+4. everything sent is flushed, the connection closed, exit status 0.
+
+Past ``drain_timeout_s`` the rest is abandoned with exit status 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+import uvloop
+from prometheus_client import Gauge
+
+from computemesh import __version__, log
+from computemesh.bus import Bus, BusError, MicroService, Where
+from computemesh.bus.provision import provision
+from computemesh.config import ConfigError, ServiceConfig, load
+from computemesh.contracts.base import AnyBound, Role
+from computemesh.edge import Edge, Extra, application
+from computemesh.edge.http import Doors
+
+Spawn = Callable[[Coroutine[Any, Any, None]], None]
+"""Starts a background task of the service. If it raises, the process ends."""
+
+EXIT_DEFECT: Final = 70
+EXIT_CONFIG: Final = 78
+"""As in sysexits.h; the supervisor does not restart a service that is configured wrongly."""
+
+C = TypeVar("C", bound=ServiceConfig)
+
+_UP = Gauge("computemesh_service_info", "Which service this process is.", ["service", "version", "instance"])
+_log = log.get("lifecycle")
+
+
+class Service(Protocol):
+    """What a service is, to the lifecycle."""
+
+    def endpoints(self) -> list[AnyBound]:
+        """The requests it answers, on the bus and over HTTP. Called once, before :meth:`start`."""
+        ...
+
+    def extras(self) -> list[Extra]:
+        """Hand-written HTTP routes."""
+        ...
+
+    async def start(self, spawn: Spawn, micro: MicroService) -> None:
+        """Subscribe and start the loops. Requests are served once this returned.
+
+        Args:
+            micro: where the acting replica adds, and later removes, the endpoints marked ``acting``.
+        """
+        ...
+
+    async def drain(self) -> None:
+        """Finish or hand back what is in hand. The bus is still there."""
+        ...
+
+    def health(self) -> Mapping[str, Any]:
+        """Facts for ``/healthz``; a non-empty ``problem`` means failing."""
+        ...
+
+    def unready(self) -> str:
+        """Why it cannot serve now; empty when it can."""
+        ...
+
+
+def run(
+    name: str, about: str, role: Role, config_kind: type[C], make: Callable[[Bus, C, Callable[[], str]], Service]
+) -> None:
+    """Runs a service until it is told to end, and exits the process.
+
+    Args:
+        make: builds the service from the bus, its configuration, and a function that gives the URL of its
+            HTTP edge.
+    """
+    try:
+        config = load(config_kind)
+    except ConfigError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        sys.exit(EXIT_CONFIG)
+    log.configure(name, level=config.log_level, form=config.log_format)
+    try:
+        status = uvloop.run(_live(name, about, role, config, make))
+    except ConfigError as error:
+        _log.error("cannot start", reason=str(error))
+        status = EXIT_CONFIG
+    except BaseExceptionGroup as group:
+        for leaf in _leaves(group):
+            _log.error("ended by a defect", exc_info=leaf)
+        status = EXIT_DEFECT
+    sys.exit(status)
+
+
+async def _live(
+    name: str, about: str, role: Role, config: C, make: Callable[[Bus, C, Callable[[], str]], Service]
+) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    instance = config.instance or f"{name}-{socket.gethostname()}-{os.getpid()}"
+    _UP.labels(name, __version__, instance).set(1)
+    edge = Edge(config)
+    defects: asyncio.Queue[BaseException] = asyncio.Queue()
+    bus = Bus(Where(url=config.nats_url, role=role, name=instance), on_defect=defects.put_nowait)
+    try:
+        if not await _connect(bus, role, config, stop):
+            return 0
+        service = make(bus, config, lambda: edge.url)
+        return await _serve(name, about, instance, config, bus, edge, service, stop, defects)
+    finally:
+        edge.stop()
+        await bus.close()
+
+
+async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Event) -> bool:
+    """Connects and provisions; False when told to end before that was done."""
+
+    async def connect() -> None:
+        await bus.connect()
+        while role is Role.SERVICES:
+            try:
+                await provision(bus, replicas=config.replicas)
+                return
+            except BusError as error:
+                _log.warning("cannot set up streams and buckets yet", reason=str(error))
+                await asyncio.sleep(0.5)
+
+    connecting = asyncio.create_task(connect())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not connecting.done():
+        connecting.cancel()
+        return False
+    connecting.result()
+    return True
+
+
+async def _serve(
+    name: str,
+    about: str,
+    instance: str,
+    config: ServiceConfig,
+    bus: Bus,
+    edge: Edge,
+    service: Service,
+    stop: asyncio.Event,
+    defects: asyncio.Queue[BaseException],
+) -> int:
+    status = 0
+    started_s = time.monotonic()
+    draining = False
+
+    def unready() -> str:
+        if draining:
+            return "draining"
+        return "no connection to NATS" if not bus.up else service.unready()
+
+    def health() -> Mapping[str, Any]:
+        facts = dict(service.health())
+        facts["uptime_s"] = round(time.monotonic() - started_s, 1)
+        facts["nats"] = "connected" if bus.up else "reconnecting"
+        facts["problem"] = "no connection to NATS" if not bus.up else facts.get("problem", "")
+        return facts
+
+    bounds = service.endpoints()
+    app = application(config, Doors(name=name, about=about, health=health, unready=unready), bounds, service.extras())
+    micro = MicroService(
+        bus,
+        name=name,
+        description=about,
+        metadata={"http": edge.url, "instance": instance, "pid": str(os.getpid())},
+    )
+    async with asyncio.TaskGroup() as group:
+        background: list[asyncio.Task[None]] = []
+        await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
+        await micro.start([bound for bound in bounds if not bound.acting])
+        await bus.flush()  # The server has our subscriptions before we say that we are ready.
+        http = group.create_task(edge.serve(app))
+        background.append(group.create_task(_say_ready(config, edge, unready)))
+        background.append(group.create_task(_end_on_defect(defects)))
+        _log.info("serving", http=edge.url, instance=instance)
+        await stop.wait()
+        draining = True
+        _log.info("draining")
+        try:
+            async with asyncio.timeout(config.drain_timeout_s):
+                edge.stop()
+                await micro.drain()
+                await http
+                await service.drain()
+                with contextlib.suppress(BusError):
+                    await bus.flush()
+        except TimeoutError:
+            _log.error("could not finish in time", drain_timeout_s=config.drain_timeout_s)
+            status = 1
+            http.cancel()
+        for task in background:
+            task.cancel()
+    _log.info("stopped")
+    return status
+
+
+async def _end_on_defect(defects: asyncio.Queue[BaseException]) -> None:
+    """Ends the process when a message handler met a defect. A bus that is away is not one."""
+    while True:
+        error = await defects.get()
+        if not isinstance(error, BusError):
+            raise error
+        _log.warning("could not handle a message", reason=str(error))
+
+
+async def _say_ready(config: ServiceConfig, edge: Edge, unready: Callable[[], str]) -> None:
+    """Tells the supervisor once the service can serve."""
+    while reason := unready():
+        _log.debug("not ready", reason=reason)
+        await asyncio.sleep(0.02)
+    _log.info("ready")
+    if config.ready_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(config.ready_fd, msgspec.json.encode({"http": edge.url}) + b"\n")
+            os.close(config.ready_fd)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The single exceptions inside nested groups."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
