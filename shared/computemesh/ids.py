@@ -12,12 +12,12 @@ from typing import Annotated, Final
 
 import msgspec
 
-TOKEN_PATTERN: Final = r"^[A-Za-z0-9_-]{1,63}$(?!\n)"
-_TOKEN: Final = re.compile(TOKEN_PATTERN)
+ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,63}$(?!\n)"
+_TOKEN: Final = re.compile(ID_PATTERN)
 
 Id = Annotated[
     str,
-    msgspec.Meta(pattern=TOKEN_PATTERN, description="One token of letters, digits, `_` and `-`, 1 to 63 long."),
+    msgspec.Meta(pattern=ID_PATTERN, description="One token of letters, digits, `_` and `-`, 1 to 63 long."),
 ]
 
 

@@ -33,7 +33,7 @@ from computemesh.executors.protocol import (
     Start,
 )
 from computemesh.paths import private_folder
-from computemesh.process import dies_with_parent, end, signal_group
+from computemesh.process import end, signal_group
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bound on one message of an executor's process, and so on the memory it can make the agent use."""
@@ -112,9 +112,14 @@ class Runner:
             on_progress: called in the event loop; must return at once.
             timeout_s: left out, the task's own.
         """
-        private_folder(out_dir)
         limit_s = task.timeout_s if timeout_s is None else timeout_s
-        child = await self._take(task.work_type)
+        if self._closed:
+            return self._stopped()
+        try:
+            private_folder(out_dir)
+            child = await self._take(task.work_type)
+        except OSError as error:
+            return Broke(code="node_failed", reason=f"cannot start an executor: {error}")
         self._keep_spare(task.work_type)
         try:
             outcome = await self._within(limit_s, child, task, out_dir, on_progress)
@@ -152,25 +157,24 @@ class Runner:
             return Broke(code="timeout", reason=f"not done after {limit_s:g} s, the longest it may take")
 
     async def _converse(self, child: _Child, task: Task, out_dir: Path, on_progress: OnProgress) -> Outcome:
-        answer = await child.ready()
-        if isinstance(answer, Broke):
-            return answer
-        await child.start(task, out_dir)
         try:
+            answer = await child.ready()
+            child.log_into(out_dir / "log.txt")
+            if isinstance(answer, Broke):
+                return self._stopped() if self._closed else answer
+            await child.start(task, out_dir)
             outcome, line_bytes = await child.outcome(on_progress)
         except _LineTooLong:
             child.ended_badly = True
             return self._too_large(f"more than {LINE_BYTES_MAX:,}")
         if outcome is None:
-            return await self._died(child)
+            return self._stopped() if self._closed else await child.death()
         if isinstance(outcome, Done) and line_bytes > self._result_bytes_max:
             return self._too_large(f"{line_bytes:,}")
         return outcome
 
-    async def _died(self, child: _Child) -> Broke:
-        if self._closed:
-            return Broke(code="node_stopped", reason="the node agent stopped")
-        return await child.death()
+    def _stopped(self) -> Broke:
+        return Broke(code="node_stopped", reason="the node agent stopped")
 
     def _too_large(self, size: str) -> Broke:
         allowed = f"{self._result_bytes_max:,} are allowed"
@@ -189,6 +193,8 @@ class Runner:
     async def _spawn(self, work_type: str) -> _Child:
         child = await _Child.spawn(work_type, self._environment)
         self._children.add(child)
+        if self._closed:
+            await self._end(child)
         return child
 
     def _keep_spare(self, work_type: str) -> None:
@@ -200,7 +206,11 @@ class Runner:
         task.add_done_callback(lambda _: self._warming.pop(work_type, None))
 
     async def _add_spare(self, work_type: str) -> None:
-        child = await self._spawn(work_type)
+        try:
+            child = await self._spawn(work_type)
+        except OSError as error:
+            _log.warning("cannot start a spare executor", work_type=work_type, error=str(error))
+            return
         if work_type in self._spares or self._closed:
             await self._end(child)
         else:
@@ -215,7 +225,7 @@ class Runner:
         self._children.discard(child)
 
 
-class _LineTooLong(Exception):  # noqa: N818 - never leaves this module.
+class _LineTooLong(Exception):
     """A message beyond :data:`LINE_BYTES_MAX`."""
 
 
@@ -239,20 +249,22 @@ class _Child:
     async def spawn(cls, work_type: str, environment: Mapping[str, str] | None) -> _Child:
         # What is printed before the task is known is kept here, and copied to its log then.
         early = tempfile.TemporaryFile(prefix="computemesh-executor-")  # noqa: SIM115 - lives as long as the child.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "computemesh.executors.runner",
-            work_type,
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=early,
-            limit=LINE_BYTES_MAX,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=dies_with_parent(signal.SIGKILL),
-        )
+        command = [sys.executable, "-P", "-m", "computemesh.executors.runner", work_type]
+        try:
+            # No death signal from the kernel: it would end this process before it can end its group, which
+            # it does by itself when its standard input ends.
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=early,
+                limit=LINE_BYTES_MAX,
+                env=environment,
+                start_new_session=True,
+            )
+        except BaseException:
+            early.close()
+            raise
         return cls(process, early)
 
     def usable(self) -> bool:
@@ -265,11 +277,17 @@ class _Child:
         """Waits until it has prepared, or could not."""
         return await asyncio.shield(self._ready)
 
+    def log_into(self, path: Path) -> None:
+        """Names the log of its task, and begins it with what was printed before."""
+        self._log = path
+        if early := self._printed_early():
+            # Should this fail, so does the process itself, which says so.
+            with contextlib.suppress(OSError), path.open("ab") as file:
+                file.write(early)
+
     async def start(self, task: Task, out_dir: Path) -> None:
         """Hands over the task. A process that just died shows in :meth:`outcome`."""
-        self._log = out_dir / "log.txt"
-        _append(self._log, self._printed_early())
-        self._stdin.write(encode(Start(task=task, out_dir=os.path.abspath(out_dir))) + b"\n")
+        self._stdin.write(encode(Start(task=task, out_dir=str(out_dir))) + b"\n")
         with contextlib.suppress(ConnectionError):
             await self._stdin.drain()
 
@@ -298,7 +316,6 @@ class _Child:
     async def end(self) -> None:
         await end(self._process, grace_s=KILL_GRACE_S)
         await self._reaped
-        self._ready.cancel()
         await asyncio.wait({self._ready})
         self._stdin.close()
         self._early.close()
@@ -307,6 +324,8 @@ class _Child:
         # Whatever it left running would hold the pipe open, and the end of the pipe would never come.
         await self._process.wait()
         signal_group(self._process.pid, signal.SIGKILL)
+        # And what left the group may hold it still.
+        asyncio.get_running_loop().call_later(KILL_GRACE_S, self._stdout.feed_eof)
 
     async def _first_answer(self) -> Ready | Broke:
         while True:
@@ -362,9 +381,3 @@ def _tail(path: Path) -> bytes:
             return file.read()
     except OSError:
         return b""
-
-
-def _append(path: Path, data: bytes) -> None:
-    if data:
-        with path.open("ab") as file:
-            file.write(data)

@@ -18,7 +18,7 @@ from nats.aio.subscription import Subscription
 from computemesh import log
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
-from computemesh.contracts.permissions import inbox_prefix
+from computemesh.contracts.permissions import inbox_prefix, is_inbox
 
 ASK_TIMEOUT_S: Final = 5.0
 """How long :meth:`Bus.ask` waits unless told otherwise."""
@@ -102,7 +102,7 @@ class Bus:
         self._nc = Client()
         self._on_defect = on_defect or (lambda error: _log.error("handler failed", error=repr(error)))
         self._last_error: BaseException | None = None
-        self._subscriptions: list[Subscription] = []
+        self._closing = False
 
     # --- connection --------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Bus:
             _log.error("not permitted", role=str(self.where.role), reason=str(error))
 
     async def _on_disconnect(self) -> None:
-        if self.connected.is_set():
+        if self.connected.is_set() and not self._closing:
             _log.warning("NATS is gone, reconnecting", url=self.where.shown)
         self.connected.clear()
         self.interrupted.set()
@@ -177,12 +177,15 @@ class Bus:
     async def flush(self) -> None:
         """Returns once the server has processed all that was sent so far."""
         try:
-            await self._nc.flush(timeout=ASK_TIMEOUT_S)  # type: ignore[arg-type]  # any number will do
+            # The first PING of nats-py may overtake commands that are still buffered; the second cannot.
+            for _ in range(2):
+                await self._nc.flush(timeout=ASK_TIMEOUT_S)  # type: ignore[arg-type]  # any number will do
         except (nats.errors.Error, OSError) as error:
             raise TimedOut(f"flush: {error}") from error
 
     async def close(self) -> None:
         """Sends what is buffered and closes. Safe to call twice, and when the server is gone."""
+        self._closing = True
         with contextlib.suppress(nats.errors.Error, OSError, BusError, TimeoutError):
             if self._nc.is_connected:
                 await self.flush()
@@ -207,6 +210,20 @@ class Bus:
             raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}") from error
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {error}") from error
+
+    async def respond(self, message: Msg, data: bytes, *, headers: dict[str, str] | None = None) -> None:
+        """Answers a request, but only into an inbox.
+
+        The server checks what a client publishes, not where it wants the answer: without this, a caller
+        could have us write on its behalf where it may not, into a bucket for example.
+        """
+        if not is_inbox(message.reply):
+            if message.reply:
+                _log.warning(
+                    "not answered: the reply subject is no inbox", subject=message.subject, reply=message.reply
+                )
+            return
+        await self.send(message.reply, data, headers=headers)
 
     async def call(
         self, subject: str, data: bytes, *, timeout_s: float = ASK_TIMEOUT_S, headers: dict[str, str] | None = None

@@ -42,6 +42,17 @@ def is_gone(headers: Mapping[str, str] | None) -> bool:
     return headers is not None and ("KV-Operation" in headers or "Nats-Marker-Reason" in headers)
 
 
+def read_entry(
+    spec: storage.Bucket[V], decode: Callable[[bytes], V], key: str, data: bytes, revision: int
+) -> Entry[V] | None:
+    """A stored value. One that somebody else spoiled is reported and taken as absent: it must not stop us."""
+    try:
+        return Entry(decode(data), revision)
+    except (ValueError, RecursionError) as error:
+        _log.error("a stored value cannot be read", bucket=spec.name, key=key, reason=str(error))
+        return None
+
+
 class Bucket(Generic[V]):
     """Reads and writes of one bucket."""
 
@@ -54,6 +65,9 @@ class Bucket(Generic[V]):
         entry, _ = await self._read(key)
         return entry
 
+    def _entry(self, key: str, data: bytes, revision: int) -> Entry[V] | None:
+        return read_entry(self.spec, self._decode, key, data, revision)
+
     async def _read(self, key: str) -> tuple[Entry[V] | None, int]:
         """The entry, and the revision a write must name: also that of a marker, 0 when there is nothing."""
         subject = self.spec.subject(key)
@@ -64,7 +78,7 @@ class Bucket(Generic[V]):
         if "Nats-Sequence" not in headers:
             raise BusError(f"{self.spec.name}: cannot read {key}: {headers}")
         revision = int(headers["Nats-Sequence"])
-        return (None if is_gone(headers) else Entry(self._decode(reply.data), revision)), revision
+        return (None if is_gone(headers) else self._entry(key, reply.data, revision)), revision
 
     async def update(self, key: str, value: V, *, last: int, ttl_s: int | None = None) -> int:
         """Writes if the key's revision is still *last* (0: it is not there), and gives the new revision.
@@ -133,12 +147,12 @@ class Bucket(Generic[V]):
     async def load(self) -> dict[str, Entry[V]]:
         """Every key, as of now. Keys of several tokens are bookkeeping and left out."""
         prefix = self.spec.subject("")
-        stored = await read_all(self._bus, self.spec.stream, [self.spec.subject("*")])
-        return {
-            message.subject.removeprefix(prefix): Entry(self._decode(message.data), message.seq)
-            for message in stored
-            if not is_gone(message.headers)
-        }
+        found: dict[str, Entry[V]] = {}
+        for message in await read_all(self._bus, self.spec.stream, [self.spec.subject("*")]):
+            key = message.subject.removeprefix(prefix)
+            if not is_gone(message.headers) and (entry := self._entry(key, message.data, message.seq)):
+                found[key] = entry
+        return found
 
 
 OnChange = Callable[[str, V | None], None]
@@ -196,10 +210,11 @@ class Mirror(Generic[V]):
         if is_gone(stored.headers):
             self._drop(key)
         elif key not in self.entries or self.entries[key].revision < stored.seq:
-            value = self._decode(stored.data)
-            self.entries[key] = Entry(value, stored.seq)
-            if self._on_change:
-                self._on_change(key, value)
+            entry = read_entry(self._spec, self._decode, key, stored.data, stored.seq)
+            if entry is not None:
+                self.entries[key] = entry
+                if self._on_change:
+                    self._on_change(key, entry.value)
         if stored.pending == 0 and not self.synced.is_set():
             self._caught_up()
 

@@ -83,8 +83,7 @@ class Endpoint:
         started_ns = time.perf_counter_ns()
         try:
             answer = await call(self.bound, message.data)
-            if message.reply:
-                await self._bus.send(message.reply, encode(answer), headers=_error_headers(answer))
+            await self._bus.respond(message, encode(answer), headers=_error_headers(answer))
         except BusError as error:
             _log.warning("could not answer", subject=message.subject, reason=str(error))
             return
@@ -175,8 +174,7 @@ class MicroService:
 
     async def _listen(self, subject: str, reply: Any) -> Subscription:
         async def on_message(message: Msg) -> None:
-            if message.reply:
-                await self._bus.send(message.reply, msgspec.json.encode(reply()))
+            await self._bus.respond(message, msgspec.json.encode(reply()))
 
         return await self._bus.listen(subject, on_message)
 

@@ -289,7 +289,8 @@ SUBMIT: Final = Event(
     subject="compute.work.submit.v1",
     payload=WorkItem,
     sent_by=_ASKERS,
-    read_by=_EVERYONE,
+    # Not by nodes: they may answer what they hear, and so could pretend that a submission was stored.
+    read_by=frozenset({Role.CLIENT, Role.OBSERVER, Role.SERVICES}),
     captured=True,
     about="Submits work. The server's acknowledgement means stored.",
 )

@@ -11,7 +11,7 @@ from computemesh.executors.base import Executor
 GROUP: Final = "computemesh.executors"
 
 
-class ExecutorUnavailable(Exception):  # noqa: N818 - a state of this machine, not a defect.
+class ExecutorUnavailable(Exception):
     """No usable executor of that name; the text says why and what there is."""
 
 

@@ -143,7 +143,7 @@ def _serve(link: Link, work_type: str) -> int:
 
 def _run(link: Link, executor: Executor, line: bytes) -> None:
     start = msgspec.json.decode(line, type=Start)
-    out_dir = Path(start.out_dir)
+    out_dir = Path(start.out_dir).absolute()
     _print_into(out_dir / "log.txt")
     progress = ThinnedProgress(link)
     try:

@@ -52,11 +52,11 @@ class ServerError(Exception):
     """The server could not be started."""
 
 
-class AlreadyRunning(ServerError):  # noqa: N818
+class AlreadyRunning(ServerError):
     """Another server has this folder open."""
 
 
-class PortTaken(ServerError):  # noqa: N818
+class PortTaken(ServerError):
     """Something else listens on the port."""
 
 

@@ -1,0 +1,438 @@
+"""``up``, ``down``, ``status`` and ``env``: the mesh on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+import psutil
+
+from computemesh import __version__, log
+from computemesh.bus import Bus, BusError
+from computemesh.cli import common, work
+from computemesh.cli.common import Failure, ago, coloured, err, out, print_json, table
+from computemesh.cli.services import SERVICES
+from computemesh.contracts import nodes
+from computemesh.contracts import work as work_contracts
+from computemesh.contracts.base import Role
+from computemesh.contracts.permissions import inbox_prefix
+from computemesh.ids import token_from
+from computemesh.nats_server import ServerError, load_or_create
+from computemesh.paths import Home, home, private_folder, write_private
+from computemesh.supervisor import HomeTaken, MeshStatus, ServiceStatus, Supervisor, is_running, read_status
+
+NATS_PORT: Final = 4222
+
+READY_S: Final = 60.0
+"""How long ``up --detach`` waits for the services."""
+
+NODE_S: Final = 120.0
+"""How long the first work item may take: the engine loads its model meanwhile."""
+
+DOWN_S: Final = 60.0
+
+PROMPT: Final = "In one sentence: what is a mesh network?"
+
+
+@click.command()
+@click.option("--detach", "-d", is_flag=True, help="Run in the background; return when everything is ready.")
+@click.option("--demo/--no-demo", default=True, show_default=True, help="Run one work item when the mesh is ready.")
+@click.option("--nats-port", type=click.IntRange(0, 65_535), default=None, help="Port of the embedded NATS server.")
+@click.option(
+    "--ports",
+    type=click.Choice(["standard", "any"]),
+    default="standard",
+    show_default=True,
+    help="HTTP ports of the services: the documented ones, or any that are free.",
+)
+@click.option("--models", default="", help="GGUF files or folders to serve, separated by commas.", metavar="PATHS")
+@click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
+def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str, quiet: bool) -> None:
+    """Start a whole mesh on this machine.
+
+    Starts an embedded NATS server (unless NATS_URL names one) and every service, each a process of its
+    own, and keeps them running until `computemesh down` or Ctrl-C.
+    """
+    place = home()
+    if (status := read_status(place)) is not None:
+        out.print(f"The mesh is running already (pid {status.pid}, up {ago(status.started_at)}).\n")
+        show_addresses(status)
+        return
+    if models:
+        os.environ["COMPUTEMESH_MODELS"] = ",".join(
+            str(Path(part).expanduser().resolve()) for part in models.split(",")
+        )
+    if detach:
+        _up_detached(place, nats_port, ports)
+        if demo:
+            common.run(_demo())
+        show_next_steps()
+    else:
+        common.run(_up(place, nats_port, ports, demo=demo, quiet=quiet))
+
+
+async def _up(place: Home, nats_port: int | None, ports: str, *, demo: bool, quiet: bool) -> None:
+    started_s = time.monotonic()
+    private_folder(place.root)
+    log.configure("supervisor", form="json", out=_Lines(quiet))  # type: ignore[arg-type]
+    external = os.environ.get("NATS_URL", "")
+    specs = [replace(spec, port=0) if ports == "any" else spec for spec in SERVICES]
+    supervisor = Supervisor(
+        place,
+        specs,
+        load_or_create(place.credentials),
+        node_id=node_id(place),
+        nats_url=external,
+        nats_port=nats_port if nats_port is not None else _default_port(place),
+        on_line=(lambda _name, _line: None) if quiet else _show_line,
+        on_status=_show_status,
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await common.first_of(supervisor.start(), stop.wait())
+        if not stop.is_set():
+            await _announce_up(supervisor.status(), time.monotonic() - started_s, demo=demo)
+        await common.first_of(stop.wait(), supervisor.failed())
+        out.print("Stopping …")
+    except (HomeTaken, ServerError) as error:
+        raise Failure(str(error)) from None
+    finally:
+        await supervisor.stop()
+    out.print("The mesh is down.")
+
+
+async def _announce_up(status: MeshStatus, took_s: float, *, demo: bool) -> None:
+    failed = [service for service in status.services if service.state == "failed"]
+    for service in failed:
+        err.print(f"[bold red]{service.name} failed:[/] {common.escape(service.reason)}")
+    out.print(f"\n[bold green]The mesh is up[/] after {took_s:.1f} s.\n")
+    show_addresses(status)
+    if demo and not failed and sys.stdout.isatty():
+        await _demo()
+        show_next_steps()
+
+
+class _Lines:
+    """The supervisor's own log, shown like that of its services."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def write(self, text: str) -> int:
+        if text.strip() and not self._quiet:
+            _show_line("supervisor", text.encode())
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+_HIDDEN: Final = frozenset({"event", "service", "level", "at", "part"})
+
+
+def _show_line(name: str, line: bytes) -> None:
+    """A service's log line for people: time, service, level, event, then the fields."""
+    try:
+        fields = msgspec.json.decode(line, type=dict[str, Any])
+    except ValueError:
+        click.echo(f"{'':12} {name:18} {line.decode('utf-8', 'replace').rstrip()}")
+        return
+    clock = str(fields.get("at", ""))[11:23]
+    rest = " ".join(f"{key}={value}" for key, value in fields.items() if key not in _HIDDEN)
+    level = "" if fields.get("level") == "info" else f"{str(fields.get('level', '')).upper()} "
+    click.echo(f"{clock:12} {name:18} {level}{fields.get('event', '')}  {rest}".rstrip())
+
+
+def _show_status(status: ServiceStatus) -> None:
+    if status.state in ("waiting", "failed"):
+        err.print(f"{status.name}: {coloured(status.state)} {common.escape(status.reason)}")
+
+
+def _default_port(place: Home) -> int:
+    """The usual port when it is free; else, or when this mesh had another before, any."""
+    if (place.nats / "port").exists():
+        return 0
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", NATS_PORT))
+        except OSError:
+            return 0
+    return NATS_PORT
+
+
+def node_id(place: Home) -> str:
+    """This machine's name in the mesh: its host name and four random letters, made once."""
+    if named := os.environ.get("COMPUTEMESH_NODE_ID"):
+        return token_from(named)
+    import secrets
+    import socket
+
+    try:
+        return place.node_id_file.read_text().strip()
+    except FileNotFoundError:
+        made = f"{token_from(socket.gethostname())[:50]}-{secrets.token_hex(2)}"
+        write_private(place.node_id_file, made + "\n")
+        return made
+
+
+# --- detached ------------------------------------------------------------------------------------------------
+
+
+def _up_detached(place: Home, nats_port: int | None, ports: str) -> None:
+    private_folder(place.root)
+    private_folder(place.logs)
+    command = [sys.executable, "-m", "computemesh.cli", "up", "--no-demo", "--ports", ports]
+    if nats_port is not None:
+        command += ["--nats-port", str(nats_port)]
+    log_file = place.logs / "up.log"
+    if log_file.exists() and log_file.stat().st_size > 10 * 1024 * 1024:
+        log_file.replace(log_file.with_suffix(".log.1"))
+    with log_file.open("ab") as sink:
+        offset = sink.tell()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    started_s = time.monotonic()
+    with err.status("Starting the mesh …") as shown:
+        status = _wait_ready(place, process, log_file, offset, shown)
+    out.print(f"[bold green]The mesh is up[/] after {time.monotonic() - started_s:.1f} s.\n")
+    show_addresses(status)
+
+
+def _wait_ready(place: Home, process: subprocess.Popen[bytes], log_file: Path, offset: int, shown: Any) -> MeshStatus:
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        status = read_status(place)
+        if status is not None and status.pid == process.pid:
+            broken = [service for service in status.services if service.state == "failed"]
+            if broken:
+                reasons = "; ".join(_last_words(place, service) for service in broken)
+                _end_process(process)
+                raise Failure(f"the mesh did not start: {reasons}", hint="see `computemesh up --help` for other ports")
+            if status.ready:
+                return status
+            waiting = [service.name for service in status.services if service.state != "ready"]
+            shown.update(f"Starting the mesh … waiting for {', '.join(waiting) or 'the services'}")
+        if process.poll() is not None:
+            said = log_file.read_bytes()[offset:].decode("utf-8", "replace").strip().splitlines()
+            errors = [line.removeprefix("error:").strip() for line in said if line.startswith("error:")]
+            raise Failure(
+                f"the mesh did not start: {' '.join(errors) or ' '.join(said[-3:])}", hint=f"all of it: {log_file}"
+            )
+        time.sleep(0.05)
+    _end_process(process)
+    raise Failure(f"the mesh was not ready after {READY_S:.0f} s", hint=f"see {log_file}")
+
+
+def _last_words(place: Home, service: ServiceStatus) -> str:
+    """What a service that failed said last."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        line = (place.logs / f"{service.name}.log").read_text().strip().splitlines()[-1]
+        try:
+            return f"{service.name}: {msgspec.json.decode(line, type=dict[str, Any]).get('reason') or line}"
+        except ValueError:
+            return line
+    return f"{service.name}: {service.reason}"
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(DOWN_S)
+    process.kill()
+
+
+async def _demo() -> None:
+    """One work item from submission to the model's answer."""
+    async with common.connected() as bus:
+        with err.status("Waiting for a node that serves a model …"):
+            model = await _first_model(bus)
+        if model is None:
+            out.print("\nNo node serves a model yet: give one with `computemesh up --models FILE.gguf`.\n")
+            return
+        out.print(f"\n[bold]The first work item[/], published to {work_contracts.SUBMIT.subject}:\n")
+        out.print(f"  model   {model}\n  prompt  {PROMPT}")
+        item = work_contracts.WorkItem(
+            work_type="inference", model_name=model, payload={"prompt": PROMPT, "max_tokens": 64}
+        )
+        record = await work.submit_and_wait(bus, item, timeout_s=NODE_S)
+        out.print(f"  answer  [bold]{common.escape(work.answer_text(record)).strip()}[/]")
+        took_s = (record.finished_at or 0.0) - record.submitted_at
+        out.print(f"\n  {record.work_id} {coloured(record.state)} on {record.node_id} after {took_s:.1f} s\n")
+        if record.state is not work_contracts.WorkState.COMPLETED:
+            raise Failure(f"the first work item ended as {record.state}", hint="see the logs", status=1)
+
+
+async def _first_model(bus: Bus) -> str | None:
+    """The first model a direct node offers; waits for a node."""
+    deadline_s = time.monotonic() + NODE_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(BusError):
+            found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(online_only=True, work_type="inference"))
+            ready = [node for node in found.nodes if node.delivery == "direct"]
+            if ready:
+                return next((model for node in ready for model in node.models), None)
+        await asyncio.sleep(0.1)
+    return None
+
+
+def show_addresses(status: MeshStatus) -> None:
+    """Where everything is."""
+    bus = "embedded" if status.embedded else "external"
+    url = status.nats_urls[Role.CLIENT.value]
+    rows = [(f"NATS ({bus})", "nats://" + url.partition("://")[2].rpartition("@")[2])]
+    rows += [(service.name, service.http) for service in status.services if service.http]
+    table(["service", "address"], rows)
+    out.print(f"\nnode {status.node_id}, files in {home().root}")
+
+
+def show_next_steps() -> None:
+    out.print(
+        "\n[bold]Try next[/]\n"
+        "  computemesh submit --prompt 'Name three uses of a mesh.' --wait\n"
+        "  computemesh nodes | computemesh work list | computemesh status\n"
+        '  eval "$(computemesh env)"     NATS_URL and addresses for any program\n'
+        "  computemesh down              stop everything"
+    )
+
+
+# --- down, status, env ---------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--purge", is_flag=True, help="Also delete everything the mesh kept: work, results, credentials, logs.")
+def down(purge: bool) -> None:
+    """Stop the mesh on this machine. Work in hand is handed back or finished first."""
+    place = home()
+    status = read_status(place)
+    if status is None and not is_running(place):
+        _reap(place)
+        out.print("No mesh is running here.")
+    else:
+        _stop(place, status)
+        out.print("The mesh is down.")
+    if purge and place.root.exists():
+        shutil.rmtree(place.root)
+        out.print(f"Deleted {place.root}.")
+
+
+def _stop(place: Home, status: MeshStatus | None) -> None:
+    if status is None:
+        raise Failure(f"a mesh runs in {place.root}, but does not say under which pid", hint="wait and try again")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(status.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + DOWN_S
+    with err.status("Stopping the mesh: work in hand is finished or handed back …"):
+        while is_running(place) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    if is_running(place):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(status.pid, signal.SIGKILL)
+    _reap(place)
+
+
+def _reap(place: Home) -> None:
+    """Ends whatever a supervisor that was killed may have left behind."""
+    try:
+        status = msgspec.json.decode((place.run / "mesh.json").read_bytes(), type=MeshStatus)
+    except (OSError, ValueError):
+        return
+    left = [process for service in status.services if (process := _still_ours(service)) is not None]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(left, timeout=10)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    (place.run / "mesh.json").unlink(missing_ok=True)
+
+
+def _still_ours(service: ServiceStatus) -> psutil.Process | None:
+    """The process of a service, if its pid was not given to another program since."""
+    try:
+        process = psutil.Process(service.pid) if service.pid else None
+        if process is None:
+            return None
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return None
+    return process if "computemesh_services" in command or "nats-server" in command else None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(as_json: bool) -> None:
+    """What runs on this machine, and how it is."""
+    found = common.mesh_status()
+    if as_json:
+        shown = msgspec.structs.replace(found, nats_urls={}, token="")
+        print_json(shown)
+        return
+    out.print(f"computemesh {__version__}, up {ago(found.started_at)}, node {found.node_id}\n")
+    rows = [
+        (s.name, coloured(s.state), str(s.pid or "-"), str(s.restarts), ago(s.since), s.http or s.reason or "-")
+        for s in found.services
+    ]
+    table(["service", "state", "pid", "restarts", "since", "address"], rows, right=["pid", "restarts"])
+    common.run(_show_counts())
+    if not found.ready:
+        common.bail(1)
+
+
+async def _show_counts() -> None:
+    async with common.connected() as bus:
+        found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery())
+        online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
+        counts = [f"{found.count} nodes, {online} online"]
+        for state in (work_contracts.WorkState.PENDING, work_contracts.WorkState.RUNNING):
+            items = await common.ask(bus, work_contracts.LIST, work_contracts.WorkList(status=state, limit=1))
+            counts.append(f"{items.count} items {state}")
+        out.print(f"\n{'; '.join(counts)}")
+
+
+@click.command()
+@click.option(
+    "--role",
+    type=click.Choice([Role.CLIENT.value, Role.NODE.value, Role.OBSERVER.value]),
+    default=Role.CLIENT.value,
+    show_default=True,
+    help="Whose credentials: to submit work, to be a node, or only to watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def env(role: str, as_json: bool) -> None:
+    """Print shell exports that let any program use this mesh: eval "$(computemesh env)"."""
+    found = common.mesh_status()
+    values = {
+        "NATS_URL": found.nats_urls[role],
+        "NATS_INBOX_PREFIX": inbox_prefix(Role(role)),
+        "COMPUTEMESH_TOKEN": found.token,
+        "NODE_REGISTRY_NATS_URL": found.nats_urls[role],
+    }
+    for service in found.services:
+        values |= dict.fromkeys(found.url_names.get(service.name, []), service.http)
+    if as_json:
+        print_json(values)
+        return
+    for name, value in values.items():
+        click.echo(f"export {name}={shlex.quote(value)}")

@@ -1,0 +1,53 @@
+"""``nodes``: who is in the mesh."""
+
+from __future__ import annotations
+
+import click
+
+from computemesh.cli import common
+from computemesh.cli.common import ago, coloured, out, print_json, table
+from computemesh.contracts import nodes
+from computemesh.contracts.nodes import NodeList, NodeRecord, NodesQuery
+from computemesh.hardware import Tier
+
+
+@click.command(name="nodes")
+@click.option("--online", is_flag=True, help="Only nodes that are online.")
+@click.option("--gpu", is_flag=True, help="Only nodes with a GPU.")
+@click.option(
+    "--min-tier", type=click.Choice([t.value for t in Tier], case_sensitive=False), help="At least this tier."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_nodes(online: bool, gpu: bool, min_tier: str | None, as_json: bool) -> None:
+    """List the nodes of the mesh and what they can do."""
+    query = NodesQuery(online_only=online, requires_gpu=gpu, min_tier=Tier(min_tier) if min_tier else None)
+
+    async def fetch() -> NodeList:
+        async with common.connected() as bus:
+            return await common.ask(bus, nodes.QUERY, query)
+
+    found = common.run(fetch())
+    if as_json:
+        print_json(found)
+        return
+    if not found.nodes:
+        out.print("No nodes." if query == NodesQuery() else "No such nodes.")
+        return
+    columns = ["node", "state", "tier", "CPUs", "RAM", "GPUs", "slots", "delivery", "seen", "work", "models"]
+    table(columns, [_row(node) for node in found.nodes], right=["CPUs", "RAM", "slots", "seen"])
+
+
+def _row(node: NodeRecord) -> tuple[str, ...]:
+    return (
+        node.node_id,
+        coloured(node.state) if node.monitored else f"{coloured(node.state)} (unmonitored)",
+        node.tier.value,
+        str(node.cpu.threads) if node.cpu and node.cpu.threads else "-",
+        f"{node.memory.total_mb / 1024:.0f} GiB" if node.memory and node.memory.total_mb else "-",
+        ", ".join(f"{gpu.name} {gpu.vram_total_mb // 1024} GiB" for gpu in node.gpus) or "-",
+        str(node.slots),
+        node.delivery,
+        ago(node.last_seen),
+        ", ".join(node.work_types) or "any",
+        ", ".join(node.models) or "any",
+    )

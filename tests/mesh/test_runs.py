@@ -1,0 +1,436 @@
+"""The runner with real executor processes: whatever a plug-in does, there is one outcome and nothing left over.
+
+The executors are installed for the child processes as a distribution in a temporary folder on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from computemesh.executors import Task
+from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready
+from computemesh_services.node_agent.runs import Runner
+
+WAIT_S = 20.0
+"""Bound on every wait for a condition; on a quiet machine they take milliseconds."""
+
+EXECUTORS = """
+import os, subprocess, sys, time
+from computemesh.executors import ExecutionError, Executor
+
+class Echo(Executor):
+    def run(self, task, out_dir, progress):
+        progress("half", fraction=0.5)
+        (out_dir / "file.txt").write_text("made")
+        return {"echo": task.payload, "pid": os.getpid()}
+
+class Flood(Executor):
+    def run(self, task, out_dir, progress):
+        for number in range(1000):
+            progress(f"note {number}", fraction=number / 500)
+        return None
+
+class Sleeper(Executor):
+    def run(self, task, out_dir, progress):
+        child = subprocess.Popen(["sleep", "1000"])
+        progress(f"{os.getpid()} {child.pid}")
+        time.sleep(1000)
+
+class Stubborn(Executor):
+    def run(self, task, out_dir, progress):
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        progress(f"{os.getpid()}")
+        while True:
+            time.sleep(1000)
+
+class Raises(Executor):
+    def run(self, task, out_dir, progress):
+        raise {"ValueError": ValueError("bad number"), "MemoryError": MemoryError(), "SystemExit": SystemExit(4),
+               "ExecutionError": ExecutionError("no such file", code="no_file", fault="work")}[task.payload["what"]]
+
+    def teardown(self):
+        print("torn down")
+
+class Exits(Executor):
+    def run(self, task, out_dir, progress):
+        print("about to leave")
+        os._exit(3)
+
+class Killed(Executor):
+    def run(self, task, out_dir, progress):
+        os.kill(os.getpid(), 9)
+
+class Prints(Executor):
+    def prepare(self):
+        print('{"kind": "done", "result": "forged while preparing"}')
+
+    def run(self, task, out_dir, progress):
+        print('{"kind": "done", "result": "forged"}')
+        print("to stderr", file=sys.stderr)
+        subprocess.run(["echo", "from a child"])
+        return "real"
+
+class Gives(Executor):
+    def run(self, task, out_dir, progress):
+        deep = 1
+        for _ in range(100):
+            deep = [deep]
+        return {"object": object(), "deep": deep, "large": "x" * 2_000_000, "huge": "x" * 20_000_000,
+                "surrogate": "\\udc80", "integer": 2**80}[task.payload["what"]]
+
+class Forks(Executor):
+    def run(self, task, out_dir, progress):
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(1000)
+        os._exit(5)
+
+class LeavesChild(Executor):
+    def run(self, task, out_dir, progress):
+        return subprocess.Popen(["sleep", "1000"]).pid
+
+class Unprepared(Executor):
+    def prepare(self):
+        raise RuntimeError("no GPU here")
+
+    def run(self, task, out_dir, progress):
+        return None
+
+    def teardown(self):
+        print("torn down")
+
+class NeedsEngine(Executor):
+    needs_engine = True
+
+    def run(self, task, out_dir, progress):
+        return None
+"""
+
+ENTRY_POINTS = """
+[computemesh.executors]
+echo = mesh_test_executors:Echo
+flood = mesh_test_executors:Flood
+sleeper = mesh_test_executors:Sleeper
+stubborn = mesh_test_executors:Stubborn
+raises = mesh_test_executors:Raises
+exits = mesh_test_executors:Exits
+killed = mesh_test_executors:Killed
+prints = mesh_test_executors:Prints
+gives = mesh_test_executors:Gives
+forks = mesh_test_executors:Forks
+leaves_child = mesh_test_executors:LeavesChild
+unprepared = mesh_test_executors:Unprepared
+needs_engine = mesh_test_executors:NeedsEngine
+broken = mesh_test_no_such_module:Executor
+no_executor = mesh_test_executors:subprocess
+"""
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from computemesh.executors import Task
+from computemesh_services.node_agent.runs import Runner
+
+async def main():
+    task = Task(work_id="w", attempt=1, work_type="sleeper")
+    runner = Runner()
+    await runner.run(task, Path(sys.argv[1]), on_progress=lambda note: print(note.message, flush=True))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the test executors are installed."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "mesh_test_executors.py").write_text(EXECUTORS)
+    dist = folder / "mesh_test_executors-1.0.dist-info"
+    dist.mkdir()
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: mesh-test-executors\nVersion: 1.0\n")
+    (dist / "entry_points.txt").write_text(ENTRY_POINTS)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.fixture
+async def runner(environment: dict[str, str]) -> AsyncIterator[Runner]:
+    """A runner without spares, closed afterwards."""
+    runner = Runner(environment=environment)
+    yield runner
+    await runner.close()
+    await until(lambda: not psutil.Process().children(recursive=True))
+
+
+def task(work_type: str, **payload: Any) -> Task:
+    return Task(work_id="w-1", attempt=1, work_type=work_type, payload=payload, timeout_s=WAIT_S)
+
+
+def unwatched(note: ProgressNote) -> None:
+    pass
+
+
+async def outcome(runner: Runner, work_type: str, out_dir: Path, **payload: Any) -> Outcome:
+    return await runner.run(task(work_type, **payload), out_dir, on_progress=unwatched)
+
+
+async def failure(runner: Runner, work_type: str, out_dir: Path, **payload: Any) -> Broke:
+    result = await outcome(runner, work_type, out_dir, **payload)
+    assert isinstance(result, Broke)
+    return result
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 - other processes signal no event.
+            await asyncio.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+async def test_a_task_gives_its_result_progress_and_files(runner: Runner, tmp_path: Path) -> None:
+    """The plain case, in a folder that did not exist."""
+    notes: list[ProgressNote] = []
+    result = await runner.run(task("echo", a=1), tmp_path / "out", on_progress=notes.append)
+    assert isinstance(result, Done)
+    assert result.result["echo"] == {"a": 1}
+    assert notes == [ProgressNote(message="half", fraction=0.5)]
+    assert (tmp_path / "out" / "file.txt").read_text() == "made"
+    assert gone(result.result["pid"])
+
+
+async def test_fast_progress_is_thinned_and_its_last_note_arrives(runner: Runner, tmp_path: Path) -> None:
+    """A thousand notes become a few; a fraction above one is brought within bounds."""
+    notes: list[ProgressNote] = []
+    assert await runner.run(task("flood"), tmp_path, on_progress=notes.append) == Done(result=None)
+    assert len(notes) < 20
+    assert notes[-1] == ProgressNote(message="note 999", fraction=1.0)
+
+
+async def test_what_an_executor_prints_lands_in_its_log_and_never_in_the_protocol(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """Not even a printed line that looks like an outcome, before the task or during it."""
+    assert await outcome(runner, "prints", tmp_path) == Done(result="real")
+    log = (tmp_path / "log.txt").read_text()
+    for text in ("forged while preparing", '"forged"', "to stderr", "from a child"):
+        assert text in log
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("ValueError", "ValueError: bad number"), ("MemoryError", "MemoryError"), ("SystemExit", "SystemExit: 4")],
+)
+async def test_an_unexpected_exception_is_the_nodes_fault_and_its_traceback_stays_in_the_log(
+    runner: Runner, tmp_path: Path, what: str, reason: str
+) -> None:
+    """The submitter gets one line; teardown still happens."""
+    assert await failure(runner, "raises", tmp_path, what=what) == Broke(reason=reason, fault="node")
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" in log
+    assert log.endswith("torn down\n")
+
+
+async def test_an_execution_error_reaches_the_submitter_as_it_is(runner: Runner, tmp_path: Path) -> None:
+    """Reason, code and fault are the executor's own."""
+    expected = Broke(reason="no such file", code="no_file", fault="work")
+    assert await failure(runner, "raises", tmp_path, what="ExecutionError") == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "word"),
+    [
+        ("object", "bad_result", "not a JSON value"),
+        ("surrogate", "bad_result", "not a JSON value"),
+        ("integer", "bad_result", "not a JSON value"),
+        ("deep", "bad_result", "deeper than 64"),
+        ("large", "result_too_large", "2,000,02"),
+        ("huge", "result_too_large", "more than 16,777,216"),
+    ],
+)
+async def test_a_result_that_cannot_travel_is_the_works_fault(
+    runner: Runner, tmp_path: Path, what: str, code: str, word: str
+) -> None:
+    """Trying again on another node would give the same result."""
+    broke = await failure(runner, "gives", tmp_path, what=what)
+    assert (broke.code, broke.fault) == (code, "work")
+    assert word in broke.reason
+
+
+async def test_a_process_that_exits_without_an_outcome_is_reported_with_its_last_line(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The status and the hint are in the reason."""
+    broke = await failure(runner, "exits", tmp_path)
+    assert (broke.code, broke.fault) == ("executor_died", "node")
+    assert "exited with status 3" in broke.reason
+    assert "about to leave" in broke.reason
+
+
+async def test_a_killed_process_is_reported_with_the_signals_name(runner: Runner, tmp_path: Path) -> None:
+    """What the kernel's out-of-memory killer does."""
+    broke = await failure(runner, "killed", tmp_path)
+    assert broke.code == "executor_died"
+    assert "SIGKILL" in broke.reason
+
+
+async def test_a_dead_process_is_noticed_though_a_fork_of_it_keeps_the_pipe(runner: Runner, tmp_path: Path) -> None:
+    """The fork even left the process group."""
+    assert "exited with status 5" in (await failure(runner, "forks", tmp_path)).reason
+    for left in [process for process in psutil.process_iter() if _is_fork_of_ours(process)]:
+        left.kill()
+
+
+def _is_fork_of_ours(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[-2:] == ["computemesh.executors.runner", "forks"]
+    except psutil.Error:
+        return False
+
+
+async def test_cancelling_kills_the_process_and_what_it_started(runner: Runner, tmp_path: Path) -> None:
+    """Both are gone when the cancelled run returns, within little more than a second."""
+    notes: list[ProgressNote] = []
+    running = asyncio.create_task(runner.run(task("sleeper"), tmp_path, on_progress=notes.append))
+    await until(lambda: bool(notes))
+    pids = [int(pid) for pid in notes[0].message.split()]
+    assert not any(gone(pid) for pid in pids)
+    cancelled_at = time.monotonic()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await until(lambda: all(gone(pid) for pid in pids))
+    assert time.monotonic() - cancelled_at < 1.5
+
+
+async def test_cancelling_twice_does_not_spare_a_process_that_ignores_sigterm(runner: Runner, tmp_path: Path) -> None:
+    """SIGKILL follows even when nobody waits for it any more."""
+    notes: list[ProgressNote] = []
+    running = asyncio.create_task(runner.run(task("stubborn"), tmp_path, on_progress=notes.append))
+    await until(lambda: bool(notes))
+    running.cancel()
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await until(lambda: gone(int(notes[0].message)))
+
+
+async def test_a_run_beyond_its_time_is_ended_and_names_the_limit(runner: Runner, tmp_path: Path) -> None:
+    """The limit given to run counts before the task's own."""
+    notes: list[ProgressNote] = []
+    result = await runner.run(task("sleeper"), tmp_path, on_progress=notes.append, timeout_s=1.5)
+    assert isinstance(result, Broke)
+    assert (result.code, result.fault) == ("timeout", "node")
+    assert "1.5 s" in result.reason
+    assert all(gone(int(pid)) for note in notes for pid in note.message.split())
+
+
+async def test_what_a_finished_run_leaves_running_is_killed(runner: Runner, tmp_path: Path) -> None:
+    """A result does not excuse a left-over process."""
+    result = await outcome(runner, "leaves_child", tmp_path)
+    assert isinstance(result, Done)
+    await until(lambda: gone(result.result))
+
+
+async def test_killing_the_agent_kills_the_whole_group_of_each_executor(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Nobody is left to clean up after kill -9, so the executor does it itself."""
+    arguments = [sys.executable, "-c", PARENT, str(tmp_path)]
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as parent:  # noqa: ASYNC220
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in (await asyncio.to_thread(parent.stdout.readline)).split()]
+        assert len(pids) == 2
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        await until(lambda: all(gone(pid) for pid in pids))
+
+
+async def test_a_failing_prepare_is_reported_and_torn_down(runner: Runner, tmp_path: Path) -> None:
+    """The log of the run shows what happened before the task was known."""
+    assert (await failure(runner, "unprepared", tmp_path)).reason == "RuntimeError: no GPU here"
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" in log
+
+
+@pytest.mark.parametrize(
+    ("work_type", "word"),
+    [("unheard_of", "there is: "), ("broken", "ModuleNotFoundError"), ("no_executor", "not a subclass")],
+)
+async def test_a_plugin_that_cannot_be_loaded_breaks_only_its_own_runs(
+    runner: Runner, tmp_path: Path, work_type: str, word: str
+) -> None:
+    """The reason names what is wrong with it; the node lives on."""
+    broke = await failure(runner, work_type, tmp_path)
+    assert (broke.code, broke.fault) == ("no_executor", "node")
+    assert word in broke.reason
+    assert isinstance(await outcome(runner, "echo", tmp_path), Done)
+
+
+async def test_a_probe_tells_what_an_executor_needs(runner: Runner) -> None:
+    """The agent learns it without importing the plug-in."""
+    assert await runner.probe("needs_engine") == Ready(needs_engine=True)
+    assert await runner.probe("echo") == Ready(needs_engine=False)
+    assert isinstance(await runner.probe("broken"), Broke)
+
+
+async def test_a_spare_takes_the_task_and_is_replaced(environment: dict[str, str], tmp_path: Path) -> None:
+    """One prepared process waits, before and after."""
+    runner = Runner(spare_types=["echo"], environment=environment)
+    try:
+        assert await runner.probe("echo") == Ready()
+        (spare,) = psutil.Process().children()
+        result = await outcome(runner, "echo", tmp_path)
+        assert isinstance(result, Done)
+        assert result.result["pid"] == spare.pid
+        await until(lambda: [child.pid for child in psutil.Process().children() if not gone(child.pid)] != [])
+    finally:
+        await runner.close()
+    assert all(gone(child.pid) for child in psutil.Process().children(recursive=True))
+
+
+async def test_a_spare_that_was_killed_is_not_used(environment: dict[str, str], tmp_path: Path) -> None:
+    """The task gets a new process instead of a failure."""
+    runner = Runner(spare_types=["echo"], environment=environment)
+    try:
+        await runner.probe("echo")
+        (spare,) = psutil.Process().children()
+        spare.kill()
+        await until(lambda: gone(spare.pid))
+        await until(lambda: not psutil.pid_exists(spare.pid))
+        assert isinstance(await outcome(runner, "echo", tmp_path), Done)
+    finally:
+        await runner.close()
+
+
+async def test_closing_ends_runs_in_progress(environment: dict[str, str], tmp_path: Path) -> None:
+    """Their outcome says why, and later runs are refused with the same."""
+    runner = Runner(spare_types=["echo"], environment=environment)
+    runner.warm()
+    notes: list[ProgressNote] = []
+    running = asyncio.create_task(runner.run(task("sleeper"), tmp_path, on_progress=notes.append))
+    await until(lambda: bool(notes))
+    await runner.close()
+    result = await running
+    assert isinstance(result, Broke)
+    assert result.code == "node_stopped"
+    assert await outcome(runner, "echo", tmp_path) == result
+    await until(lambda: not psutil.Process().children(recursive=True))
