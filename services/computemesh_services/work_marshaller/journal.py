@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -75,7 +75,7 @@ class Journal:
         self._cursor_revision = 0
         self._cursor_written = 0
         self._cursor_in_flight = False
-        self._checks: set[asyncio.Task[None]] = set()
+        self._checks: set[asyncio.Future[Any]] = set()
 
     async def start(self) -> None:
         await self._puts.start()
@@ -96,10 +96,16 @@ class Journal:
         slot = self._slots.get(record.work_id)
         return slot is not None and slot.stored is record
 
-    @property
-    def idle(self) -> bool:
-        """Whether everything that was written is acknowledged."""
-        return len(self._puts) == 0 and not self._checks
+    async def settled(self) -> None:
+        """Returns when everything that was written is acknowledged, or the journal broke."""
+        broken: asyncio.Future[Any] = asyncio.ensure_future(self.broken.wait())
+        try:
+            while not self.broken.is_set() and (self._checks or not self._puts.empty.is_set()):
+                empty: asyncio.Future[Any] = asyncio.ensure_future(self._puts.empty.wait())
+                await asyncio.wait({broken, empty, *self._checks}, return_when=asyncio.FIRST_COMPLETED)
+                empty.cancel()
+        finally:
+            broken.cancel()
 
     def carry(self, work_id: str, seq: int) -> None:
         """The inbox message *seq* is reflected by the item's next put."""
@@ -190,11 +196,11 @@ class Journal:
             if self.on_duplicate:
                 self.on_duplicate(record.work_id)
 
-        task = asyncio.create_task(check())
+        task = asyncio.ensure_future(check())
         self._checks.add(task)
         task.add_done_callback(self._checked)
 
-    def _checked(self, task: asyncio.Task[None]) -> None:
+    def _checked(self, task: asyncio.Future[Any]) -> None:
         self._checks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self._break(f"cannot check for a duplicate: {error}")

@@ -306,11 +306,9 @@ class Reign:
         for record in list(self.scheduler.records.values()):
             if not workitem.is_final(record):
                 await self._journal.write(record)
-        while not (self._journal.idle or self._journal.broken.is_set()):
-            await asyncio.sleep(0.005)
+        await self._journal.settled()
         await self._journal.write_cursor(self._stream_created)
-        while not (self._journal.idle or self._journal.broken.is_set()):
-            await asyncio.sleep(0.005)
+        await self._journal.settled()
 
     # --- nodes -------------------------------------------------------------------------------------------------
 

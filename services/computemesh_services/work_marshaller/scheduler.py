@@ -19,6 +19,7 @@ from computemesh.contracts.base import Message, Refused
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord, NodeState
 from computemesh.contracts.work import (
     FINAL,
+    HANDED_BACK,
     WORK_TYPES,
     NodeVerdict,
     WorkCompleted,
@@ -209,6 +210,8 @@ class Scheduler:
         if record is None or not workitem.is_current(record, report.attempt):
             return None
         self._reported(record)
+        if report.code == HANDED_BACK:
+            return self._write(workitem.lost(record, report.error, now), now)
         return self._fail(record, workitem.error_of(report), now)
 
     def cancel(self, work_id: str, reason: str, now: float) -> WorkRecord | None:

@@ -39,14 +39,14 @@ class Pipeline:
     def __init__(self, bus: Bus, *, timeout_s: float) -> None:
         self._bus = bus
         self._timeout_s = timeout_s
+        self.empty = asyncio.Event()
+        """Set while nothing waits for a reply and no callback runs."""
+        self.empty.set()
         self._waiting: dict[str, tuple[float, OnReply]] = {}
         self._next = 0
         self._inbox = ""
         self._subscription: Subscription | None = None
         self._sweeper: asyncio.Task[None] | None = None
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     async def start(self) -> None:
         self._inbox = self._bus.new_inbox()
@@ -67,6 +67,7 @@ class Pipeline:
         self, subject: str, data: bytes, on_reply: OnReply, *, headers: dict[str, str] | None = None
     ) -> None:
         self._next += 1
+        self.empty.clear()
         token = str(self._next)
         self._waiting[token] = (asyncio.get_running_loop().time() + self._timeout_s, on_reply)
         await self._bus.send(subject, data, reply=f"{self._inbox}.{token}", headers=headers)
@@ -75,7 +76,12 @@ class Pipeline:
         _, on_reply = self._waiting.pop(message.subject.rsplit(".", 1)[1], (0.0, None))
         if on_reply is not None:
             nobody = not message.data and (message.headers or {}).get("Status") == "503"
-            await on_reply(Reply(message.data, no_responder=nobody))
+            await self._finish(on_reply, Reply(message.data, no_responder=nobody))
+
+    async def _finish(self, on_reply: OnReply, reply: Reply) -> None:
+        await on_reply(reply)
+        if not self._waiting:
+            self.empty.set()
 
     async def _sweep(self) -> None:
         while True:
@@ -84,4 +90,4 @@ class Pipeline:
             # One timeout for all, so the oldest come first.
             while self._waiting and (oldest := next(iter(self._waiting.items())))[1][0] <= now:
                 del self._waiting[oldest[0]]
-                await oldest[1][1](Reply(b"", timed_out=True))
+                await self._finish(oldest[1][1], Reply(b"", timed_out=True))

@@ -40,15 +40,28 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 class Failure(click.ClickException):
     """A failure with an exit status and, where there is one, what to do next."""
 
-    def __init__(self, message: str, *, hint: str = "", status: int = EXIT_REFUSED) -> None:
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-        self.exit_code = status
 
     def show(self, file: Any = None) -> None:
         err.print(f"[bold red]error:[/] {escape(self.message)}")
         if self.hint:
             err.print(f"  {escape(self.hint)}")
+
+
+class WorkFailure(Failure):
+    """The command did its part, the work did not end well."""
+
+    exit_code = EXIT_WORK_FAILED
+
+
+class NoMesh(Failure):
+    """There is no mesh, or it does not answer."""
+
+    exit_code = EXIT_NO_MESH
 
 
 def escape(text: str) -> str:
@@ -65,9 +78,7 @@ def mesh_status() -> MeshStatus:
 
 
 def no_mesh(reason: str) -> Failure:
-    return Failure(
-        reason, hint="start one with `computemesh up`, or set NATS_URL to one that runs", status=EXIT_NO_MESH
-    )
+    return NoMesh(reason, hint="start one with `computemesh up`, or set NATS_URL to one that runs")
 
 
 def bus_address(role: Role) -> Where:
@@ -89,11 +100,9 @@ async def connected(role: Role = Role.CLIENT) -> AsyncIterator[Bus]:
     except Unreachable as error:
         raise no_mesh(str(error)) from None
     except NoResponder as error:
-        raise Failure(
-            f"the mesh does not answer: {error}", hint="see `computemesh status`", status=EXIT_NO_MESH
-        ) from None
+        raise NoMesh(f"the mesh does not answer: {error}", hint="see `computemesh status`") from None
     except BusError as error:
-        raise Failure(str(error), hint="see `computemesh status`", status=EXIT_NO_MESH) from None
+        raise NoMesh(str(error), hint="see `computemesh status`") from None
     finally:
         await bus.close()
 

@@ -22,7 +22,7 @@ import psutil
 from computemesh import __version__, log
 from computemesh.bus import Bus, BusError
 from computemesh.cli import common, work
-from computemesh.cli.common import Failure, ago, coloured, err, out, print_json, table
+from computemesh.cli.common import Failure, WorkFailure, ago, coloured, err, out, print_json, table
 from computemesh.cli.services import SERVICES
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
@@ -281,7 +281,7 @@ async def _demo() -> None:
         took_s = (record.finished_at or 0.0) - record.submitted_at
         out.print(f"\n  {record.work_id} {coloured(record.state)} on {record.node_id} after {took_s:.1f} s\n")
         if record.state is not work_contracts.WorkState.COMPLETED:
-            raise Failure(f"the first work item ended as {record.state}", hint="see the logs", status=1)
+            raise WorkFailure(f"the first work item ended as {record.state}", hint=f"see {home().logs}")
 
 
 async def _first_model(bus: Bus) -> str | None:

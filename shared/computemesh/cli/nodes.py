@@ -18,9 +18,9 @@ from computemesh.hardware import Tier
     "--min-tier", type=click.Choice([t.value for t in Tier], case_sensitive=False), help="At least this tier."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_nodes(online: bool, gpu: bool, min_tier: str | None, as_json: bool) -> None:
+def list_nodes(online: bool, gpu: bool, min_tier: Tier | None, as_json: bool) -> None:
     """List the nodes of the mesh and what they can do."""
-    query = NodesQuery(online_only=online, requires_gpu=gpu, min_tier=Tier(min_tier) if min_tier else None)
+    query = NodesQuery(online_only=online, requires_gpu=gpu, min_tier=min_tier)
 
     async def fetch() -> NodeList:
         async with common.connected() as bus:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from computemesh.bus import Bus, BusError
 from computemesh.cli import common
-from computemesh.cli.common import EXIT_WORK_FAILED, Failure, ago, coloured, err, out, print_json, table
+from computemesh.cli.common import EXIT_WORK_FAILED, Failure, WorkFailure, ago, coloured, err, out, print_json, table
 from computemesh.contracts import work
 from computemesh.contracts.base import Refused, convert
 from computemesh.contracts.work import (
@@ -176,10 +176,9 @@ class Follower:
             while not self._done.is_set():
                 left_s = LOOK_AGAIN_S if until_s is None else min(LOOK_AGAIN_S, until_s - time.monotonic())
                 if left_s <= 0:
-                    raise Failure(
+                    raise WorkFailure(
                         f"{self._work_id} is not finished after {timeout_s:g} s",
                         hint=f"it goes on; see `computemesh work show {self._work_id}`",
-                        status=EXIT_WORK_FAILED,
                     )
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), left_s)

@@ -37,6 +37,9 @@ WORK_TYPES: Final = ("inference",)
 
 PRIORITY_MAX: Final = 9
 
+HANDED_BACK: Final = "handed_back"
+"""Code of a failure report that is none: the node ends and gives the item back."""
+
 
 class WorkState(StrEnum):
     PENDING = "pending"

@@ -1,0 +1,23 @@
+"""``python -m computemesh_services.node_agent``"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from computemesh.bus import Bus
+from computemesh.contracts.base import Role
+from computemesh.lifecycle import run
+from computemesh.paths import home
+from computemesh_services.node_agent.config import AgentConfig
+from computemesh_services.node_agent.service import NAME, NodeAgent
+
+
+def main() -> None:
+    def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
+        return NodeAgent(bus, config, home())
+
+    run(NAME, "Runs engines and work on this machine.", Role.NODE, AgentConfig, make)
+
+
+if __name__ == "__main__":
+    main()

