@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
 import uvloop
@@ -243,5 +243,8 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     """The single exceptions inside nested groups."""
     found: list[BaseException] = []
     for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        if isinstance(error, BaseExceptionGroup):
+            found += _leaves(cast("BaseExceptionGroup[BaseException]", error))
+        else:
+            found.append(error)
     return found

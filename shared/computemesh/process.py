@@ -18,7 +18,13 @@ from collections.abc import Callable
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
-_PRCTL = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+
+
+def _find_prctl() -> Callable[[int, int], int] | None:
+    return ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+
+
+_PRCTL: Final = _find_prctl()
 
 
 def dies_with_parent(sig: signal.Signals) -> Callable[[], None] | None:

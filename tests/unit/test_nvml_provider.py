@@ -4,7 +4,7 @@ Method: a fake NVML behind the interface that the provider asks of ``pynvml``. E
 it and looks at the reading.
 """
 
-# ruff: noqa: N801, N802, N818 - the names are NVML's.
+# ruff: noqa: N801, N802 - the names are NVML's.
 
 from __future__ import annotations
 

@@ -80,12 +80,15 @@ class NodeAgent:
         found = find_models(config.models)
         for warning in found.warnings:
             _log.warning("model", reason=warning)
-        threads = {"threads": config.engine_threads} if config.engine_threads else {}
         self._engines = EnginePool(
             found.models,
             log_dir=home.logs,
             engines_max=config.engines_max,
-            options=EngineOptions(context_tokens=config.context_tokens, parallel=config.slots, **threads),
+            options=EngineOptions(
+                context_tokens=config.context_tokens,
+                parallel=config.slots,
+                threads=config.engine_threads or llama_server.default_threads(),
+            ),
             on_change=self._heartbeat_soon,
         )
         self._runner = Runner(spare_types=registry.available().keys())

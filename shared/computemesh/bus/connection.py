@@ -100,7 +100,7 @@ class Bus:
         self.connected = asyncio.Event()
         self.max_payload = 1024 * 1024
         self._nc = Client()
-        self._on_defect = on_defect or (lambda error: _log.error("handler failed", error=repr(error)))
+        self._on_defect = on_defect or _log_defect
         self._last_error: BaseException | None = None
         self._closing = False
 
@@ -255,7 +255,7 @@ class Bus:
             except Exception as error:
                 self._on_defect(error)
 
-        return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+        return await self._nc.subscribe(subject, queue=queue, cb=guarded)  # pyright: ignore[reportUnknownMemberType]
 
     async def forget(self, subscription: Subscription) -> None:
         """Unsubscribes; what was delivered but not handled is dropped."""
@@ -327,6 +327,10 @@ def read_answer(request: Request[Q, R], data: bytes, headers: Mapping[str, str] 
     kind: type[Any] = Refused if headers and "Nats-Service-Error" in headers else request.gives
     answer: R | Refused = decode(data, kind)
     return answer
+
+
+def _log_defect(error: BaseException) -> None:
+    _log.error("handler failed", exc_info=error)
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server | None, float]:

