@@ -212,10 +212,18 @@ async def _serve(
             _log.error("could not finish in time", drain_timeout_s=config.drain_timeout_s)
             status = 1
             http.cancel()
-        for task in background:
-            task.cancel()
+        await _end_all(background)
     _log.info("stopped")
     return status
+
+
+async def _end_all(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they are done: ``wait_for`` of Python 3.11 may swallow one cancellation."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 async def _end_on_defect(defects: asyncio.Queue[BaseException]) -> None:

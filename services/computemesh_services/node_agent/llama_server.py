@@ -247,9 +247,21 @@ class LlamaServer:
         """A server process, and nothing of it afterwards."""
         self.port = self.port or free_port()
         command = [*launcher(), *arguments(self.name, self._path, self.port, self._options)]
+        try:
+            process = await self._spawn(command)
+        except OSError as error:
+            raise EngineError(f"cannot start {command[0]}: {error}") from error
+        self._process = process
+        try:
+            yield process
+        finally:
+            await end(process, grace_s=self._options.stop_grace_s)
+            self._process = None
+
+    async def _spawn(self, command: list[str]) -> Process:
         log = _open_log(self._log_path)
         try:
-            process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 *command,
                 stdin=DEVNULL,
                 stdout=log,
@@ -258,16 +270,8 @@ class LlamaServer:
                 start_new_session=True,
                 preexec_fn=dies_with_parent(signal.SIGKILL),
             )
-        except OSError as error:
-            raise EngineError(f"cannot start {command[0]}: {error}") from error
         finally:
             os.close(log)
-        self._process = process
-        try:
-            yield process
-        finally:
-            await end(process, grace_s=self._options.stop_grace_s)
-            self._process = None
 
     async def _until_serving(self, process: Process) -> None:
         loop = asyncio.get_running_loop()

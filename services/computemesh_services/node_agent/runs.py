@@ -33,7 +33,7 @@ from computemesh.executors.protocol import (
     Start,
 )
 from computemesh.paths import private_folder
-from computemesh.process import end, signal_group
+from computemesh.process import signal_group
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bound on one message of an executor's process, and so on the memory it can make the agent use."""
@@ -43,6 +43,9 @@ RESULT_BYTES_MAX: Final = 900 * 1024
 
 KILL_GRACE_S: Final = 1.0
 """How long a cancelled process group may take to end by itself."""
+
+REAP_INTERVAL_S: Final = 1.0
+"""Bound on how late the end of a process is noticed when something else holds its pipes."""
 
 TEARDOWN_S_MAX: Final = 10.0
 """How long a process may go on after its outcome."""
@@ -314,17 +317,25 @@ class _Child:
         await asyncio.wait({self._reaped}, timeout=timeout_s)
 
     async def end(self) -> None:
-        await end(self._process, grace_s=KILL_GRACE_S)
+        """Ends the process and its group, the hard way when need be."""
+        if not self._reaped.done():
+            signal_group(self._process.pid, signal.SIGTERM)
+            await self.exited(KILL_GRACE_S)
+        signal_group(self._process.pid, signal.SIGKILL)
         await self._reaped
         await asyncio.wait({self._ready})
         self._stdin.close()
         self._early.close()
 
     async def _reap(self) -> None:
-        # Whatever it left running would hold the pipe open, and the end of the pipe would never come.
-        await self._process.wait()
+        # Whatever it left running may hold its pipes open: then neither the end of the output comes, nor, in
+        # some Python versions, the end of wait(). The first is cured by killing the group, and for what
+        # left the group, by saying that this is the end.
+        waiting = asyncio.create_task(self._process.wait())
+        while self._process.returncode is None:
+            await asyncio.wait({waiting}, timeout=REAP_INTERVAL_S)
+        waiting.cancel()
         signal_group(self._process.pid, signal.SIGKILL)
-        # And what left the group may hold it still.
         asyncio.get_running_loop().call_later(KILL_GRACE_S, self._stdout.feed_eof)
 
     async def _first_answer(self) -> Ready | Broke:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from typing import Any, Final
@@ -18,13 +17,14 @@ _WARNINGS: Final = 2
 
 def main() -> None:
     options = _parser().parse_args()
-    # Blocked before the server's threads exist, so that they inherit it and sigwait gets the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    # Both end this process at once, also while it loads a model. The server's own way to end waits for
+    # requests in hand; the agent has waited for those it cares about.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = _serve(options)
     sys.stderr.write(f"listening on {server.listening_address}\n")
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    # The server's destructor waits for requests in hand; the agent has already drained what it wanted to.
-    os._exit(0)
+    while True:
+        signal.pause()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -60,6 +60,7 @@ class NodeRegistry:
         """Monotonic seconds of the last sign of life."""
         self._started_s = time.monotonic()
         self._held: lease.Held | None = None
+        self._draining = False
 
     def endpoints(self) -> list[AnyBound]:
         return [
@@ -79,6 +80,7 @@ class NodeRegistry:
         spawn(self._sweep_forever())
 
     async def drain(self) -> None:
+        self._draining = True
         if self._held is not None:
             await self._held.release()
 
@@ -149,7 +151,7 @@ class NodeRegistry:
 
     async def _act_forever(self) -> None:
         """Holds the lease whenever possible. Whoever starts to act asks everyone who they are."""
-        while True:
+        while not self._draining:
             await self._bus.connected.wait()
             self._held = await lease.acquire(self._bus, NAME, self._instance, on_wait=lambda: None)
             try:

@@ -330,18 +330,17 @@ class Reign:
         await self._advance(now)
 
     async def _deliver(self, record: WorkRecord, time_sent: int) -> None:
-        message = workitem.assignment(record)
-        if record.plain:
-            await self._bus.publish(work.ASSIGNED, message)
-            return
-
         async def on_reply(reply: Reply) -> None:
             await self._on_delivery(record, time_sent, reply)
 
-        await self._calls.send(work.DELIVER.at(record.node_id), encode(message), on_reply)
+        # Plain nodes do not answer, but the server does when nobody listens at all.
+        subject = work.ASSIGNED.at() if record.plain else work.DELIVER.at(record.node_id)
+        await self._calls.send(subject, encode(workitem.assignment(record)), on_reply)
 
     async def _on_delivery(self, record: WorkRecord, time_sent: int, reply: Reply) -> None:
         now = time.time()
+        if record.plain and not reply.no_responder:
+            return
         if reply.timed_out:
             current = self.scheduler.records.get(record.work_id)
             if current is not record:
@@ -351,7 +350,7 @@ class Reign:
                 return
             self.scheduler.declined(record.work_id, record.attempt, "did not answer an assignment", now)
         elif reply.no_responder:
-            self.scheduler.declined(record.work_id, record.attempt, "nobody listens at the node", now)
+            self.scheduler.declined(record.work_id, record.attempt, "nobody listens for it", now)
         else:
             answer = decode(reply.data, work.Delivery)
             if isinstance(answer, Refused):

@@ -37,7 +37,7 @@ from computemesh_services.work_marshaller.workitem import RetryPolicy
 WRITE_LATE_S: Final = 0.25
 """An item that waits, or an attempt that runs, for longer than this is written as such."""
 
-REST_S: Final = 2.0
+REST_S: Final = 1.0
 """A node that could not be reached, or refused an item, is left alone this long unless it shows up."""
 
 MISSED_S: Final = 3.0

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import click
 import msgspec
@@ -99,12 +99,13 @@ def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
             raise Failure(f"{file}: {' '.join(str(error).split())}") from None
     found: list[tuple[str, dict[str, Any]]] = []
     for number, document in enumerate(documents, 1):
-        items = cast("list[Any]", document if isinstance(document, list) else [document])
+        where = file if len(documents) == 1 else f"{file}, document {number}"
+        items: list[Any] = list(document) if isinstance(document, list) else [document]  # pyright: ignore[reportUnknownArgumentType]
         for item in items:
-            where = file if len(documents) == 1 else f"{file}, document {number}"
-            if not isinstance(item, dict):
-                raise Failure(f"{where}: a work item is a mapping, this is a {type(item).__name__}")
-            found.append((where, {str(key): value for key, value in cast("dict[Any, Any]", item).items()}))
+            try:
+                found.append((where, msgspec.convert(item, dict[str, Any])))
+            except msgspec.ValidationError as error:
+                raise Failure(f"{where}: a work item is a mapping: {error}") from None
     if not found:
         raise Failure(f"{file}: no work item in it")
     return found

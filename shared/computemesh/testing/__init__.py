@@ -1,5 +1,6 @@
 """Real servers and processes for tests, this project's and those of programs built on it."""
 
+from computemesh.testing.mesh import RunningMesh, running_mesh, until
 from computemesh.testing.server import running_server
 
-__all__ = ["running_server"]
+__all__ = ["RunningMesh", "running_mesh", "running_server", "until"]

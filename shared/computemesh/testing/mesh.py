@@ -1,0 +1,130 @@
+"""A mesh for one test: a real NATS server, services as processes, and hands to break them with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from computemesh.bus import Bus, Where
+from computemesh.cli.services import SERVICES
+from computemesh.contracts.base import Role
+from computemesh.nats_server import Credentials, load_or_create
+from computemesh.paths import Home
+from computemesh.supervisor import Supervised, Supervisor
+
+WAIT_S: Final = 30.0
+"""How long :func:`until` waits for a condition: far longer than it takes, so that only failures wait."""
+
+CONTROL_PLANE: Final = ("node-registry", "work-marshaller")
+
+QUICK: Final = {
+    "COMPUTEMESH_HEARTBEAT_INTERVAL_S": "0.3",
+    "COMPUTEMESH_SUSPECT_AFTER_S": "2",
+    "COMPUTEMESH_LOST_AFTER_S": "4",
+    "WORK_RETRY_DELAY": "0.1",
+    "COMPUTEMESH_ENGINE_THREADS": "1",
+}
+"""Settings that make what takes seconds in a real mesh take less."""
+
+
+async def until(condition: Callable[[], Any], *, what: str, within_s: float = WAIT_S) -> None:
+    """Waits for a condition, looking often.
+
+    Raises:
+        AssertionError: it did not come true in time; *what* says what was awaited.
+    """
+    deadline_s = asyncio.get_running_loop().time() + within_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline_s, f"not within {within_s:g} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+class RunningMesh:
+    """What a test sees of its mesh."""
+
+    def __init__(self, supervisor: Supervisor, home: Home, credentials: Credentials, lines: list[str]) -> None:
+        self.supervisor = supervisor
+        self.home = home
+        self.credentials = credentials
+        self.lines = lines
+        """Every log line of every service, with the service's name in front."""
+        self._buses: list[Bus] = []
+
+    def url(self, role: Role) -> str:
+        return self.supervisor.url(role)
+
+    def http(self, name: str) -> str:
+        """The address of a service's HTTP edge."""
+        return self.service(name).status.http
+
+    def service(self, name: str) -> Supervised:
+        return next(service for service in self.supervisor.services if service.name == name)
+
+    def environment(self, role: Role = Role.CLIENT) -> dict[str, str]:
+        """What ``computemesh env --role`` would export, added to this process's environment."""
+        return {**os.environ, "NATS_URL": self.url(role), "COMPUTEMESH_HOME": str(self.home.root)}
+
+    async def bus(self, role: Role = Role.CLIENT) -> Bus:
+        """A connection that ends with the mesh."""
+        bus = Bus(Where(url=self.url(role), role=role, name=f"test-{role}"))
+        await bus.connect(timeout_s=5.0)
+        self._buses.append(bus)
+        return bus
+
+    def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to a service, or to ``nats-server``."""
+        if name == "nats-server":
+            assert self.supervisor.server is not None
+            os.kill(self.supervisor.server.pid, sig)
+        else:
+            pid = self.service(name).status.pid
+            if pid:
+                os.kill(pid, sig)
+
+    async def close(self) -> None:
+        for bus in self._buses:
+            await bus.close()
+        await self.supervisor.stop()
+
+
+@asynccontextmanager
+async def running_mesh(
+    folder: Path,
+    services: Sequence[str] = CONTROL_PLANE,
+    *,
+    copies: Mapping[str, int] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> AsyncGenerator[RunningMesh]:
+    """The named services on a server of their own, ready, with all files under *folder*."""
+    home = Home(folder / "mesh")
+    settings = {**QUICK, **(environment or {})}
+    specs = [
+        replace(spec, port=0, environment=settings, copies=(copies or {}).get(spec.name, 1))
+        for spec in SERVICES
+        if spec.name in services
+    ]
+    home.root.mkdir(parents=True, exist_ok=True)
+    credentials = load_or_create(home.credentials)
+    lines: list[str] = []
+    supervisor = Supervisor(
+        home,
+        specs,
+        credentials,
+        node_id="n1",
+        on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
+    )
+    mesh = RunningMesh(supervisor, home, credentials, lines)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            await supervisor.start()
+        failed = [service.name for service in supervisor.services if service.status.state != "ready"]
+        assert not failed, f"{failed} did not start:\n" + "\n".join(lines[-20:])
+        yield mesh
+    finally:
+        await mesh.close()
