@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import os
 import random
 import shutil
@@ -353,7 +354,7 @@ class _Slot:
     def __init__(self, engine: LlamaServer) -> None:
         self.engine = engine
         self.users = 0
-        self.used_at = 0.0
+        self.used_last = 0
         self.leaving = False
 
 
@@ -385,7 +386,8 @@ class EnginePool:
         self._patience_s = patience_s
         self._on_change = on_change
         self._slots: dict[str, _Slot] = {}
-        self._waiting: dict[object, float] = {}
+        self._turns = itertools.count(1)  # Orders events; the loop's clock stands still within a millisecond.
+        self._waiting: dict[int, float] = {}
         self._moved = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -421,40 +423,39 @@ class EnginePool:
             await asyncio.wait(self._retiring)
 
     async def _take(self, model: str) -> _Slot:
-        ticket = object()
-        now = asyncio.get_running_loop().time
-        since = now()
+        turn = next(self._turns)
+        since = asyncio.get_running_loop().time()
         try:
             while not self._closed:
-                slot = self._place_for(model, since)
+                slot = self._place_for(model, turn)
                 if slot is not None:
                     slot.users += 1
                     return slot
-                self._waiting[ticket] = since
+                self._waiting[turn] = since
                 self._moved.clear()
                 await self._moved.wait()
         finally:
-            self._waiting.pop(ticket, None)
+            self._waiting.pop(turn, None)
         raise EngineError("the node agent is stopping")
 
-    def _place_for(self, model: str, since: float) -> _Slot | None:
+    def _place_for(self, model: str, turn: int) -> _Slot | None:
         """A slot to use now. When there is none, it has done what will lead to one."""
         slot = self._slots.get(model)
         if slot is not None:
             if slot.engine.state in _GONE:
                 self._retire(slot)
-            return slot if not slot.leaving and self._may_join(since) else None
+            return slot if not slot.leaving and self._may_join(turn) else None
         if len(self._slots) < self._engines_max:
             return self._load(model)
         idle = [slot for slot in self._slots.values() if slot.users == 0]
         if idle:
-            self._retire(min(idle, key=lambda slot: slot.used_at))
+            self._retire(min(idle, key=lambda slot: slot.used_last))
         return None
 
-    def _may_join(self, since: float) -> bool:
+    def _may_join(self, turn: int) -> bool:
         """Whether nobody has waited so long that whoever came later must stand behind."""
-        oldest = min(self._waiting.values(), default=since)
-        return since <= oldest or asyncio.get_running_loop().time() - oldest < self._patience_s
+        first = min(self._waiting, default=turn)
+        return turn <= first or asyncio.get_running_loop().time() - self._waiting[first] < self._patience_s
 
     def _load(self, model: str) -> _Slot:
         engine = LlamaServer(
@@ -470,7 +471,7 @@ class EnginePool:
 
     def _give_back(self, slot: _Slot) -> None:
         slot.users -= 1
-        slot.used_at = asyncio.get_running_loop().time()
+        slot.used_last = next(self._turns)
         if slot.users == 0 and slot.engine.state in _GONE:
             self._retire(slot)
         self._moved.set()
