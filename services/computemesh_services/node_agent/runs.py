@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE, Process, SubprocessStreamProtocol
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Final
@@ -235,10 +235,11 @@ class _LineTooLong(Exception):
 class _Child:
     """One executor process."""
 
-    def __init__(self, process: Process, early: IO[bytes]) -> None:
+    def __init__(self, process: Process, transport: asyncio.SubprocessTransport, early: IO[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
+        self._transport = transport
         self._stdin = process.stdin
         self._stdout = process.stdout
         self._early = early
@@ -252,23 +253,24 @@ class _Child:
     async def spawn(cls, work_type: str, environment: Mapping[str, str] | None) -> _Child:
         # What is printed before the task is known is kept here, and copied to its log then.
         early = tempfile.TemporaryFile(prefix="computemesh-executor-")  # noqa: SIM115 - lives as long as the child.
+        loop = asyncio.get_running_loop()
         command = [sys.executable, "-P", "-m", "computemesh.executors.runner", work_type]
         try:
             # No death signal from the kernel: it would end this process before it can end its group, which
             # it does by itself when its standard input ends.
-            process = await asyncio.create_subprocess_exec(
+            transport, protocol = await loop.subprocess_exec(
+                lambda: SubprocessStreamProtocol(limit=LINE_BYTES_MAX, loop=loop),
                 *command,
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=early,
-                limit=LINE_BYTES_MAX,
                 env=environment,
                 start_new_session=True,
             )
         except BaseException:
             early.close()
             raise
-        return cls(process, early)
+        return cls(Process(transport, protocol, loop), transport, early)
 
     def usable(self) -> bool:
         """Whether it runs and has not said that it cannot."""
@@ -324,7 +326,7 @@ class _Child:
         signal_group(self._process.pid, signal.SIGKILL)
         await self._reaped
         await asyncio.wait({self._ready})
-        self._stdin.close()
+        self._transport.close()
         self._early.close()
 
     async def _reap(self) -> None:

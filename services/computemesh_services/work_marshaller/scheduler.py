@@ -38,7 +38,9 @@ WRITE_LATE_S: Final = 0.25
 """An item that waits, or an attempt that runs, for longer than this is written as such."""
 
 REST_S: Final = 1.0
-"""A node that could not be reached, or refused an item, is left alone this long unless it shows up."""
+REST_S_MAX: Final = 30.0
+"""A node that could not be reached, or refused an item, is left alone this long unless it shows up; the
+pause doubles while it goes on."""
 
 MISSED_S: Final = 3.0
 """A running attempt that its node's heartbeats do not list for this long is lost."""
@@ -103,6 +105,8 @@ class Seat:
     loaded_models: frozenset[str] = frozenset()
     accepting: bool = True
     strikes: int = 0
+    rests: int = 0
+    """Rests in a row, without a sign of life between them."""
     rests_until: float = 0.0
     rest_reason: str = ""
     session: str = ""
@@ -243,7 +247,8 @@ class Scheduler:
         if record is None or record.state is not WorkState.ASSIGNED:
             return
         if seat := self.seats.get(record.node_id):
-            seat.rests_until = now + REST_S
+            seat.rests_until = now + min(REST_S_MAX, REST_S * 2.0**seat.rests)
+            seat.rests = min(seat.rests + 1, 30)
             seat.rest_reason = reason
             self._clock_at(seat.rests_until, "", 0)
         self._write(workitem.undelivered(record, now, reason), now)
@@ -265,7 +270,7 @@ class Scheduler:
         back = node.changed_at != seat.node.changed_at and node.state is NodeState.ONLINE
         seat.node = node
         if back:
-            seat.strikes = 0
+            seat.strikes = seat.rests = 0
             seat.rests_until = 0.0
         if node.state is NodeState.LOST:
             self._lose_all(seat, f"node {node.node_id} was lost", now)
@@ -289,6 +294,7 @@ class Scheduler:
         seat.accepting = beat.accepting
         seat.loaded_models = frozenset(beat.loaded_models)
         seat.rests_until = 0.0
+        seat.rests = 0
         running = {(work.work_id, work.attempt) for work in beat.running}
         for work_id in list(seat.taken):
             self._renew(self.records[work_id], running, now)
@@ -421,7 +427,7 @@ class Scheduler:
 
     def _reported(self, record: WorkRecord) -> None:
         if seat := self.seats.get(record.node_id):
-            seat.strikes = 0
+            seat.strikes = seat.rests = 0
 
     def _write(self, record: WorkRecord, now: float) -> WorkRecord:
         before = self.records.get(record.work_id)

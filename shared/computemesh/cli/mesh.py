@@ -404,10 +404,10 @@ async def _show_counts() -> None:
     async with common.connected() as bus:
         found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery())
         online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
-        counts = [f"{found.count} nodes, {online} online"]
+        counts = [f"nodes: {found.count}, {online} online"]
         for state in (work_contracts.WorkState.PENDING, work_contracts.WorkState.RUNNING):
             items = await common.ask(bus, work_contracts.LIST, work_contracts.WorkList(status=state, limit=1))
-            counts.append(f"{items.count} items {state}")
+            counts.append(f"{state}: {items.count}")
         out.print(f"\n{'; '.join(counts)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import sys
 import time
 from pathlib import Path
@@ -112,15 +113,15 @@ def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _item(fields: dict[str, Any], where: str) -> WorkItem:
+    prefix = f"{where}: " if where else ""
+    known = WorkItem.__struct_fields__
+    if unknown := [name for name in fields if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise Failure(f"{prefix}{unknown[0]}: unknown field", hint=hint)
     item = convert(fields, WorkItem)
     if isinstance(item, Refused):
-        raise Failure(f"{where + ': ' if where else ''}{item.field + ': ' if item.field else ''}{item.reason}")
-    unknown = sorted(set(fields) - set(WorkItem.__struct_fields__))
-    if unknown:
-        raise Failure(
-            f"{where + ': ' if where else ''}{unknown[0]}: unknown field",
-            hint=f"known: {', '.join(WorkItem.__struct_fields__)}",
-        )
+        raise Failure(f"{prefix}{item.field + ': ' if item.field else ''}{item.reason}")
     return item if item.work_id else msgspec.structs.replace(item, work_id=new_id("w"))
 
 

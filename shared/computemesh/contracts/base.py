@@ -18,7 +18,7 @@ from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
-from computemesh.ids import is_token
+from computemesh.ids import ID_PATTERN, is_token
 
 DEPTH_MAX: Final = 64
 """Bound on nested arrays and objects in a message. Readers in other languages give up not far above it."""
@@ -176,6 +176,7 @@ def convert(fields: Mapping[str, Any], kind: type[M]) -> M | Refused:
 _AT: Final = re.compile(r" - at `(?:key in )?\$\.?(.*?)`$")
 _MISSING: Final = re.compile(r"missing required field `(.+?)`")
 _BACKTICK: Final = re.compile(r"`")
+_ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]
 
 
 def refused(error: Exception) -> Refused:
@@ -184,7 +185,9 @@ def refused(error: Exception) -> Refused:
     at = _AT.search(text)
     missing = _MISSING.search(text)
     parts = [at.group(1) if at else "", missing.group(1) if missing else ""]
-    if isinstance(error, RecursionError):
+    if _ID_PATTERN_SHOWN in text:
+        text = "an id is one token of letters, digits, '_' and '-', 1 to 63 long"
+    elif isinstance(error, RecursionError):
         text = f"nested deeper than {DEPTH_MAX} levels"
     elif isinstance(error, UnicodeDecodeError):
         text = "not valid UTF-8"

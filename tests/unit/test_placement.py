@@ -1,0 +1,184 @@
+"""Goal: the best node that fits gets an item, and each of the others is told apart: not now, or never.
+
+Method: one node and one item that fit; each test changes the one thing it is about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from msgspec.structs import replace as changed
+
+from computemesh.contracts.nodes import NodeRecord, NodeState
+from computemesh.contracts.work import Requirements, WorkError, WorkRecord
+from computemesh.hardware import Cpu, Memory, Tier
+from computemesh.testing.builders import a_gpu, a_node, a_record
+from computemesh_services.work_marshaller.placement import Candidate, choose, explain, refusals
+
+ERROR = WorkError(reason="out of memory")
+
+NODE = a_node(
+    work_types=["inference"],
+    models=["llama"],
+    slots=2,
+    tier=Tier.GPU_PEER,
+    gpus=[a_gpu(24_000), a_gpu(8_000)],
+    memory=Memory(total_mb=64_000),
+    cpu=Cpu(threads=16),
+    labels={"zone": "a"},
+)
+FREE = Candidate(NODE, taken=0)
+
+
+def needing(**requirements: Any) -> WorkRecord:
+    return a_record(model_name="llama", requirements=Requirements(**requirements))
+
+
+def seat(node_id: str, taken: int = 0, slots: int = 2, loaded: str = "", **changes: Any) -> Candidate:
+    return Candidate(a_node(node_id, slots=slots, **changes), taken, frozenset({loaded} - {""}))
+
+
+def test_a_node_that_has_everything_fits() -> None:
+    """All requirements at once, each exactly met."""
+    record = needing(
+        gpus=1, vram_mb=24_000, ram_mb=64_000, cpus=16, min_tier=Tier.GPU_PEER, labels={"zone": "a"}, node_id="n1"
+    )
+    assert list(refusals(record, FREE)) == []
+    assert choose(record, [FREE]) == "n1"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reason"),
+    [
+        (replace(FREE, taken=2), "busy: 2 of 2 slots taken"),
+        (replace(FREE, taken=3), "busy: 3 of 2 slots taken"),
+        (replace(FREE, node=changed(NODE, state=NodeState.SUSPECT)), "suspect"),
+        (replace(FREE, node=changed(NODE, state=NodeState.LOST)), "lost"),
+        (replace(FREE, accepting=False), "draining"),
+        (replace(FREE, unreachable="nobody listens at the node"), "nobody listens at the node"),
+    ],
+)
+def test_a_node_that_cannot_now_may_later(candidate: Candidate, reason: str) -> None:
+    """Busy, silent, draining and unreachable pass."""
+    (refusal,) = refusals(needing(), candidate)
+    assert (refusal.reason, refusal.may_change) == (reason, True)
+    assert choose(needing(), [candidate]) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (changed(needing(), work_type="ppo"), "does no 'ppo', but inference"),
+        (changed(needing(), model_name="qwen"), "has no model 'qwen', but llama"),
+        (needing(node_id="n2"), "the item is only for n2"),
+        (needing(min_tier=Tier.AI_FACTORY), "tier GPU_PEER, needs AI_FACTORY"),
+        (needing(gpus=3), "2 GPUs, needs 3"),
+        (needing(gpus=2, vram_mb=16_000), "1 GPUs with 16000 MiB, needs 2"),
+        (needing(vram_mb=40_000), "0 GPUs with 40000 MiB, needs 1"),
+        (needing(ram_mb=64_001), "64000 MiB of RAM, needs 64001"),
+        (needing(cpus=17), "16 CPUs, needs 17"),
+        (needing(labels={"zone": "b"}), "label zone=a, needs b"),
+        (needing(labels={"rack": "1"}), "label rack=(none), needs 1"),
+    ],
+)
+def test_a_node_that_is_not_made_for_an_item_never_will_be(record: WorkRecord, reason: str) -> None:
+    """Wrong kind, too small, elsewhere: the reason says what is there and what is needed."""
+    (refusal,) = refusals(record, FREE)
+    assert (refusal.reason, refusal.may_change) == (reason, False)
+    assert choose(record, [FREE]) is None
+
+
+def test_all_reasons_are_told_and_not_only_the_first() -> None:
+    """Who reads them need not try again to see the next."""
+    candidate = replace(FREE, taken=2, accepting=False)
+    found = [refusal.reason for refusal in refusals(needing(cpus=99, node_id="n2"), candidate)]
+    assert found == ["busy: 2 of 2 slots taken", "draining", "the item is only for n2", "16 CPUs, needs 99"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "record"),
+    [
+        ({"work_types": []}, changed(needing(), work_type="anything")),
+        ({"models": []}, changed(needing(), model_name="anything")),
+        ({"memory": None}, needing(ram_mb=10**6)),
+        ({"memory": Memory()}, needing(ram_mb=10**6)),
+        ({"cpu": None}, needing(cpus=1000)),
+        ({"cpu": Cpu()}, needing(cpus=1000)),
+        ({}, changed(needing(), model_name="")),
+    ],
+)
+def test_what_a_node_does_not_tell_is_not_held_against_it(changes: dict[str, Any], record: WorkRecord) -> None:
+    """An empty list takes any; an unknown size may be large enough."""
+    node: NodeRecord = changed(NODE, **changes)
+    assert choose(record, [Candidate(node, 0)]) == "n1"
+
+
+def test_the_emptier_node_is_chosen() -> None:
+    """In proportion to its slots, not by their number."""
+    assert choose(a_record(), [seat("a", taken=1), seat("b", taken=0)]) == "b"
+    assert choose(a_record(), [seat("a", taken=3, slots=4), seat("b", taken=5, slots=10)]) == "b"
+
+
+def test_another_node_than_the_one_that_failed_is_preferred_to_room() -> None:
+    """The last attempt failed on a, so a busier b is tried."""
+    record = a_record(node_id="a", error=ERROR)
+    assert choose(record, [seat("a"), seat("b", taken=1)]) == "b"
+
+
+def test_a_node_whose_last_attempt_did_not_fail_is_not_avoided() -> None:
+    """Only an error speaks against going back."""
+    assert choose(a_record(node_id="a"), [seat("a"), seat("b", taken=1)]) == "a"
+
+
+def test_a_model_in_memory_beats_another_node_and_room() -> None:
+    """Loading costs more than anything else here."""
+    record = a_record(node_id="a", error=ERROR, model_name="llama")
+    assert choose(record, [seat("a", taken=1, loaded="llama"), seat("b")]) == "a"
+
+
+def test_a_loaded_model_counts_only_for_items_that_want_it() -> None:
+    """Neither for another model nor for none."""
+    for wanted in ("qwen", ""):
+        assert choose(a_record(model_name=wanted), [seat("a", taken=1, loaded="llama"), seat("b")]) == "b"
+
+
+def test_the_failed_node_is_still_chosen_when_it_is_the_only_one() -> None:
+    """A preference is not a ban."""
+    assert choose(a_record(node_id="a", error=ERROR), [seat("a"), seat("b", taken=2)]) == "a"
+
+
+def test_a_tie_goes_to_the_lower_id_in_any_order() -> None:
+    """So a decision does not depend on who registered first."""
+    assert choose(a_record(), [seat("b"), seat("a"), seat("c")]) == "a"
+    assert choose(a_record(), [seat("c"), seat("a"), seat("b")]) == "a"
+
+
+def test_no_nodes_means_no_choice() -> None:
+    """And nothing to explain."""
+    assert choose(a_record(), []) is None
+    assert explain(a_record(), []) == []
+
+
+def test_an_explanation_lists_the_best_first_and_the_hopeless_last() -> None:
+    """Those that fit by score, then those that may, then those that never will; ties by id."""
+    record = a_record(requirements=Requirements(cpus=4))
+    small = Cpu(threads=2)
+    verdicts = explain(
+        record,
+        [
+            seat("never-b", cpu=small),
+            seat("later-b", taken=2),
+            seat("fits-half", taken=1),
+            seat("never-a", taken=2, cpu=small),
+            seat("later-a", state=NodeState.SUSPECT),
+            seat("fits-free"),
+        ],
+    )
+    assert [verdict.node_id for verdict in verdicts] == [
+        "fits-free", "fits-half", "later-a", "later-b", "never-a", "never-b",
+    ]  # fmt: skip
+    assert [(v.fits, v.may_change) for v in verdicts] == [(True, True)] * 2 + [(False, True)] * 2 + [(False, False)] * 2
+    assert verdicts[4].reasons == ["busy: 2 of 2 slots taken", "2 CPUs, needs 4"]
+    assert verdicts[0].node_id == choose(record, [seat("fits-half", taken=1), seat("fits-free")])
