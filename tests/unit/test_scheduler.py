@@ -472,7 +472,7 @@ def test_a_node_that_is_gone_and_unknown_does_nothing() -> None:
 
 def test_a_restored_attempt_takes_its_seat_whichever_is_known_first() -> None:
     """The node or the record."""
-    record = a_record(state=WorkState.RUNNING, attempt=1, node_id="n1")
+    record = a_record(state=WorkState.RUNNING, attempt=1, node_id="n1", changed_at=NOW)
     for node_first in (True, False):
         scheduler = with_nodes(*([a_node()] if node_first else []))
         scheduler.restore(record, NOW)
@@ -514,7 +514,7 @@ def test_a_restored_attempt_that_its_node_no_longer_runs_is_lost() -> None:
 def test_a_report_ends_the_attempt_and_frees_the_slot() -> None:
     """The result is the record's, and the next item gets its turn."""
     scheduler, _ = running()
-    submit(scheduler, "w2", 2)
+    submit(scheduler, "w2", 2, now=NOW + 1)
     done = scheduler.completed(WorkCompleted(work_id="w1", attempt=1, result=42), NOW + 1)
     assert done is not None
     assert (done.state, done.result, done.finished_at) == (WorkState.COMPLETED, 42, NOW + 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Final
 
 from computemesh.bus import Bus
 from computemesh.contracts.base import Role
@@ -12,8 +14,14 @@ from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.service import NAME, NodeAgent
 
 
+SECRETS: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_TOKEN")
+"""Read once, then taken out of the environment: executors and engines inherit it and have no use for them."""
+
+
 def main() -> None:
     def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
+        for name in SECRETS:
+            os.environ.pop(name, None)
         return NodeAgent(bus, config, home())
 
     run(NAME, "Runs engines and work on this machine.", Role.NODE, AgentConfig, make)
