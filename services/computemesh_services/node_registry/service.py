@@ -121,9 +121,15 @@ class NodeRegistry:
         return after
 
     async def _write(self, node_id: str, step: Step) -> None:
+        before: NodeRecord | None = None
+
+        def decide(latest: NodeRecord | None) -> NodeRecord | None:
+            nonlocal before
+            before = latest
+            return step(latest)
+
         try:
-            before = self._mirror.get(node_id)
-            after = await self._bucket.change(node_id, step)
+            after = await self._bucket.change(node_id, decide)
         except BusError as error:
             _log.warning("cannot write a node", node=node_id, reason=str(error))
             return

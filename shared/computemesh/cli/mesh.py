@@ -123,7 +123,7 @@ async def _announce_up(status: MeshStatus, took_s: float, *, demo: bool) -> None
     out.print(f"\n[bold green]The mesh is up[/] after {took_s:.1f} s.\n")
     show_addresses(status)
     if demo and not failed and sys.stdout.isatty():
-        await _demo()
+        await _demo(live=False)
         show_next_steps()
 
 
@@ -229,7 +229,7 @@ def _wait_ready(place: Home, process: subprocess.Popen[bytes], log_file: Path, o
             if broken:
                 reasons = "; ".join(_last_words(place, service) for service in broken)
                 _end_process(process)
-                raise Failure(f"the mesh did not start: {reasons}", hint="see `computemesh up --help` for other ports")
+                raise Failure(f"the mesh did not start: {reasons}", hint=_hint(broken, place))
             if status.ready:
                 return status
             waiting = [service.name for service in status.services if service.state != "ready"]
@@ -243,6 +243,12 @@ def _wait_ready(place: Home, process: subprocess.Popen[bytes], log_file: Path, o
         time.sleep(0.05)
     _end_process(process)
     raise Failure(f"the mesh was not ready after {READY_S:.0f} s", hint=f"see {log_file}")
+
+
+def _hint(broken: list[ServiceStatus], place: Home) -> str:
+    if any("cannot be bound" in _last_words(place, service) for service in broken):
+        return "`computemesh up --ports any` takes ports that are free; or is it another mesh of yours?"
+    return f"see the logs in {place.logs}"
 
 
 def _last_words(place: Home, service: ServiceStatus) -> str:
@@ -263,7 +269,7 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-async def _demo() -> None:
+async def _demo(*, live: bool = True) -> None:
     """One work item from submission to the model's answer."""
     async with common.connected() as bus:
         with err.status("Waiting for a node that serves a model …"):
@@ -276,7 +282,7 @@ async def _demo() -> None:
         item = work_contracts.WorkItem(
             work_type="inference", model_name=model, payload={"prompt": PROMPT, "max_tokens": 64}
         )
-        record = await work.submit_and_wait(bus, item, timeout_s=NODE_S)
+        record = await work.submit_and_wait(bus, item, timeout_s=NODE_S, live=live)
         out.print(f"  answer  [bold]{common.escape(work.answer_text(record)).strip()}[/]")
         took_s = (record.finished_at or 0.0) - record.submitted_at
         out.print(f"\n  {record.work_id} {coloured(record.state)} on {record.node_id} after {took_s:.1f} s\n")
@@ -308,13 +314,23 @@ def show_addresses(status: MeshStatus) -> None:
 
 
 def show_next_steps() -> None:
+    name = _command()
     out.print(
         "\n[bold]Try next[/]\n"
-        "  computemesh submit --prompt 'Name three uses of a mesh.' --wait\n"
-        "  computemesh nodes | computemesh work list | computemesh status\n"
-        '  eval "$(computemesh env)"     NATS_URL and addresses for any program\n'
-        "  computemesh down              stop everything"
+        f"  {name} submit --prompt 'Name three uses of a mesh.' --wait\n"
+        f"  {name} nodes | {name} work list | {name} status\n"
+        f'  eval "$({name} env)"     NATS_URL and addresses for any program\n'
+        f"  {name} down              stop everything"
     )
+
+
+def _command() -> str:
+    """How to call this program from where the user is."""
+    me = Path(sys.argv[0]).resolve()
+    on_path = shutil.which("computemesh")
+    if me.name != "computemesh" or (on_path and Path(on_path).resolve() == me):
+        return "computemesh"
+    return str(me.relative_to(Path.cwd())) if me.is_relative_to(Path.cwd()) else str(me)
 
 
 # --- down, status, env ---------------------------------------------------------------------------------------

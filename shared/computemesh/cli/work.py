@@ -132,8 +132,11 @@ async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None)
         return await asyncio.gather(*(submit_and_wait(bus, item, timeout_s=timeout_s) for item in items))
 
 
-async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None) -> WorkRecord:
+async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None, live: bool = True) -> WorkRecord:
     """Submits an item and follows it to its end, with a progress line on the terminal.
+
+    Args:
+        live: show that line; not where other output would run through it.
 
     Raises:
         Failure: refused, or not finished in time.
@@ -145,7 +148,7 @@ async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None) 
     await bus.subscribe(work.PROGRESS, follower.on_progress)
     await bus.flush()
     follower.on_record(await common.ask(bus, work.REQUEST, item))
-    return await follower.wait(bus, timeout_s)
+    return await follower.wait(bus, timeout_s, live=live and sys.stderr.isatty())
 
 
 class Follower:
@@ -171,10 +174,10 @@ class Follower:
         if report.work_id == self._work_id:
             self._show(f"running on {report.node_id}  {report.message}", report.fraction)
 
-    async def wait(self, bus: Bus, timeout_s: float | None) -> WorkRecord:
+    async def wait(self, bus: Bus, timeout_s: float | None, *, live: bool) -> WorkRecord:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as self._progress:
+        with Progress(*columns, console=err, transient=True, disable=not live) as self._progress:
             self._task = self._progress.add_task(f"{self._work_id} submitted", total=1.0)
             while not self._done.is_set():
                 left_s = LOOK_AGAIN_S if until_s is None else min(LOOK_AGAIN_S, until_s - time.monotonic())

@@ -298,7 +298,7 @@ class Edge:
             self._socket.close()
             raise ConfigError(
                 f"port {config.http_port} on {config.http_host} cannot be bound ({error.strerror}): "
-                "another program has it; set another port or stop that program"
+                "another program has it"
             ) from None
 
     @property
