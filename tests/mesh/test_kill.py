@@ -102,7 +102,7 @@ async def watch_outcomes(mesh: RunningMesh) -> tuple[Client, Outcomes]:
         """The server is killed on purpose."""
 
     nc = await nats.connect(
-        mesh.url(Role.CLIENT), max_reconnect_attempts=-1, reconnect_time_wait=0.05, error_cb=ignore  # type: ignore[arg-type]
+        mesh.url(Role.CLIENT), max_reconnect_attempts=-1, reconnect_time_wait=0.05, error_cb=ignore
     )  # fmt: skip
     await nc.subscribe("compute.work.state.v1.*", cb=outcomes.on_state)
     await nc.flush()
@@ -119,14 +119,19 @@ async def submit(nc: Client, number: int) -> None:
         await asyncio.sleep(0.05)
 
 
+async def count_of(bus: Bus, state: WorkState) -> int:
+    """How many items are in a state."""
+    answer = await bus.ask(work.LIST, WorkList(status=state, limit=1))
+    return answer.count if isinstance(answer, WorkItems) else 0
+
+
 async def settle(bus: Bus, count: int, *, quiet_s: float) -> dict[str, WorkRecord]:
     """Waits until *count* items are final, or none became final for *quiet_s*; gives what is recorded."""
     loop = asyncio.get_running_loop()
     best, moved_s = -1, loop.time()
     while best < count and loop.time() - moved_s < quiet_s:
         with contextlib.suppress(BusError):
-            answers = [await bus.ask(work.LIST, WorkList(status=state, limit=1)) for state in FINAL]
-            done = sum(answer.count for answer in answers if isinstance(answer, WorkItems))
+            done = sum([await count_of(bus, state) for state in FINAL])
             if done > best:
                 best, moved_s = done, loop.time()
         await asyncio.sleep(0.05)
@@ -156,6 +161,12 @@ def violations(records: dict[str, WorkRecord], outcomes: Outcomes, count: int) -
     return found
 
 
+async def progress(outcomes: Outcomes, goal: int, within_s: float) -> None:
+    """Waits for *goal* outcomes. When there is no progress any more, :func:`settle` tells."""
+    with contextlib.suppress(AssertionError):
+        await until(lambda: outcomes.count >= goal, what="progress", within_s=within_s)
+
+
 async def run_scenario(mesh: RunningMesh, count: int, *, quiet_s: float, kills: tuple[str, ...]) -> list[str]:
     """Submits *count* items, kills each of *kills* as the work proceeds, and gives what went wrong."""
     nc, outcomes = await watch_outcomes(mesh)
@@ -164,8 +175,7 @@ async def run_scenario(mesh: RunningMesh, count: int, *, quiet_s: float, kills: 
         await asyncio.gather(*(submit(nc, number) for number in range(count // 2)))
         for step, victim in enumerate(kills, 1):
             goal = count * step // (len(kills) + 3)
-            with contextlib.suppress(AssertionError):  # No progress any more: settle() tells.
-                await until(lambda goal=goal: outcomes.count >= goal, what="progress", within_s=quiet_s)
+            await progress(outcomes, goal, quiet_s)
             mesh.kill(victim)
             if step == 1:  # While it is dead, the rest is submitted.
                 await asyncio.gather(*(submit(nc, number) for number in range(count // 2, count)))

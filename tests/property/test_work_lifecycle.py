@@ -13,13 +13,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final, Literal
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeRecord, NodeState, RunningWork
+from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeRecord, RunningWork
 from computemesh.contracts.work import (
     FINAL,
     Requirements,
@@ -32,10 +40,9 @@ from computemesh.contracts.work import (
 from computemesh.testing.builders import a_gpu
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.roster import Patience
-from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.scheduler import Deliver, Limits, Scheduler, Stop, consequences
-from computemesh_services.work_marshaller.workitem import NEXT, RetryPolicy
+from computemesh_services.work_marshaller.workitem import NEXT, STORY_MAX, RetryPolicy
 
 LIMITS: Final = Limits(waiting_max=1000, retry=RetryPolicy(retries_max=2, delay_s=2.0))
 PATIENCE: Final = Patience()
@@ -85,17 +92,18 @@ class Bucket:
 def check_successor(before: WorkRecord | None, after: WorkRecord) -> None:
     """One record may follow another in the store."""
     moves = [move.state for move in after.story]
-    assert moves[0] is WorkState.PENDING, after.story
-    assert all(to in NEXT[at] for at, to in zip(moves, moves[1:], strict=False)), after.story
+    assert len(moves) == STORY_MAX or moves[0] is WorkState.PENDING, after.story
+    assert all(to in NEXT[at] for at, to in pairwise(moves)), after.story
     assert moves[-1] is after.state, after.story
     if before is None:
         return
     assert before.state not in FINAL, f"{before.state} was overwritten with {after.state}: {after.story}"
-    assert after.story[: len(before.story)] == before.story, (before.story, after.story)
+    if len(moves) < STORY_MAX:
+        assert after.story[: len(before.story)] == before.story, (before.story, after.story)
     assert after.attempt >= before.attempt
-    assert (after.failures, after.losses) >= (before.failures, 0)
-    merged = len(after.story) - len(before.story)
-    steps["merged writes"] += merged > 1
+    assert after.failures >= before.failures
+    assert after.losses >= before.losses
+    steps["merged writes"] += len(after.story) - len(before.story) > 1
 
 
 @dataclass
@@ -487,6 +495,7 @@ class Mesh:
 
 nodes = st.sampled_from(["direct", "direct", "gpu", "plain"])
 numbers = st.integers(0, 50)
+outcomes = st.sampled_from(["arrives", "arrives", "arrives", "arrives", "answer lost", "lost", "declined"])
 mostly = st.sampled_from([True, True, True, False])
 
 
@@ -591,7 +600,7 @@ class WorkLifecycle(RuleBasedStateMachine):
     # --- nodes -----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.mesh.reign.calls)
-    @rule(n=numbers, how=st.sampled_from(["arrives", "arrives", "arrives", "arrives", "answer lost", "lost", "declined"]))
+    @rule(n=numbers, how=outcomes)
     def deliver(self, n: int, how: Literal["arrives", "answer lost", "lost", "declined"]) -> None:
         calls = self.mesh.reign.calls
         self.mesh.deliver(calls[n % len(calls)], how)
@@ -749,7 +758,7 @@ class WorkLifecycle(RuleBasedStateMachine):
 def test_every_accepted_item_ends_once_whatever_happens() -> None:
     """And the run was worth its time: most steps did something, and everything that matters happened."""
     steps.clear()
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         WorkLifecycle,
         settings=settings(
             max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]

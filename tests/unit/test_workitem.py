@@ -210,7 +210,9 @@ def test_a_result_is_kept_with_the_time_it_came() -> None:
 
 def test_a_failure_report_becomes_the_records_error() -> None:
     """Reason, code and fault, as the node said them."""
-    assert workitem.error_of(WorkFailed(work_id="w1", error="no prompt", code="bad_payload", fault="work")) == WORK_FAULT
+    assert (
+        workitem.error_of(WorkFailed(work_id="w1", error="no prompt", code="bad_payload", fault="work")) == WORK_FAULT
+    )
 
 
 def test_an_assignment_names_the_attempt_and_the_node() -> None:

@@ -13,7 +13,6 @@ from computemesh.paths import home
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.service import NAME, NodeAgent
 
-
 SECRETS: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_TOKEN")
 """Read once, then taken out of the environment: executors and engines inherit it and have no use for them."""
 

@@ -92,6 +92,11 @@ class Journal:
     def adopt_cursor(self, next_seq: int, revision: int) -> None:
         self._cursor_written, self._cursor_revision = next_seq, revision
 
+    @property
+    def stored_up_to(self) -> int:
+        """The inbox sequence below which everything is reflected in the bucket, as noted there."""
+        return self._cursor_written
+
     def is_stored(self, record: WorkRecord) -> bool:
         slot = self._slots.get(record.work_id)
         return slot is not None and slot.stored is record

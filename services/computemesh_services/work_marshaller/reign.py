@@ -30,6 +30,7 @@ from computemesh.contracts.work import WorkItem, WorkRecord, WorkState
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal
+from computemesh_services.work_marshaller.retention import make_room_forever
 from computemesh_services.work_marshaller.scheduler import (
     REMEMBERED_MAX,
     Deliver,
@@ -88,11 +89,12 @@ class Reign:
         """Reigns until something ends it, and says what. Ends at once, with all stored, when draining."""
         interrupted = self._bus.interrupted
         beats = await self._bus.subscribe(nodes.HEARTBEAT, self._on_heartbeat)
-        ticker: asyncio.Task[None] | None = None
+        loops: list[asyncio.Task[None]] = []
         try:
             await self._calls.start()
             await self._recover()
-            ticker = asyncio.create_task(self._tick_forever())
+            loops.append(asyncio.create_task(self._tick_forever()))
+            loops.append(asyncio.create_task(make_room_forever(self._bus, lambda: self._journal.stored_up_to)))
             ends = {
                 "draining": draining,
                 "the connection broke": interrupted,
@@ -100,15 +102,15 @@ class Reign:
                 "the inbox reader was lost": self._pull.lost,
                 "the journal broke": self._journal.broken,
             }
-            reason = await _first(ends, ticker)
+            reason = await _first(ends, loops)
             if reason == "draining":
                 await self._settle()
             return reason
         finally:
-            if ticker is not None:
-                ticker.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ticker
+            for loop in loops:
+                loop.cancel()
+            if loops:
+                await asyncio.wait(loops)
             await self._bus.forget(beats)
             await self._pull.stop()
             await self._calls.stop()
@@ -379,13 +381,13 @@ def _id_in(data: bytes) -> str:
         return ""
 
 
-async def _first(events: dict[str, asyncio.Event], loop_task: asyncio.Task[None]) -> str:
-    """The name of the event that is set first. A defect in *loop_task* is raised."""
+async def _first(events: dict[str, asyncio.Event], loops: list[asyncio.Task[None]]) -> str:
+    """The name of the event that is set first. A defect in one of *loops* is raised."""
     waits = {name: asyncio.create_task(event.wait()) for name, event in events.items()}
     try:
-        await asyncio.wait({*waits.values(), loop_task}, return_when=asyncio.FIRST_COMPLETED)
-        if loop_task.done():
-            error = loop_task.exception()
+        await asyncio.wait({*waits.values(), *loops}, return_when=asyncio.FIRST_COMPLETED)
+        for ended in (loop for loop in loops if loop.done()):
+            error = ended.exception()
             if error is not None and not isinstance(error, BusError):
                 raise error
             return f"the bus failed: {error}"

@@ -36,7 +36,11 @@ from computemesh_services.work_marshaller.workitem import RetryPolicy
 NAME: Final = "work-marshaller"
 
 AGAIN_S: Final = 0.2
-"""Pause before the next reign when one broke off."""
+AGAIN_S_MAX: Final = 5.0
+"""Pause before the next reign when one broke off; doubled while they keep breaking off at once."""
+
+STEADY_S: Final = 10.0
+"""A reign that lasted this long was no failure to start."""
 
 _log = log.get("service")
 
@@ -100,8 +104,10 @@ class WorkMarshaller:
     # --- reigns ------------------------------------------------------------------------------------------------
 
     async def _reign_forever(self, micro: MicroService) -> None:
+        pause_s = AGAIN_S
         try:
             while not self._draining.is_set():
+                began_s = time.monotonic()
                 held = await self._acquire()
                 if held is None:
                     break
@@ -113,7 +119,8 @@ class WorkMarshaller:
                     await held.release()
                 _log.info("stepped down", reason=reason)
                 if not self._draining.is_set():
-                    await asyncio.sleep(AGAIN_S)
+                    pause_s = AGAIN_S if time.monotonic() - began_s > STEADY_S else min(AGAIN_S_MAX, pause_s * 2)
+                    await asyncio.sleep(pause_s)
         finally:
             self._ended.set()
 

@@ -56,11 +56,14 @@ class Held:
                 _log.warning("cannot renew", lease=self._service, reason=str(error))
         self.lost.set()
 
+    async def stop_renewing(self) -> None:
+        """Lets the lease expire."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
     async def release(self) -> None:
         """Gives the lease back, so that another replica need not wait for it to expire."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await self.stop_renewing()
         if not self.lost.is_set():
             with contextlib.suppress(BusError):
                 await self._bucket.purge(self._service, last=self._revision)

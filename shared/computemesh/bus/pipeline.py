@@ -7,7 +7,6 @@ answers with an error, such as a lost compare-and-set, so it cannot carry a trut
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -60,8 +59,7 @@ class Pipeline:
             await self._bus.forget(self._subscription)
         if self._sweeper is not None:
             self._sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+            await asyncio.wait({self._sweeper})
 
     async def send(
         self, subject: str, data: bytes, on_reply: OnReply, *, headers: dict[str, str] | None = None

@@ -7,7 +7,6 @@ ephemeral and unacknowledged: whoever reads keeps its own position.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -122,8 +121,7 @@ class Pull:
     async def stop(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await asyncio.wait({self._watch})
         if self._subscription is not None:
             await self._bus.forget(self._subscription)
 

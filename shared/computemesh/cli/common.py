@@ -47,9 +47,8 @@ class Failure(click.ClickException):
         self.hint = hint
 
     def show(self, file: Any = None) -> None:
-        err.print(f"[bold red]error:[/] {escape(self.message)}")
-        if self.hint:
-            err.print(f"  {escape(self.hint)}")
+        hint = f"; {self.hint}" if self.hint else ""
+        err.print(f"[bold red]error:[/] {escape(self.message + hint)}")
 
 
 class WorkFailure(Failure):

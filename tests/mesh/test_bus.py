@@ -1,0 +1,289 @@
+"""The bus against a real server: what nats-py and JetStream do wrong or oddly must not reach a service.
+
+Method: one server per test, our own Bus in the services role, and ``kill -9`` where it matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from computemesh.bus import Bucket, Bus, Conflict, MicroService, Mirror, NotStored, Pipeline, Pull, Reply, Stored, Where
+from computemesh.bus import lease as leases
+from computemesh.bus.connection import read_ack
+from computemesh.bus.errors import NoResponder
+from computemesh.bus.provision import drift, provision
+from computemesh.contracts import nodes, storage, work
+from computemesh.contracts.base import Refused, Role, serve
+from computemesh.contracts.nodes import NodeGet, NodeRecord
+from computemesh.contracts.storage import Lease
+from computemesh.nats_server import NatsServer
+from computemesh.testing import running_server, until
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    """A server of this test's own."""
+    async with running_server(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def bus(server: NatsServer) -> AsyncGenerator[Bus]:
+    """A connection as a service, with all streams and buckets."""
+    connection = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="test"))
+    await connection.connect(timeout_s=5)
+    await provision(connection)
+    yield connection
+    await connection.close()
+
+
+def node(node_id: str, hostname: str = "h") -> NodeRecord:
+    return NodeRecord(node_id=node_id, hostname=hostname)
+
+
+async def restart(server: NatsServer) -> None:
+    """``kill -9``, and the next life on the same store and port."""
+    server.kill()
+    await server.wait()
+    await server.start()
+
+
+async def test_provisioning_twice_changes_nothing_and_drift_is_put_right(bus: Bus) -> None:
+    """What differs from the table is found, named and updated."""
+    await provision(bus)
+    assert await drift(bus) == {}
+    reply = await bus.call("$JS.API.STREAM.INFO.COMPUTE_WORK", b"")
+    config = msgspec.json.decode(reply.data)["config"]
+    config["max_msg_size"] = 1000
+    await bus.call("$JS.API.STREAM.UPDATE.COMPUTE_WORK", msgspec.json.encode(config))
+    assert await drift(bus) == {"COMPUTE_WORK": ["max_msg_size"]}
+    await provision(bus)
+    assert await drift(bus) == {}
+
+
+async def test_a_write_that_names_an_old_revision_loses(bus: Bus) -> None:
+    """Every write is a compare-and-set; creating a key that is there loses as well."""
+    bucket = Bucket(bus, storage.NODES)
+    first = await bucket.create("n1", node("n1"))
+    second = await bucket.update("n1", node("n1", "a"), last=first)
+    with pytest.raises(Conflict):
+        await bucket.update("n1", node("n1", "b"), last=first)
+    with pytest.raises(Conflict):
+        await bucket.create("n1", node("n1"))
+    entry = await bucket.get("n1")
+    assert entry is not None
+    assert (entry.value.hostname, entry.revision) == ("a", second)
+
+
+async def test_forty_changes_at_once_are_all_applied(bus: Bus) -> None:
+    """The transaction loop decides again whenever it loses a race."""
+    bucket = Bucket(bus, storage.NODES)
+
+    def add_one(before: NodeRecord | None) -> NodeRecord:
+        return node("n1", str(int(before.hostname) + 1 if before else 1))
+
+    async def change() -> None:
+        while True:
+            with contextlib.suppress(Conflict):
+                await bucket.change("n1", add_one)
+                return
+
+    await asyncio.gather(*(change() for _ in range(40)))
+    entry = await bucket.get("n1")
+    assert entry is not None
+    assert entry.value.hostname == "40"
+
+
+async def test_a_key_that_expired_is_not_there_and_can_be_created_again(bus: Bus) -> None:
+    """The marker of an expired key neither surfaces as a value nor blocks its name."""
+    bucket = Bucket(bus, storage.LEASES)
+    await bucket.create("svc", Lease(holder="a", epoch=1), ttl_s=1)
+    mirror: Mirror[Lease] = Mirror(bus, storage.LEASES)
+    following = asyncio.create_task(mirror.follow())
+    await until(lambda: "svc" in mirror.entries, what="the lease")
+    await until(lambda: "svc" not in mirror.entries, what="its expiry")
+    assert await bucket.get("svc") is None
+    await bucket.create("svc", Lease(holder="b", epoch=2), ttl_s=5)
+    assert (await bucket.load())["svc"].value.holder == "b"
+    following.cancel()
+
+
+async def test_a_mirror_is_whole_again_soon_after_the_server_was_killed(server: NatsServer, bus: Bus) -> None:
+    """Changes and deletions made while it was blind are noticed within seconds."""
+    bucket = Bucket(bus, storage.NODES)
+    seen: list[tuple[str, bool]] = []
+    mirror: Mirror[NodeRecord] = Mirror(bus, storage.NODES, lambda key, value: seen.append((key, value is not None)))
+    following = asyncio.create_task(mirror.follow())
+    await bucket.create("stays", node("stays"))
+    doomed = await bucket.create("goes", node("goes"))
+    await until(lambda: set(mirror.entries) == {"stays", "goes"}, what="both nodes")
+    await restart(server)
+    await asyncio.wait_for(bus.connected.wait(), 10)
+    await bucket.purge("goes", last=doomed)
+    await bucket.create("comes", node("comes"))
+    await until(lambda: set(mirror.entries) == {"stays", "comes"}, what="the changes", within_s=8)
+    assert ("goes", False) in seen
+    following.cancel()
+
+
+async def test_a_spoiled_value_is_skipped_and_the_rest_is_read(bus: Bus) -> None:
+    """A record that does not decode does not take the service down with it."""
+    bucket = Bucket(bus, storage.NODES)
+    await bucket.create("good", node("good"))
+    await bus.call(storage.NODES.subject("bad"), b"\xff{not json")
+    assert list(await bucket.load()) == ["good"]
+    assert await bucket.get("bad") is None
+
+
+async def test_the_pipeline_answers_each_request_exactly_once(bus: Bus) -> None:
+    """Stored, lost race, refused, nobody there, no answer: each reaches its own callback."""
+    replies: dict[str, Reply] = {}
+    pipeline = Pipeline(bus, timeout_s=0.3)
+    await pipeline.start()
+    silent = await bus.listen(nodes.GET.subject, _ignore)
+
+    async def send(name: str, subject: str, data: bytes, headers: dict[str, str] | None = None) -> None:
+        async def on_reply(reply: Reply) -> None:
+            assert name not in replies
+            replies[name] = reply
+
+        await pipeline.send(subject, data, on_reply, headers=headers)
+
+    record = msgspec.json.encode(node("n1"))
+    await send("stored", storage.NODES.subject("n1"), record)
+    await send("lost", storage.NODES.subject("n1"), record, {"Nats-Expected-Last-Subject-Sequence": "999"})
+    await send("refused", work.SUBMIT.subject, b"x" * (1024 * 1024 + 1))
+    await send("nobody", work.DELIVER.at("nobody"), b"")
+    await send("silent", nodes.GET.subject, b"")
+    await until(lambda: len(replies) == 5, what="five replies")
+    assert read_ack("n1", replies["stored"].data).seq > 0
+    with pytest.raises(Conflict):
+        read_ack("n1", replies["lost"].data)
+    with pytest.raises(NotStored):
+        read_ack("submit", replies["refused"].data)
+    assert replies["nobody"].no_responder
+    assert replies["silent"].timed_out
+    await asyncio.wait_for(pipeline.empty.wait(), 5)
+    await bus.forget(silent)
+    await pipeline.stop()
+
+
+async def _ignore(_: object) -> None:
+    """Hears and says nothing."""
+
+
+async def test_a_pull_reads_all_in_order_across_many_batches_and_tells_when_it_is_lost(
+    server: NatsServer, bus: Bus
+) -> None:
+    """Topping up leaves no gap; a server that went away sets ``lost``."""
+    count = 5000
+    pipeline = Pipeline(bus, timeout_s=5)
+    await pipeline.start()
+    for number in range(count):
+        await pipeline.send(work.SUBMIT.subject, str(number).encode(), _ignore)
+    await asyncio.wait_for(pipeline.empty.wait(), 20)
+    seen: list[int] = []
+
+    async def on_stored(stored: Stored) -> None:
+        assert stored.seq == len(seen) + 1
+        seen.append(int(stored.data))
+
+    pull = Pull(bus, storage.WORK_INBOX.name)
+    waiting = await pull.start(on_stored, subjects=[work.SUBMIT.subject])
+    assert waiting == count
+    await until(lambda: len(seen) == count, what="all messages")
+    assert seen == list(range(count))
+    server.kill()
+    await server.wait()
+    await asyncio.wait_for(pull.lost.wait(), 10)
+    await server.start()
+    await asyncio.wait_for(bus.connected.wait(), 10)
+    again = Pull(bus, storage.WORK_INBOX.name)
+    assert await again.start(on_stored, subjects=[work.SUBMIT.subject], start_seq=count + 1) == 0
+    await bus.call(work.SUBMIT.subject, str(count).encode())
+    await until(lambda: len(seen) == count + 1, what="the message after the restart")
+    await again.stop()
+    await pull.stop()
+    await pipeline.stop()
+
+
+async def test_a_lease_has_one_holder_and_passes_on_when_released_or_silent(bus: Bus) -> None:
+    """The second waits, gets it at once on release, and after the time to live when the first just stops."""
+    waited = asyncio.Event()
+    first = await leases.acquire(bus, "svc", "a", on_wait=waited.set)
+    second = asyncio.create_task(leases.acquire(bus, "svc", "b", on_wait=waited.set))
+    await asyncio.wait_for(waited.wait(), 5)
+    assert not second.done()
+    await first.release()
+    held = await asyncio.wait_for(second, 5)
+    assert held.epoch > first.epoch
+    third = asyncio.create_task(leases.acquire(bus, "svc", "c", on_wait=waited.set))
+    stopped = asyncio.create_task(held.stop_renewing())
+    await stopped
+    taken = await asyncio.wait_for(third, 10)
+    assert taken.epoch > held.epoch
+    await taken.release()
+
+
+async def test_the_next_life_of_a_holder_takes_its_lease_at_once(bus: Bus) -> None:
+    """A service that was killed does not wait for its own lease to expire, and its old life notices."""
+    first = await leases.acquire(bus, "svc", "a", on_wait=lambda: None)
+    again = await asyncio.wait_for(leases.acquire(bus, "svc", "a", on_wait=lambda: None), 2)
+    await asyncio.wait_for(first.lost.wait(), 5)
+    assert not again.lost.is_set()
+    await again.release()
+
+
+async def test_an_endpoint_handles_requests_at_the_same_time_and_drains_what_waits(bus: Bus) -> None:
+    """One slow request does not hold up the others; draining answers every one of them."""
+    gate = asyncio.Event()
+    inside = 0
+
+    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
+        nonlocal inside
+        inside += 1
+        await gate.wait()
+        return node(ask.node_id)
+
+    micro = MicroService(bus, name="svc", description="", metadata={})
+    await micro.start([serve(nodes.GET, on_get)])
+    await bus.flush()
+
+    async def ask(number: int) -> str:
+        answer = await bus.ask(nodes.GET, NodeGet(node_id=f"n{number}"))
+        return answer.node_id if isinstance(answer, NodeRecord) else answer.reason
+
+    asks = [asyncio.create_task(ask(number)) for number in range(100)]
+    await until(lambda: inside >= 64, what="as many at once as are allowed")
+    draining = asyncio.create_task(micro.drain())
+    gate.set()
+    answers = await asyncio.gather(*asks)
+    await asyncio.wait_for(draining, 10)
+    assert answers == [f"n{number}" for number in range(100)]
+    with pytest.raises(NoResponder):
+        await bus.ask(nodes.GET, NodeGet(node_id="late"))
+
+
+async def test_anyone_can_discover_the_service_and_its_counters(bus: Bus) -> None:
+    """``$SRV.INFO`` and ``$SRV.STATS`` answer as the NATS micro protocol says."""
+
+    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
+        return Refused(code="not_found", reason="no such node", status=404)
+
+    micro = MicroService(bus, name="svc", description="about", metadata={"http": "x"})
+    await micro.start([serve(nodes.GET, on_get)])
+    answer = await bus.ask(nodes.GET, NodeGet(node_id="n1"))
+    assert isinstance(answer, Refused)
+    info = msgspec.json.decode((await bus.call("$SRV.INFO.svc", b"")).data)
+    assert info["type"] == "io.nats.micro.v1.info_response"
+    assert info["endpoints"][0]["subject"] == nodes.GET.subject
+    stats = msgspec.json.decode((await bus.call("$SRV.STATS", b"")).data)
+    assert stats["endpoints"][0]["num_requests"] == 1
+    assert stats["endpoints"][0]["last_error"] == "404:no such node"
+    await micro.drain()
