@@ -59,3 +59,13 @@ async def end(process: Process, *, grace_s: float) -> int:
             await asyncio.wait_for(process.wait(), grace_s)
     signal_group(process.pid, signal.SIGKILL)
     return await process.wait()
+
+
+def exit_text(status: int) -> str:
+    """How a process ended, to stand behind its name."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"

@@ -29,7 +29,7 @@ from computemesh.contracts.base import Role
 from computemesh.lifecycle import EXIT_CONFIG
 from computemesh.nats_server import Credentials, NatsServer
 from computemesh.paths import Home, private_folder, write_private
-from computemesh.process import dies_with_parent, end
+from computemesh.process import dies_with_parent, end, exit_text
 
 BACKOFF_S_MIN: Final = 0.2
 BACKOFF_S_MAX: Final = 10.0
@@ -221,16 +221,6 @@ class Supervised:
             changes["since"] = time.time()
         self.status = msgspec.structs.replace(self.status, **changes)
         self._on_change()
-
-
-def exit_text(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"
 
 
 class HomeTaken(Exception):

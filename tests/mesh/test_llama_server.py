@@ -122,7 +122,7 @@ def serve(tmp_path: Path) -> Callable[..., LlamaServer]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 - other processes signal no event.
+        while not condition():
             await asyncio.sleep(0.01)
 
 

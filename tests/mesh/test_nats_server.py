@@ -93,7 +93,7 @@ async def connected(server: NatsServer, role: Role) -> AsyncGenerator[Caller]:
 async def until(holds: Callable[[], bool]) -> None:
     """Returns once *holds*."""
     async with asyncio.timeout(WAIT_S):
-        while not holds():  # noqa: ASYNC110
+        while not holds():
             await asyncio.sleep(0.01)
 
 

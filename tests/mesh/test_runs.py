@@ -195,7 +195,7 @@ async def failure(runner: Runner, work_type: str, out_dir: Path, **payload: Any)
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 - other processes signal no event.
+        while not condition():
             await asyncio.sleep(0.01)
 
 

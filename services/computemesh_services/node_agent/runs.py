@@ -33,7 +33,7 @@ from computemesh.executors.protocol import (
     Start,
 )
 from computemesh.paths import private_folder
-from computemesh.process import signal_group
+from computemesh.process import exit_text, signal_group
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bound on one message of an executor's process, and so on the memory it can make the agent use."""
@@ -311,7 +311,7 @@ class _Child:
             await asyncio.wait_for(asyncio.shield(self._reaped), KILL_GRACE_S)
         last = last_line(_tail(self._log) if self._log else self._printed_early())
         hint = f"; the last line of its log: {last}" if last else ""
-        reason = f"the executor's process {exit_text(self._process.returncode)} before it gave a result{hint}"
+        reason = f"the executor's process {_ended(self._process.returncode)} before it gave a result{hint}"
         return Broke(code="executor_died", reason=reason[:REASON_CHARS_MAX])
 
     async def exited(self, timeout_s: float) -> None:
@@ -368,17 +368,10 @@ class _Child:
         return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
 
 
-def exit_text(returncode: int | None) -> str:
-    """How a process ended, in words."""
+def _ended(returncode: int | None) -> str:
     if returncode is None:
         return "closed its messages"
-    if returncode >= 0:
-        return f"exited with status {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
-    return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return exit_text(returncode) + (" (out of memory?)" if returncode == -signal.SIGKILL else "")
 
 
 def last_line(data: bytes) -> str:

@@ -51,6 +51,9 @@ STRIKES_MAX: Final = 3
 REMEMBERED_MAX: Final = 10_000
 """Finished items kept in memory for lists; all others are read from the bucket."""
 
+CLOCK_SLACK: Final = 10_000
+"""Entries of the clock that may have lost their meaning before it is swept."""
+
 ANSWER_GRACE_S: Final = 5.0
 """A direct node enforces the timeout itself and reports it; the marshaller steps in this much later."""
 
@@ -488,6 +491,14 @@ class Scheduler:
 
     def _clock_at(self, when: float, work_id: str, attempt: int) -> None:
         heapq.heappush(self._clock, (when, work_id, attempt))
+        # Deadlines of attempts that ended long before would pile up; now and then they are swept out.
+        if len(self._clock) > CLOCK_SLACK + 8 * (self._waiting + len(self._watches)):
+            self._clock = [entry for entry in self._clock if self._matters(*entry)]
+            heapq.heapify(self._clock)
+
+    def _matters(self, _when: float, work_id: str, attempt: int) -> bool:
+        record = self.records.get(work_id)
+        return work_id == "" or (record is not None and record.attempt == attempt and record.state not in FINAL)
 
 
 class _Shape(msgspec.Struct, frozen=True):
