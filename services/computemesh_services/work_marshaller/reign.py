@@ -175,6 +175,7 @@ class Reign:
     async def _replayed(self) -> None:
         """The inbox is read to its end: what is still assigned may never have arrived, so send it again."""
         self.caught_up.set()
+        self.scheduler.recovered(time.time())
         for record in list(self.scheduler.records.values()):
             if record.state is WorkState.ASSIGNED and self._journal.is_stored(record):
                 await self._deliver(record, 1)

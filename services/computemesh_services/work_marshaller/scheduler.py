@@ -189,6 +189,13 @@ class Scheduler:
         if record.state in _OUT:
             self._at(now + MISSED_S, record)  # Its node may have gone while nobody looked.
 
+    def recovered(self, now: float) -> None:
+        """All that is stored was restored: what is out on nodes that are gone meanwhile is lost."""
+        for record in [record for record in self.records.values() if record.state in _OUT]:
+            seat = self.seats.get(record.node_id)
+            if seat is None or seat.node.state is NodeState.LOST:
+                self._write(workitem.lost(record, f"node {record.node_id} is gone", now), now)
+
     def submitted(self, item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord | None:
         """A new item, or None for one that is known: submitting twice changes nothing."""
         if work_id in self.records:

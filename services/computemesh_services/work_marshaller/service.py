@@ -61,6 +61,7 @@ class WorkMarshaller:
         """The present reign, once it has caught up."""
         self._newest: Reign | None = None
         """The present reign, also while it recovers."""
+        self._serving = False
         self._standing_by = False
         self._draining = asyncio.Event()
         self._ended = asyncio.Event()
@@ -99,7 +100,7 @@ class WorkMarshaller:
         return {"acting": True, "waiting": reign.scheduler.waiting, "out": reign.scheduler.out}
 
     def unready(self) -> str:
-        return "" if self._standing_by or self._reign is not None else "recovering"
+        return "" if self._standing_by or self._serving else "recovering"
 
     # --- reigns ------------------------------------------------------------------------------------------------
 
@@ -152,9 +153,12 @@ class WorkMarshaller:
             if not running.done():
                 self._reign = reign
                 self._endpoints = [await micro.add(bound) for bound in self.endpoints()]
+                await self._bus.flush()  # The server knows our endpoints before we say that we are ready.
+                self._serving = True
             return await running
         finally:
             self._reign = self._newest = None
+            self._serving = False
             caught_up.cancel()
             running.cancel()
             for endpoint in self._endpoints:
