@@ -41,7 +41,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat = "auto"
     instance: str = ""
     """Name of this replica, the same in its next life; left out, one is made up."""
-    drain_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 20.0
+    drain_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 20.0
     """How long a service that was told to end may finish what it has in hand."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
     """Copies of each stream and bucket in a JetStream cluster."""
@@ -53,7 +53,7 @@ def load(kind: type[C], environ: Mapping[str, str] | None = None) -> C:
     """A configuration of type *kind* from environment variables.
 
     Raises:
-        ConfigError: a value does not fit.
+        ConfigError: a value does not fit, or one without a default is not set.
     """
     values = os.environ if environ is None else environ
     hints = get_type_hints(kind, include_extras=True)
@@ -63,6 +63,9 @@ def load(kind: type[C], environ: Mapping[str, str] | None = None) -> C:
             if values.get(name, "") != "":
                 found[field.name] = _value(values[name], hints[field.name], name)
                 break
+        else:
+            if field.required:
+                raise ConfigError(f"{PREFIX}{field.name.upper()} is not set, and has no default")
     return kind(**found)
 
 

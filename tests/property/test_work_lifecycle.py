@@ -49,6 +49,8 @@ PATIENCE: Final = Patience()
 DELIVERIES_MAX: Final = 3
 ROUNDS_MAX: Final = 120
 """Rounds of five seconds in which a mesh with a healthy node must finish: far less than the longest timeout."""
+ACTIONS_MAX: Final = 500
+"""What a marshaller may have to store and to send in one of those rounds."""
 
 OUT: Final = (WorkState.ASSIGNED, WorkState.RUNNING)
 WAITING: Final = (WorkState.PENDING, WorkState.RETRYING)
@@ -203,11 +205,20 @@ class Reign:
                 steps["duplicate submission"] += changed is None
             case WorkCompleted():
                 changed = self.scheduler.completed(message, self._mesh.now)
-                steps["stale report"] += changed is None
+                self._check_report(message, changed)
             case WorkFailed():
                 changed = self.scheduler.failed(message, self._mesh.now)
-                steps["stale report"] += changed is None
+                self._check_report(message, changed)
         return changed
+
+    def _check_report(self, report: WorkCompleted | WorkFailed, changed: WorkRecord | None) -> None:
+        """A report counts only for the attempt it is about."""
+        if changed is None:
+            steps["stale report"] += 1
+        elif report.attempt is None:
+            assert changed.plain, changed
+        else:
+            assert report.attempt == changed.attempt, (report, changed)
 
     def advance(self) -> None:
         self.scheduler.tick(self._mesh.now)
@@ -469,7 +480,9 @@ class Mesh:
 
     def _round(self) -> None:
         self.reign.read()
-        while self.reign.flights() or self.reign.calls or self.reign.stops:
+        for _ in range(ACTIONS_MAX):
+            if not (self.reign.flights() or self.reign.calls or self.reign.stops):
+                break
             for slot in self.reign.flights()[:1]:
                 self.acknowledge(slot)
             for call in self.reign.calls[:1]:
@@ -477,6 +490,8 @@ class Mesh:
             for stop in self.reign.stops[:1]:
                 self.reign.stops.remove(stop)
                 self.stop(stop)
+        else:
+            raise AssertionError("the marshaller goes in circles")
         for node in self.nodes.values():
             if node.record is not None and node.alive:
                 self.beat(node, registry_first=True, stops_arrive=True)

@@ -159,6 +159,8 @@ def decode(data: bytes, kind: type[M]) -> M | Refused:
     if too_deep(data):
         return Refused(code="bad_message", reason=f"nested deeper than {DEPTH_MAX} levels")
     try:
+        if not data.isascii():
+            data.decode()  # msgspec checks only the strings of fields it knows.
         message: M = _decoder(kind).decode(data or b"{}")
         return message
     except (ValueError, RecursionError) as error:
@@ -173,7 +175,7 @@ def convert(fields: Mapping[str, Any], kind: type[M]) -> M | Refused:
         return refused(error)
 
 
-_AT: Final = re.compile(r" - at `(?:key in )?\$\.?(.*?)`$")
+_AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
 _MISSING: Final = re.compile(r"missing required field `(.+?)`")
 _BACKTICK: Final = re.compile(r"`")
 _ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]

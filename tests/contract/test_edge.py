@@ -1,0 +1,389 @@
+"""The HTTP edge: every wrong call gets a problem document, every right one works, strangers stay outside.
+
+Method: real services for what callers see; the application alone, without a server, for who may come in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
+
+from computemesh import __version__
+from computemesh.config import ConfigError, ServiceConfig
+from computemesh.contracts import catalog, nodes, resources, work
+from computemesh.contracts.base import AnyBound, Http, Refused, Request, serve
+from computemesh.contracts.nodes import NodeGet, NodeRecord
+from computemesh.edge import application
+from computemesh.edge.http import Doors, is_loopback
+from computemesh.testing import RunningMesh, running_mesh
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SERVICES: Final = ("node-registry", "work-marshaller", "resource-detector")
+JSON: Final = {"content-type": "application/json"}
+
+SERVED_BY: Final[dict[str, tuple[Request[Any, Any], ...]]] = {
+    "node-registry": (nodes.REGISTER, nodes.QUERY, nodes.GET),
+    "work-marshaller": (work.REQUEST, work.GET, work.LIST, work.CANCEL, work.EXPLAIN),
+    "resource-detector": (resources.INVENTORY,),
+}
+
+ROUTES: Final = [
+    (name, request, route) for name, requests in SERVED_BY.items() for request in requests for route in request.http
+]
+every_route = pytest.mark.parametrize(
+    ("name", "request_", "route"), ROUTES, ids=[f"{route.method} {route.path}" for _, _, route in ROUTES]
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[RunningMesh]:
+    """Every service that has routes."""
+    folder: Path = tmp_path_factory.mktemp("edge")
+    async with running_mesh(folder, SERVICES) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def edges(mesh: RunningMesh) -> AsyncGenerator[Mapping[str, httpx.AsyncClient]]:
+    """A client for each service's edge."""
+    clients = {name: httpx.AsyncClient(base_url=mesh.http(name)) for name in SERVICES}
+    yield clients
+    for client in clients.values():
+        await client.aclose()
+
+
+def assert_problem(answer: httpx.Response, status: int, code: str, field: str = "") -> dict[str, Any]:
+    """The problem document of a refusal, which must be complete and say these."""
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    said: dict[str, Any] = answer.json()
+    assert (answer.status_code, said["status"], said["code"], said["field"]) == (status, status, code, field), said
+    assert said["type"] == f"urn:computemesh:{code}"
+    assert said["title"]
+    assert said["detail"]
+    assert said["retry"] in ("never", "later", "elsewhere")
+    return said
+
+
+# --- wrong calls --------------------------------------------------------------------------------------------------
+
+
+async def test_every_route_of_the_contracts_is_tried_here() -> None:
+    """A new contract with a route must be added to the table above."""
+    assert {id(request) for request in catalog.requests() if request.http} == {id(request) for _, request, _ in ROUTES}
+
+
+@every_route
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"hello", b"[]", b"null", b'{"a": "\xff"}', b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", b'{"a": NaN}'],
+    ids=["half", "text", "array", "null", "bad UTF-8", "100 deep", "NaN"],
+)
+async def test_a_body_that_is_no_message_is_refused(
+    edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http, body: bytes
+) -> None:
+    """On every route, those that need no body included."""
+    path = route.path.format(work_id="w1", node_id="n1")
+    assert_problem(await edges[name].request(route.method, path, content=body, headers=JSON), 400, "bad_message")
+
+
+@every_route
+async def test_a_body_that_is_not_declared_as_json_is_refused(
+    edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
+) -> None:
+    """A browser lets any page send plain text and forms, but asks first before it sends JSON."""
+    path = route.path.format(work_id="w1", node_id="n1")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json"):
+        headers = {"content-type": kind} if kind else {}
+        answer = await edges[name].request(route.method, path, content=b"{}", headers=headers)
+        assert_problem(answer, 415, "bad_content_type")
+
+
+async def test_json_may_be_declared_with_a_character_set(edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """And in any case."""
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        answer = await edges["node-registry"].post("/api/v1/nodes/query", content=b"{}", headers={"content-type": kind})
+        assert answer.status_code == 200
+
+
+@every_route
+async def test_a_body_above_a_mebibyte_is_refused(
+    edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
+) -> None:
+    """Declared in advance or not; the connection serves the next call."""
+    path = route.path.format(work_id="w1", node_id="n1")
+    large = b'{"a": "' + b"x" * 1024 * 1024 + b'"}'
+
+    async def chunks() -> AsyncGenerator[bytes]:
+        for at in range(0, len(large), 65_536):
+            yield large[at : at + 65_536]
+
+    for content in (large, chunks()):
+        answer = await edges[name].request(route.method, path, content=content, headers=JSON)
+        assert_problem(answer, 413, "too_large")
+    assert (await edges[name].get("/healthz")).status_code == 200
+
+
+@every_route
+async def test_an_unknown_query_parameter_is_refused_by_name(
+    edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
+) -> None:
+    """A misspelt filter must not look like one that matched everything."""
+    path = route.path.format(work_id="w1", node_id="n1")
+    assert_problem(await edges[name].request(route.method, f"{path}?stauts=x"), 400, "bad_message", "stauts")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "field"),
+    [
+        ("work-marshaller", "/api/v1/work?limit=many", "limit"),
+        ("work-marshaller", "/api/v1/work?limit=0", "limit"),
+        ("work-marshaller", "/api/v1/work?status=done", "status"),
+        ("work-marshaller", "/api/v1/work/a.b", "work_id"),
+        ("work-marshaller", "/api/v1/work/*/explain", "work_id"),
+        ("work-marshaller", "/api/v1/work/a%20b", "work_id"),
+        ("work-marshaller", "/api/v1/work/%ff", "work_id"),
+        ("node-registry", "/api/v1/nodes?min_tier=BEST", "min_tier"),
+        ("node-registry", "/api/v1/nodes?requires_gpu=perhaps", "requires_gpu"),
+        ("node-registry", "/api/v1/nodes/%3E", "node_id"),
+    ],
+)
+async def test_a_wrong_value_in_path_or_query_is_refused_by_name(
+    edges: Mapping[str, httpx.AsyncClient], name: str, path: str, field: str
+) -> None:
+    """As a wrong field in a body is."""
+    assert_problem(await edges[name].get(path), 400, "bad_message", field)
+
+
+async def test_query_parameters_are_read_as_what_their_fields_hold(edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """Numbers, truth and tiers in any case, all from text."""
+    answer = await edges["node-registry"].get("/api/v1/nodes?requires_gpu=true&min_tier=gpu_peer&limit=5")
+    assert (answer.status_code, answer.json()) == (200, {"nodes": [], "count": 0})
+
+
+@every_route
+async def test_a_method_that_a_path_does_not_have_is_refused(
+    edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
+) -> None:
+    """Which ones it has is said in the header."""
+    path = route.path.format(work_id="w1", node_id="n1")
+    answer = await edges[name].request("PUT", path, json={})
+    assert_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/v1", "/api/v2/work", "/api/v1/nothing/here/at/all", "/healthz/x", "//", "/.."]
+)
+async def test_an_unknown_path_is_not_found(edges: Mapping[str, httpx.AsyncClient], path: str) -> None:
+    """As a problem document like any other refusal."""
+    for client in edges.values():
+        assert_problem(await client.get(path), 404, "not_found")
+
+
+async def test_what_is_not_there_is_not_found_by_its_field(edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """A right question about nothing."""
+    assert_problem(await edges["node-registry"].get("/api/v1/nodes/nobody"), 404, "not_found", "node_id")
+    for method, path in (("GET", "/api/v1/work/nothing"), ("DELETE", "/api/v1/work/nothing")):
+        assert_problem(await edges["work-marshaller"].request(method, path), 404, "not_found", "work_id")
+
+
+# --- strangers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8118", "localhost.evil.example", "192.168.1.7", ""])
+@pytest.mark.parametrize("path", ["/healthz", "/api/v1/work", "/openapi.json", "/nothing"])
+async def test_on_loopback_a_foreign_host_name_is_refused(
+    edges: Mapping[str, httpx.AsyncClient], host: str, path: str
+) -> None:
+    """A DNS name that was re-pointed at this machine must not reach the edge."""
+    assert_problem(await edges["work-marshaller"].get(path, headers={"host": host}), 421, "bad_host")
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "https://localhost", "http://127.0.0.1:1", ""])
+async def test_a_call_from_another_page_is_refused(edges: Mapping[str, httpx.AsyncClient], origin: str) -> None:
+    """A page in the browser of this machine's user is none of ours."""
+    answer = await edges["work-marshaller"].post(
+        "/api/v1/work/submit", json={"work_type": "inference"}, headers={"origin": origin}
+    )
+    assert_problem(answer, 403, "bad_origin")
+
+
+async def test_our_own_names_and_pages_are_let_in(mesh: RunningMesh, edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """By any name of loopback, and from a page of the same edge."""
+    client = edges["work-marshaller"]
+    port = urlsplit(mesh.http("work-marshaller")).port
+    for host in (f"localhost:{port}", "localhost", f"127.0.0.1:{port}", "127.0.0.2", "[::1]", f"[::1]:{port}"):
+        assert (await client.get("/api/v1/work", headers={"host": host})).status_code == 200
+    own = {"origin": f"http://127.0.0.1:{port}"}
+    assert (await client.get("/api/v1/work", headers=own)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "only_this_machine"),
+    [("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("localhost.example", False), ("", False), ("127.0.0.1.example", False)],
+)  # fmt: skip
+async def test_loopback_is_what_can_only_mean_this_machine(host: str, only_this_machine: bool) -> None:
+    """Binding all addresses is not loopback, nor is a name that begins like it."""
+    assert is_loopback(host) is only_this_machine
+
+
+# --- the doors that every edge has ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_health_readiness_and_metrics_are_told(edges: Mapping[str, httpx.AsyncClient], name: str) -> None:
+    """In the form that probes and Prometheus expect."""
+    health = await edges[name].get("/healthz")
+    assert health.status_code == 200
+    facts = health.json()
+    assert (facts["status"], facts["service"], facts["nats"], facts["problem"]) == ("ok", name, "connected", "")
+    ready = await edges[name].get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reason": ""})
+    metrics = await edges[name].get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    samples = [sample for family in text_string_to_metric_families(metrics.text) for sample in family.samples]
+    info = next(sample for sample in samples if sample.name == "computemesh_service_info")
+    assert (info.labels["service"], info.labels["version"], info.value) == (name, __version__, 1.0)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_the_openapi_document_has_every_route_and_every_type_it_mentions(
+    edges: Mapping[str, httpx.AsyncClient], name: str
+) -> None:
+    """A client generator can work with it: nothing dangles, every parameter is declared."""
+    document = (await edges[name].get("/openapi.json")).json()
+    assert document["openapi"].startswith("3.1.")
+    assert document["info"]["title"]
+    assert document["info"]["version"] == __version__
+    declared = {
+        (method.upper(), path): operation
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert declared.keys() == {(r.method, r.path) for request in SERVED_BY[name] for r in request.http}
+    ids = [operation["operationId"] for operation in declared.values()]
+    assert len(set(ids)) == len(ids)
+    for reference in references(document):
+        assert reference.startswith("#/components/schemas/")
+        assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+    for (method, path), operation in declared.items():
+        in_path = {p["name"] for p in operation["parameters"] if p["in"] == "path" and p["required"] is True}
+        assert in_path == set(re.findall(r"{(\w+)}", path))
+        assert ("requestBody" in operation) is (method == "POST")
+        success = {status for status in operation["responses"] if status.startswith("2")}
+        assert len(success) == 1
+        assert "application/problem+json" in operation["responses"]["default"]["content"]
+        assert operation["summary"]
+
+
+def references(value: Any) -> Iterator[str]:
+    """Every ``$ref`` anywhere inside."""
+    if isinstance(value, dict):
+        for key, inner in value.items():  # pyright: ignore[reportUnknownVariableType]
+            if key == "$ref":
+                yield str(inner)  # pyright: ignore[reportUnknownArgumentType]
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:  # pyright: ignore[reportUnknownVariableType]
+            yield from references(inner)
+
+
+async def test_the_status_that_is_declared_is_the_one_that_is_sent(edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """Submitting is 202: accepted, not done."""
+    client = edges["work-marshaller"]
+    document = (await client.get("/openapi.json")).json()
+    answer = await client.post("/api/v1/work/submit", json={"work_id": "e1", "work_type": "inference"})
+    assert str(answer.status_code) in document["paths"]["/api/v1/work/submit"]["post"]["responses"]
+    assert answer.status_code == 202
+    assert (await client.get("/api/v1/work/e1")).json()["work_id"] == "e1"
+    assert (await client.request("DELETE", "/api/v1/work/e1?reason=enough")).json()["state"] == "cancelled"
+
+
+# --- the gate, without a server -------------------------------------------------------------------------------------
+
+TOKEN: Final = "a-token-of-sixteen"
+
+
+async def _get(ask: NodeGet) -> NodeRecord | Refused:
+    if ask.node_id == "defect":
+        raise RuntimeError("a secret of the service")
+    return NodeRecord(node_id=ask.node_id)
+
+
+BOUNDS: Final[list[AnyBound]] = [serve(nodes.GET, _get)]
+
+
+def outside(**config: Any) -> httpx.AsyncClient:
+    """A client of an edge that is bound to all addresses."""
+    doors = Doors(name="test", about="A test.", health=lambda: {"problem": ""}, unready=lambda: "")
+    app = application(ServiceConfig(http_host="0.0.0.0", **config), doors, BOUNDS, [])
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://mesh.example:8115")
+
+
+async def test_beyond_loopback_the_token_decides() -> None:
+    """None is 401, a wrong one 403, the right one is let in."""
+    async with outside(token=TOKEN) as client:
+        assert_problem(await client.get("/api/v1/nodes/n1"), 401, "no_token")
+        for shown in ("Basic abc", f"Token {TOKEN}", TOKEN):
+            answer = await client.get("/api/v1/nodes/n1", headers={"authorization": shown})
+            assert_problem(answer, 401, "no_token")
+        for shown in ("Bearer wrong", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer \xe4"):
+            answer = await client.get("/api/v1/nodes/n1", headers=[(b"authorization", shown.encode("latin-1"))])
+            assert_problem(answer, 403, "bad_token")
+        for shown in (f"Bearer {TOKEN}", f"bearer  {TOKEN} "):
+            answer = await client.get("/api/v1/nodes/n1", headers={"authorization": shown})
+            assert (answer.status_code, answer.json()["node_id"]) == (200, "n1")
+
+
+async def test_beyond_loopback_nothing_is_told_without_the_token_but_how_the_process_is() -> None:
+    """Probes have no token. Paths that do not exist are refused like those that do."""
+    async with outside(token=TOKEN) as client:
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await client.get(path)).status_code == 200
+        for path in ("/openapi.json", "/nothing", "/healthz/", "/api/v1/nodes/n1"):
+            assert (await client.get(path)).status_code == 401
+
+
+async def test_beyond_loopback_a_page_of_another_origin_is_refused_even_with_the_token() -> None:
+    """Any host name is right there, but the page must come from the same one."""
+    async with outside(token=TOKEN) as client:
+        right = {"authorization": f"Bearer {TOKEN}"}
+        answer = await client.get("/api/v1/nodes/n1", headers={**right, "origin": "http://evil.example"})
+        assert_problem(answer, 403, "bad_origin")
+        same = {**right, "origin": "http://mesh.example:8115"}
+        assert (await client.get("/api/v1/nodes/n1", headers=same)).status_code == 200
+
+
+async def test_an_edge_beyond_loopback_without_a_token_does_not_start() -> None:
+    """The message names the settings that help."""
+    with pytest.raises(
+        ConfigError, match=r"COMPUTEMESH_HTTP_HOST=0\.0\.0\.0.*COMPUTEMESH_TOKEN.*COMPUTEMESH_ALLOW_OPEN"
+    ):
+        outside()
+
+
+async def test_an_edge_may_be_opened_on_purpose() -> None:
+    """Inside a network that is closed itself. A token that is set all the same still counts."""
+    async with outside(allow_open=True) as client:
+        assert (await client.get("/api/v1/nodes/n1")).status_code == 200
+    async with outside(allow_open=True, token=TOKEN) as client:
+        assert_problem(await client.get("/api/v1/nodes/n1"), 401, "no_token")
+
+
+async def test_a_defect_is_answered_without_its_details() -> None:
+    """The log has them; the caller gets a problem document."""
+    async with outside(allow_open=True) as client:
+        answer = await client.get("/api/v1/nodes/defect")
+        assert "secret" not in json.dumps(assert_problem(answer, 500, "internal"))

@@ -1,0 +1,146 @@
+"""Settings: read from the environment, and explained when they cannot be used."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import pytest
+
+from computemesh.config import ConfigError, ServiceConfig, load
+from computemesh_services.node_agent.config import AgentConfig
+from computemesh_services.node_registry.config import RegistryConfig
+from computemesh_services.resource_detector.config import DetectorConfig
+from computemesh_services.work_marshaller.config import MarshallerConfig
+
+KINDS = (AgentConfig, DetectorConfig, MarshallerConfig, RegistryConfig)
+
+
+class Sized(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration with a name of another system."""
+
+    size: Annotated[int, msgspec.Meta(ge=1, extra={"env": ["OLD_SIZE", "OLDER_SIZE"]})] = 7
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    """A service starts on loopback with nothing but its defaults."""
+    config = load(ServiceConfig, {})
+    assert config == ServiceConfig()
+    assert (config.nats_url, config.http_host, config.token) == ("nats://127.0.0.1:4222", "127.0.0.1", "")
+    assert not config.allow_open
+
+
+def test_each_field_is_read_from_its_name_with_the_prefix() -> None:
+    """Text becomes what the field holds."""
+    config = load(
+        ServiceConfig,
+        {
+            "COMPUTEMESH_HTTP_HOST": "::1",
+            "COMPUTEMESH_HTTP_PORT": "8115",
+            "COMPUTEMESH_ALLOW_OPEN": "true",
+            "COMPUTEMESH_DRAIN_TIMEOUT_S": "1.5",
+            "COMPUTEMESH_LOG_LEVEL": "DEBUG",
+            "COMPUTEMESH_READY_FD": "7",
+            "COMPUTEMESH_TOKEN": "12345",
+            "HTTP_PORT": "1",
+            "computemesh_instance": "no",
+        },
+    )
+    assert config == ServiceConfig(
+        http_host="::1",
+        http_port=8115,
+        allow_open=True,
+        drain_timeout_s=1.5,
+        log_level="DEBUG",
+        ready_fd=7,
+        token="12345",
+    )
+
+
+def test_the_environment_of_the_process_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the services do."""
+    monkeypatch.setenv("COMPUTEMESH_INSTANCE", "blue")
+    assert load(ServiceConfig).instance == "blue"
+
+
+def test_names_of_other_systems_work_and_our_own_name_wins() -> None:
+    """In the order in which they are declared."""
+    assert load(ServiceConfig, {"NATS_URL": "nats://a"}).nats_url == "nats://a"
+    assert load(ServiceConfig, {"NATS_URL": "nats://a", "COMPUTEMESH_NATS_URL": "nats://b"}).nats_url == "nats://b"
+    retries = load(MarshallerConfig, {"WORK_RETRY_MAX": "1", "WORK_RETRY_DELAY": "0.5"})
+    assert (retries.work_retry_max, retries.work_retry_delay) == (1, 0.5)
+    assert load(MarshallerConfig, {"WORK_RETRY_MAX": "1", "COMPUTEMESH_WORK_RETRY_MAX": "2"}).work_retry_max == 2
+    assert load(Sized, {"OLDER_SIZE": "1"}).size == 1
+    assert load(Sized, {"OLDER_SIZE": "1", "OLD_SIZE": "2"}).size == 2
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    """Compose files pass on variables that nobody set as empty ones."""
+    assert load(MarshallerConfig, {"COMPUTEMESH_WORK_RETRY_MAX": "", "WORK_RETRY_MAX": ""}).work_retry_max == 3
+    assert load(MarshallerConfig, {"COMPUTEMESH_WORK_RETRY_MAX": "", "WORK_RETRY_MAX": "4"}).work_retry_max == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("COMPUTEMESH_HTTP_PORT", "http"),
+        ("COMPUTEMESH_HTTP_PORT", "65536"),
+        ("COMPUTEMESH_HTTP_PORT", "-1"),
+        ("COMPUTEMESH_ALLOW_OPEN", "perhaps"),
+        ("COMPUTEMESH_LOG_LEVEL", "loud"),
+        ("COMPUTEMESH_LOG_FORMAT", "xml"),
+        ("COMPUTEMESH_DRAIN_TIMEOUT_S", "0"),
+        ("COMPUTEMESH_DRAIN_TIMEOUT_S", "nan"),
+        ("COMPUTEMESH_DRAIN_TIMEOUT_S", "inf"),
+        ("COMPUTEMESH_REPLICAS", "6"),
+        ("WORK_RETRY_MAX", "three"),
+        ("WORK_RETRY_MAX", "-1"),
+        ("WORK_RETRY_DELAY", "inf"),
+        ("COMPUTEMESH_WORK_KEEP_S", "0"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_the_variable_and_the_value(name: str, value: str) -> None:
+    """The one that was set, also when it is not our own name for the setting."""
+    with pytest.raises(ConfigError) as caught:
+        load(MarshallerConfig, {name: value})
+    text = str(caught.value)
+    assert text.startswith(f"{name}={value!r}: ")
+    assert len(text.splitlines()) == 1
+
+
+def test_a_node_id_must_be_given_and_be_one_token() -> None:
+    """It becomes part of subjects; without one there is no node."""
+    kinds: tuple[type[AgentConfig | DetectorConfig], ...] = (AgentConfig, DetectorConfig)
+    for kind in kinds:
+        assert load(kind, {"COMPUTEMESH_NODE_ID": "n1"}).node_id == "n1"
+        with pytest.raises(ConfigError, match=r"COMPUTEMESH_NODE_ID='a\.b'"):
+            load(kind, {"COMPUTEMESH_NODE_ID": "a.b"})
+        with pytest.raises(ConfigError, match="COMPUTEMESH_NODE_ID"):
+            load(kind, {})
+
+
+def test_settings_that_contradict_each_other_are_refused_by_name() -> None:
+    """Suspicion comes before loss."""
+    config = load(RegistryConfig, {"COMPUTEMESH_SUSPECT_AFTER_S": "9", "COMPUTEMESH_LOST_AFTER_S": "9"})
+    with pytest.raises(ConfigError, match=r"COMPUTEMESH_SUSPECT_AFTER_S=9 .*COMPUTEMESH_LOST_AFTER_S=9"):
+        config.patience()
+
+
+def test_labels_are_pairs_or_refused() -> None:
+    """Blanks around them mean nothing."""
+    assert AgentConfig(node_id="n", labels=" zone=a, disk = nvme ,").label_map() == {"zone": "a", "disk": "nvme"}
+    assert AgentConfig(node_id="n").label_map() == {}
+    for wrong in ("zone", "=a", "zone=a,disk"):
+        with pytest.raises(ConfigError, match="COMPUTEMESH_LABELS"):
+            AgentConfig(node_id="n", labels=wrong).label_map()
+
+
+def test_each_setting_is_documented_and_no_other() -> None:
+    """A renamed setting would silently do nothing for whoever set it."""
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    documented = set(re.findall(r"COMPUTEMESH_[A-Z_]+", text))
+    fields = {field.name for kind in KINDS for field in msgspec.structs.fields(kind)} - {"ready_fd"}
+    assert documented <= {f"COMPUTEMESH_{field.upper()}" for field in fields} | {"COMPUTEMESH_HOME"}
+    assert {field for field in fields if field.upper() not in text} == set()
