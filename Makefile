@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast check lint format types lock wheel clean
+.PHONY: help up down status test test-fast check lint format types bench docs lock wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
 	  --extra cuda --extra llama --group build --group dev -c requirements/run.txt -o requirements/dev.txt
 	@$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 requirements/model.in -o requirements/model.txt
+
+bench: $(VENV)/.dev ## Measure the mesh against the raw limit (BENCH="--items 10000 --reps 5 --json FILE")
+	@$(BIN)/python tests/bench $(BENCH)
+
+docs: $(VENV)/.run ## Write docs/reference from the contracts
+	@$(BIN)/python -m computemesh.contracts.reference docs/reference
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	@$(BIN)/python -m hatchling build -t wheel

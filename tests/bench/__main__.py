@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import msgspec
 import nats
+import nats.errors
 import nats.js.errors
 import psutil
 import uvloop

@@ -33,7 +33,8 @@ from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord,
 from computemesh.lifecycle import EXIT_CONFIG, EXIT_DEFECT
 from computemesh.nats_server import NatsServer, load_or_create
 from computemesh.paths import Home
-from computemesh.supervisor import ServiceSpec, ServiceStatus, Supervisor, exit_text
+from computemesh.process import exit_text
+from computemesh.supervisor import ServiceSpec, ServiceStatus, Supervisor
 from computemesh.testing import running_server, until
 
 HERE: Final = Path(__file__).parent
@@ -108,6 +109,11 @@ async def slow_service(server: NatsServer, **settings: str) -> AsyncGenerator[Sl
         await slow.exit_status()
 
 
+async def get(bus: Bus, node_id: str) -> NodeRecord | Refused:
+    """The answer of the slow service, however long it takes."""
+    return await bus.ask(nodes.GET, NodeGet(node_id=node_id), timeout_s=20)
+
+
 async def in_hand(slow: Slow, count: int) -> None:
     """Waits until that many requests are in the handler."""
     async with httpx.AsyncClient() as http, asyncio.timeout(20):
@@ -121,10 +127,7 @@ async def test_a_signal_lets_requests_in_hand_and_those_behind_them_be_answered(
 ) -> None:
     """On the bus, also those that wait for a slot, and over HTTP. Then the process ends with status 0."""
     async with slow_service(server) as slow, connected(server) as bus, httpx.AsyncClient(timeout=20) as http:
-        asked = [
-            asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id=f"n{number}"), timeout_s=20))
-            for number in range(CONCURRENCY + BEHIND)
-        ]
+        asked = [asyncio.create_task(get(bus, f"n{number}")) for number in range(CONCURRENCY + BEHIND)]
         await in_hand(slow, CONCURRENCY)
         called = asyncio.create_task(http.get(f"{slow.http}/api/v1/nodes/over-http"))
         await in_hand(slow, CONCURRENCY + 1)
@@ -172,7 +175,7 @@ async def until_refused(url: str) -> None:
 async def test_a_drain_that_takes_too_long_is_given_up_with_status_1(server: NatsServer) -> None:
     """A handler that never ends does not keep the process for ever."""
     async with slow_service(server, COMPUTEMESH_DRAIN_TIMEOUT_S="0.5") as slow, connected(server) as bus:
-        asked = asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id="n1"), timeout_s=20))
+        asked = asyncio.create_task(get(bus, "n1"))
         await in_hand(slow, 1)
         slow.process.send_signal(signal.SIGTERM)
         assert await slow.exit_status() == 1

@@ -1,0 +1,143 @@
+"""The reference pages, written from the contracts: who says what to whom, and what is kept where.
+
+``make docs`` writes them to ``docs/reference``; a test fails when they are stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from computemesh.contracts import storage
+from computemesh.contracts.base import Event, Refused, Request, Role
+from computemesh.contracts.catalog import CONVERSATIONS, events, requests
+from computemesh.contracts.permissions import inbox_prefix, permissions
+
+NOTE: Final = "<!-- Written by `make docs` from shared/computemesh/contracts; edit there. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Every reference page: file name and contents."""
+    return {
+        "subjects.md": subjects(),
+        "storage.md": kept(),
+        "permissions.md": granted(),
+        "schemas.json": schemas(),
+    }
+
+
+def subjects() -> str:
+    """Every subject, by conversation."""
+    parts = [f"{NOTE}# Subjects\n\nPayloads are JSON; [schemas.json](schemas.json) has their JSON Schemas.\n"]
+    for module in CONVERSATIONS:
+        parts.append(
+            f"\n## {module.__name__.rsplit('.', 1)[1]}\n\n```\n{inspect.cleandoc(module.__doc__ or '')}\n```\n"
+        )
+        mine = list(vars(module).values())
+        facts = [event for event in events() if any(event is value for value in mine)]
+        asks = [request for request in requests() if any(request is value for value in mine)]
+        parts.append(_table(("event", "payload", "sent by", "captured", "what"), [_event_row(e) for e in facts]))
+        parts.append(_table(("request", "takes", "gives", "HTTP", "what"), [_request_row(r) for r in asks]))
+    return "".join(parts)
+
+
+def _event_row(event: Event[Any]) -> tuple[str, ...]:
+    sent_by = ", ".join(sorted(event.sent_by)) or "the server"
+    return (_code(_subject(event)), event.payload.__name__, sent_by, "yes" if event.captured else "", event.about)
+
+
+def _request_row(request: Request[Any, Any]) -> tuple[str, ...]:
+    routes = "<br>".join(f"`{route.method} {route.path}`" for route in request.http)
+    return (_code(_subject(request)), request.takes.__name__, request.gives.__name__, routes, request.about)
+
+
+def _subject(contract: Event[Any] | Request[Any, Any]) -> str:
+    return f"{contract.subject}.<{contract.target}>" if contract.target else contract.subject
+
+
+def kept() -> str:
+    """Every stream and bucket."""
+    streams = [
+        (
+            _code(stream.name),
+            "<br>".join(map(_code, stream.subjects)),
+            stream.owner,
+            _limits(stream),
+            stream.about,
+        )
+        for stream in storage.STREAMS
+    ]
+    buckets = [
+        (
+            _code(bucket.name),
+            bucket.value.__name__,
+            bucket.owner,
+            f"{bucket.max_bytes // storage.MIB} MiB",
+            _code(f"{bucket.republish}.<key>") if bucket.republish else "",
+            bucket.about,
+        )
+        for bucket in storage.BUCKETS
+    ]
+    return (
+        f"{NOTE}# Streams and buckets\n\n"
+        + _table(("stream", "subjects", "owner", "limits", "what"), streams)
+        + _table(("bucket", "value", "written by", "limit", "republished to", "what"), buckets)
+    )
+
+
+def _limits(stream: storage.Stream) -> str:
+    size, days = stream.max_bytes // storage.MIB, stream.max_age_s / storage.DAY_S
+    return f"{size} MiB, {days:g} days, {stream.max_message_bytes // 1024} KiB a message"
+
+
+def granted() -> str:
+    """Every role and what it may publish and hear."""
+    parts = [f"{NOTE}# Permissions\n\nEverything that is not listed is denied.\n"]
+    for role in Role:
+        allowed = permissions(role)
+        parts.append(f"\n## {role.value}\n\nInbox prefix `{inbox_prefix(role)}`.\n")
+        for verb, listed in (("May publish", allowed.publish), ("May subscribe", allowed.subscribe)):
+            parts.append(f"\n{verb}:\n\n" + "".join(f"- `{subject}`\n" for subject in sorted(listed)))
+    return "".join(parts)
+
+
+def schemas() -> str:
+    """JSON Schemas of every payload, by name, and which subject carries which."""
+    kinds: list[type[Any]] = [Refused]
+    carried: dict[str, Any] = {}
+    for event in events():
+        kinds.append(event.payload)
+        carried[_subject(event)] = {"event": event.payload.__name__}
+    for request in requests():
+        kinds += [request.takes, request.gives]
+        carried[_subject(request)] = {"takes": request.takes.__name__, "gives": request.gives.__name__}
+    _, found = msgspec.json.schema_components(list(dict.fromkeys(kinds)))
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", "subjects": carried, "$defs": found}
+    return msgspec.json.format(msgspec.json.encode(document, order="sorted"), indent=2).decode() + "\n"
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What was promised about messages, kept: the reference pages are fresh, and old payloads still decode.
+
+``golden/`` has one example of every payload as it was first shipped. These files are never edited: within v1
+a message may only gain fields with defaults. A new payload type gets its file from
+``python -m computemesh.testing.golden tests/contract/golden``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from computemesh.contracts import reference
+from computemesh.contracts.base import Refused, decode, encode
+from computemesh.testing.golden import file_name, payload_types
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("name", reference.pages())
+def test_the_reference_page_is_what_the_contracts_say(name: str) -> None:
+    """Stale pages are renewed with ``make docs``."""
+    assert (ROOT / "docs" / "reference" / name).read_text() == reference.pages()[name]
+
+
+def test_every_payload_type_has_a_golden_file_and_every_file_a_type() -> None:
+    """A new message is recorded, a removed one is noticed."""
+    assert {path.name for path in GOLDEN.iterdir()} == {file_name(kind) for kind in payload_types()}
+
+
+@pytest.mark.parametrize("kind", payload_types(), ids=lambda kind: kind.__name__)
+def test_a_payload_as_it_was_shipped_still_means_the_same(kind: type[Any]) -> None:
+    """Every field of the golden file is still there, with its value; none is unknown."""
+    data = (GOLDEN / file_name(kind)).read_bytes()
+    message = decode(data, kind)
+    assert not isinstance(message, Refused) or kind is Refused
+    now, then = msgspec.json.decode(encode(message)), msgspec.json.decode(data)
+    assert {name: now.get(name, "gone") for name in then} == then
+
+
+@pytest.mark.parametrize("kind", payload_types(), ids=lambda kind: kind.__name__)
+def test_unknown_fields_are_ignored(kind: type[Any]) -> None:
+    """A newer peer may say more than we know."""
+    then = msgspec.json.decode((GOLDEN / file_name(kind)).read_bytes())
+    more = msgspec.json.encode({**then, "added_in_the_future": {"a": [1]}})
+    assert decode(more, kind) == decode((GOLDEN / file_name(kind)).read_bytes(), kind)
+
+
+@pytest.mark.parametrize("kind", payload_types(), ids=lambda kind: kind.__name__)
+def test_only_the_fields_that_always_were_required_are(kind: type[Any]) -> None:
+    """A field added to a message must have a default, else older peers are refused."""
+    then = msgspec.json.decode((GOLDEN / file_name(kind)).read_bytes())
+    required = {field.encode_name for field in msgspec.structs.fields(kind) if field.required}
+    assert required <= then.keys()

@@ -1,0 +1,496 @@
+"""The command line as people and scripts use it: real processes, what they print, and how they exit.
+
+Method: ``python -m computemesh.cli`` with a home of its own. No engine is needed: nodes without a model do
+not announce themselves, so work waits. Each wait is for a condition; nothing looks inside the programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pytest
+
+from computemesh import __version__
+from computemesh.contracts.base import Role
+from computemesh.testing import running_server
+
+WAIT_S: Final = 30.0
+
+LEFT_OUT: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_HOME", "COMPUTEMESH_TOKEN")
+
+
+class Cli:
+    """Runs commands with one home."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+        return {**inherited, "COMPUTEMESH_HOME": str(self.home), "COMPUTEMESH_MODELS": "/nowhere", **changes}
+
+    def run(self, *words: str, stdin: str = "", **changes: str) -> subprocess.CompletedProcess[str]:
+        """One command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "computemesh.cli", *words],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            env=self.environment(**changes),
+            check=False,
+        )
+
+    def ok(self, *words: str, stdin: str = "", **changes: str) -> str:
+        """What a command that must go well prints."""
+        done = self.run(*words, stdin=stdin, **changes)
+        assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    def json(self, *words: str, stdin: str = "", **changes: str) -> Any:
+        """What it prints for programs: one JSON document."""
+        return json.loads(self.ok(*words, "--json", stdin=stdin, **changes))
+
+    def fails(self, status: int, *words: str, stdin: str = "", **changes: str) -> str:
+        """The one line that a command which must fail says."""
+        done = self.run(*words, stdin=stdin, **changes)
+        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout == ""
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+        return done.stderr.strip()
+
+    def up(self, **changes: str) -> str:
+        return self.ok("up", "--detach", "--ports", "any", "--nats-port", "0", "--no-demo", **changes)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that has this home in its environment or on its command line."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        home = str(self.home)
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            return any(home in word for word in [*process.cmdline(), *process.environ().values()])
+        except psutil.Error:
+            return False
+
+    def end(self) -> None:
+        """Ends whatever a test left."""
+        self.run("down")
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Generator[Cli]:
+    """A home without a mesh."""
+    fresh = Cli(tmp_path / "home")
+    yield fresh
+    fresh.end()
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
+    """A home with a mesh that the tests share."""
+    shared = Cli(tmp_path_factory.mktemp("cli") / "home")
+    try:
+        shared.up()
+        yield shared
+    finally:
+        shared.end()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for a condition."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {WAIT_S:g} s: {what}"
+        time.sleep(0.02)
+
+
+# --- a mesh that runs ---------------------------------------------------------------------------------------------
+
+
+def test_status_lists_every_service_and_what_there_is_to_do(mesh: Cli) -> None:
+    """For people a table, for programs JSON, which holds no secret."""
+    text = mesh.ok("status")
+    for name in ("nats-server", "node-registry", "work-marshaller", "resource-detector", "node-agent"):
+        assert re.search(rf"^{name} +ready +\d+ +0 ", text, re.MULTILINE), text
+    assert re.search(r"^nodes: \d+, \d+ online; pending: \d+; running: \d+", text, re.MULTILINE)
+    found = mesh.json("status")
+    assert (found["ready"], found["embedded"], found["version"]) == (True, True, __version__)
+    assert {service["state"] for service in found["services"]} == {"ready"}
+    secrets = json.loads((mesh.home / "credentials.json").read_text()).values()
+    assert not [secret for secret in secrets if secret in json.dumps(found) or secret in text]
+
+
+def test_up_again_says_that_it_runs_and_starts_nothing(mesh: Cli) -> None:
+    """In the background and in the foreground alike."""
+    before = {process.pid for process in mesh.processes()}
+    for words in (("up",), ("up", "--detach", "--no-demo")):
+        text = mesh.ok(*words)
+        assert "is running already" in text
+        assert "work-marshaller" in text
+    assert {process.pid for process in mesh.processes()} == before
+
+
+def test_secrets_lie_in_files_that_only_their_owner_can_read(mesh: Cli) -> None:
+    """The home is closed, and so is each file with a password in it."""
+    assert mesh.home.stat().st_mode & 0o077 == 0
+    secrets = list(json.loads((mesh.home / "credentials.json").read_text()).values())
+    holders = [
+        path
+        for path in mesh.home.rglob("*")
+        if path.is_file() and path.stat().st_size < 1_000_000 and any(s.encode() in path.read_bytes() for s in secrets)
+    ]
+    assert {path.name for path in holders} >= {"credentials.json", "mesh.json", "nats-server.conf"}
+    assert not [path for path in holders if path.stat().st_mode & 0o077]
+    assert not [path for path in holders if path.suffix == ".log"]
+
+
+def test_no_password_is_on_a_command_line(mesh: Cli) -> None:
+    """Anybody on the machine can list those."""
+    secrets = json.loads((mesh.home / "credentials.json").read_text()).values()
+    lines = [" ".join(process.cmdline()) for process in mesh.processes()]
+    assert len(lines) >= 6
+    assert not [line for line in lines if any(secret in line for secret in secrets)]
+
+
+@pytest.mark.parametrize("role", ["client", "node", "observer"])
+def test_what_env_prints_a_shell_can_evaluate_and_a_program_can_use(mesh: Cli, role: str) -> None:
+    """With nothing but those variables a program reaches the bus in that role, and the services' edges."""
+    script = (
+        'eval "$("$PY" -m computemesh.cli env --role "$ROLE")" && '
+        "unset COMPUTEMESH_HOME && "
+        '"$PY" -c "import os, json; print(json.dumps(dict(os.environ)))"'
+    )
+    shell = subprocess.run(
+        ["sh", "-euc", script], capture_output=True, text=True, check=True, timeout=60,
+        env=mesh.environment(PY=sys.executable, ROLE=role),
+    )  # fmt: skip
+    values = json.loads(shell.stdout)
+    assert values["NATS_URL"].startswith(f"nats://{role}:")
+    assert values["COMPUTEMESH_TOKEN"]
+    for name in ("NODE_REGISTRY_URL", "WORK_MARSHALING_URL", "RESOURCE_DETECTOR_URL", "NODE_AGENT_URL"):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", values[name])
+    assert mesh.json("env", "--role", role)["NATS_URL"] == values["NATS_URL"]
+    elsewhere = Cli(mesh.home.parent / f"elsewhere-{role}")
+    assert "nodes" in elsewhere.json("nodes", NATS_URL=values["NATS_URL"])
+    assert not elsewhere.home.exists()
+
+
+def test_nodes_are_listed(mesh: Cli) -> None:
+    """None here: a node that can run nothing does not announce itself. A filter that is none is refused."""
+    assert mesh.json("nodes") == {"nodes": [], "count": 0}
+    assert mesh.ok("nodes").strip() == "No nodes."
+    assert mesh.ok("nodes", "--gpu", "--min-tier", "gpu_peer").strip() == "No such nodes."
+    done = mesh.run("nodes", "--min-tier", "BEST")
+    assert done.returncode == 2
+    assert "AI_FACTORY" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("item.json", '{"work_id": "from-%s", "work_type": "inference", "payload": {"prompt": "Hi\\t"}}'),
+        ("item.yaml", "work_id: from-%s\nwork_type: inference\npayload:\n  prompt: 'Hi'\n"),
+        ("-", "work_id: from-%s\nwork_type: inference\n"),
+        ("-", '{"work_id": "from-%s", "work_type": "inference"}'),
+    ],
+    ids=["json", "yaml", "stdin-yaml", "stdin-json"],
+)
+def test_an_item_comes_from_a_file_or_standard_input(mesh: Cli, tmp_path: Path, name: str, text: str) -> None:
+    """And is listed, shown and cancelled by its id."""
+    work_id = f"from-{tmp_path.name}"[:60]
+    text = text.replace("from-%s", work_id)
+    if name != "-":
+        (tmp_path / name).write_text(text)
+        name = str(tmp_path / name)
+    record = mesh.json("submit", name, stdin=text)
+    assert (record["work_id"], record["work_type"], record["priority"]) == (work_id, "inference", 5)
+    listed = mesh.json("work", "list", "--limit", "1000")
+    assert work_id in [item["work_id"] for item in listed["items"]]
+    assert work_id in mesh.ok("work", "list")
+    shown = mesh.json("work", "show", work_id)
+    assert shown["payload"] == record["payload"]
+    assert mesh.json("work", "cancel", work_id, "--reason", "enough")["state"] == "cancelled"
+    assert "cancelled" in mesh.ok("work", "show", work_id)
+
+
+def test_a_yaml_file_may_hold_several_items_and_options_count_for_all(mesh: Cli) -> None:
+    """Documents, and lists of items."""
+    text = "work_type: inference\n---\n- work_type: inference\n- {work_type: inference, priority: 1}\n"
+    records = mesh.json("submit", "-", "--priority", "7", "--model", "m", stdin=text)
+    assert [(record["priority"], record["model_name"]) for record in records] == [(7, "m")] * 3
+    assert len({record["work_id"] for record in records}) == 3
+
+
+def test_the_same_work_id_is_the_same_item(mesh: Cli) -> None:
+    """However often it is submitted."""
+    first = mesh.json("submit", "--prompt", "one", "--work-id", "same")
+    second = mesh.json("submit", "--prompt", "two", "--work-id", "same")
+    assert (second["payload"], second["inbox_seq"]) == ({"prompt": "one"}, first["inbox_seq"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("work_type: inference\nprioritty: 3\n", "prioritty: unknown field; did you mean priority?"),
+        ("work_type: inference\npriority: 17\n", "priority: "),
+        ("work_type: inference\nwork_id: a.b\n", "work_id: an id is one token"),
+        ("work_type: inference\nrequirements: {gpus: two}\n", "requirements.gpus: "),
+        ("priority: 3\n", "work_type: "),
+        ("just text\n", "a work item is a mapping"),
+        ("- [1]\n", "a work item is a mapping"),
+        ("a: [1\n", ""),
+        ("{\n", ""),
+        ("", "no work item"),
+        ("work_type: inference\npayload: {when: 2024-01-01, what: !!python/object:os.system {}}\n", ""),
+        ("work_type: no-such-work\n", "work_type: no node has announced work of type 'no-such-work'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_item_is_refused_in_one_line_that_names_the_field(mesh: Cli, text: str, says: str) -> None:
+    """Exit status 2, and nothing is submitted."""
+    before = mesh.json("work", "list")["count"]
+    assert says in mesh.fails(2, "submit", "-", stdin=text)
+    assert mesh.json("work", "list")["count"] == before
+
+
+def test_a_file_with_a_wrong_item_is_named_and_submits_none_of_its_items(mesh: Cli, tmp_path: Path) -> None:
+    """All are checked before the first is sent."""
+    file = tmp_path / "items.yaml"
+    file.write_text("work_type: inference\n---\nwork_type: inference\npriority: high\n")
+    before = mesh.json("work", "list")["count"]
+    said = mesh.fails(2, "submit", str(file))
+    assert f"{file}, document 2: priority: " in said
+    assert mesh.json("work", "list")["count"] == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"work_type: \xff\n", b"\x00\x01\x02"], ids=["16", "utf8", "control"]
+)
+def test_a_file_that_is_no_text_is_refused_in_one_line(mesh: Cli, tmp_path: Path, content: bytes) -> None:
+    """By its name."""
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(content)
+    assert str(file) in mesh.fails(2, "submit", str(file))
+
+
+def test_an_item_nested_too_deep_is_refused_in_one_line(mesh: Cli) -> None:
+    """By our own check or the mesh's, not by a recursion limit."""
+    for depth in (100, 5000):
+        mesh.fails(
+            2, "submit", "-", stdin='{"work_type": "inference", "payload": {"a": ' + "[" * depth + "]" * depth + "}}"
+        )
+
+
+def test_wrong_options_are_explained(mesh: Cli, tmp_path: Path) -> None:
+    """Exit status 2, as everywhere in shells."""
+    for words, says in (
+        (("submit",), "give a FILE or --prompt"),
+        (("submit", "-", "--prompt", "x"), "give a FILE or --prompt"),
+        (("submit", "--prompt", "x", "--priority", "17"), "17"),
+        (("submit", str(tmp_path / "missing.json")), "missing.json"),
+        (("work", "list", "--status", "done"), "completed"),
+        (("env", "--role", "services"), "client"),
+        (("frobnicate",), "frobnicate"),
+    ):
+        done = mesh.run(*words)
+        assert done.returncode == 2, words
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_question_about_nothing_is_refused(mesh: Cli) -> None:
+    """An id that is none never reaches the mesh."""
+    assert "no work item 'nothing'" in mesh.fails(2, "work", "show", "nothing")
+    assert "no work item 'nothing'" in mesh.fails(2, "work", "cancel", "nothing")
+    assert "an id is one token" in mesh.fails(2, "work", "show", "a.b")
+    assert "an id is one token" in mesh.fails(2, "submit", "--prompt", "x", "--work-id", "a b")
+
+
+def test_waiting_for_work_that_nobody_does_ends_when_told(mesh: Cli) -> None:
+    """Exit status 1; the item goes on, and how to look at it is said."""
+    said = mesh.fails(1, "submit", "--prompt", "x", "--work-id", "waits", "--wait", "--timeout", "0.3")
+    assert "computemesh work show waits" in said
+    assert mesh.json("work", "show", "waits")["state"] == "pending"
+
+
+# --- up and down -------------------------------------------------------------------------------------------------
+
+
+def test_down_leaves_no_process_and_the_next_up_finds_the_work(cli: Cli) -> None:
+    """What was submitted is still there, under the same addresses."""
+    assert "The mesh is up" in cli.up()
+    assert len(cli.processes()) >= 6
+    cli.ok("submit", "--prompt", "x", "--work-id", "kept")
+    url = cli.json("env")["NATS_URL"]
+    assert cli.ok("down").strip().endswith("The mesh is down.")
+    assert cli.processes() == []
+    assert cli.ok("down").strip() == "No mesh is running here."
+    cli.up()
+    assert cli.json("env")["NATS_URL"] == url
+    assert cli.json("work", "show", "kept")["state"] == "pending"
+    assert f"Deleted {cli.home}" in cli.ok("down", "--purge")
+    assert cli.processes() == []
+    assert not cli.home.exists()
+
+
+def test_down_where_nothing_ever_ran_says_so(cli: Cli) -> None:
+    """And makes no home."""
+    assert cli.ok("down").strip() == "No mesh is running here."
+    assert not cli.home.exists()
+
+
+def test_when_the_supervisor_is_killed_its_children_end_and_up_works_again(cli: Cli) -> None:
+    """The kernel tells them; nobody has to clean up."""
+    cli.up()
+    cli.ok("submit", "--prompt", "x", "--work-id", "kept")
+    supervisor = cli.json("status")["pid"]
+    assert supervisor in {process.pid for process in cli.processes()}
+    os.kill(supervisor, signal.SIGKILL)
+    until(lambda: not cli.processes(), "the children to end by themselves")
+    assert "no mesh runs" in cli.fails(3, "status")
+    cli.up()
+    assert cli.json("work", "show", "kept")["state"] == "pending"
+
+
+def test_in_the_foreground_a_signal_ends_everything(cli: Cli) -> None:
+    """Status 0, with a last word."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "computemesh.cli", "up", "--ports", "any", "--nats-port", "0", "--quiet"],
+        env=cli.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "files in" in line:
+            break
+    assert cli.json("status")["ready"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert process.stdout.read().strip().endswith("The mesh is down.")
+    process.stdout.close()
+    assert cli.processes() == []
+
+
+async def test_up_uses_the_server_that_nats_url_names(cli: Cli, tmp_path: Path) -> None:
+    """No server of its own; what it keeps is kept there."""
+    async with running_server(tmp_path / "external") as server:
+        url = server.url(Role.SERVICES)
+        assert "NATS (external)" in cli.up(NATS_URL=url)
+        status = cli.json("status")
+        assert (status["embedded"], status["ready"]) == (False, True)
+        assert "nats-server" not in {service["name"] for service in status["services"]}
+        assert not (cli.home / "nats").exists()
+        assert cli.json("submit", "--prompt", "x", "--work-id", "external")["work_id"] == "external"
+        assert cli.json("work", "show", "external", NATS_URL=server.url(Role.CLIENT))["work_id"] == "external"
+        cli.ok("down")
+        assert cli.processes() == []
+        assert server.running
+
+
+def test_a_port_that_is_taken_is_named(cli: Cli) -> None:
+    """The mesh does not come up halfway."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = cli.fails(2, "up", "--detach", "--no-demo", "--ports", "any", "--nats-port", str(port))
+    assert str(port) in said
+    assert cli.processes() == []
+
+
+# --- without a mesh ----------------------------------------------------------------------------------------------
+
+COMMANDS: Final = [
+    ("status",),
+    ("nodes",),
+    ("env",),
+    ("submit", "--prompt", "x"),
+    ("submit", "--prompt", "x", "--wait"),
+    ("work", "list"),
+    ("work", "show", "w1"),
+    ("work", "cancel", "w1"),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_without_a_mesh_a_command_says_how_to_start_one(cli: Cli, words: tuple[str, ...]) -> None:
+    """One line, exit status 3."""
+    said = cli.fails(3, *words)
+    assert "no mesh runs" in said
+    assert "computemesh up" in said
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if w not in (("status",), ("env",))], ids=" ".join)
+def test_with_nats_url_of_nobody_a_command_says_so(cli: Cli, words: tuple[str, ...]) -> None:
+    """One line with the address, without its password; exit status 3."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    said = cli.fails(3, *words, NATS_URL=f"nats://client:secret@127.0.0.1:{port}")
+    assert f"127.0.0.1:{port}" in said
+    assert "computemesh up" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("url", ["not a url", "http://127.0.0.1:1", "nats://", "nats://127.0.0.1:port"])
+def test_a_nats_url_that_is_none_is_refused_in_one_line(cli: Cli, url: str) -> None:
+    """It is quoted, so that the slip is seen."""
+    said = cli.fails(3, "nodes", NATS_URL=url)
+    assert url.partition("://")[2] in said
+
+
+async def test_wrong_credentials_are_told_from_a_server_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    """One line, exit status 3."""
+    async with running_server(tmp_path / "external") as server:
+        said = cli.fails(3, "nodes", NATS_URL=f"nats://client:wrong@127.0.0.1:{server.port}")
+        assert "uthorization" in said
+
+
+# --- help --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "LLM work across your GPU and CPU machines"),
+        (("up",), "Start a whole mesh"),
+        (("down",), "Stop the mesh"),
+        (("status",), "What runs on this machine"),
+        (("env",), "shell exports"),
+        (("nodes",), "List the nodes"),
+        (("submit",), "Submit work"),
+        (("work",), "Look at work items"),
+        (("work", "list"), "List work items"),
+        (("work", "show"), "Show one item"),
+        (("work", "cancel"), "Cancel an item"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else "",
+)
+def test_every_command_says_what_it_does(cli: Cli, words: tuple[str, ...], says: str) -> None:
+    """With -h and --help, without a mesh, and for each option too."""
+    text = cli.ok(*words, "--help")
+    assert says in text
+    assert cli.ok(*words, "-h") == text
+    for line in text.partition("Options:")[2].splitlines():
+        option = re.match(r"  (-\S.*?)(  +\S|$)", line)
+        assert not option or option.group(2) or len(option.group(1)) > 20, f"{line}: says nothing"
+
+
+def test_the_version_is_told(cli: Cli) -> None:
+    """As other programs do."""
+    assert cli.ok("--version").strip() == f"computemesh, version {__version__}"
