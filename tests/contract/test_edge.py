@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from computemesh import __version__
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import catalog, nodes, resources, work
-from computemesh.contracts.base import AnyBound, Http, Refused, Request, serve
+from computemesh.contracts.base import AnyBound, Http, Refused, Request, encode, serve
 from computemesh.contracts.nodes import NodeGet, NodeRecord
 from computemesh.edge import application
 from computemesh.edge.http import Doors, is_loopback
@@ -308,6 +308,23 @@ async def test_the_status_that_is_declared_is_the_one_that_is_sent(edges: Mappin
     assert answer.status_code == 202
     assert (await client.get("/api/v1/work/e1")).json()["work_id"] == "e1"
     assert (await client.request("DELETE", "/api/v1/work/e1?reason=enough")).json()["state"] == "cancelled"
+
+
+async def test_an_item_can_be_asked_for_as_soon_as_its_submission_was_answered(
+    mesh: RunningMesh,
+    edges: Mapping[str, httpx.AsyncClient],
+) -> None:
+    """An acknowledged item is never unknown, not even while it is on its way through the inbox."""
+    client = edges["work-marshaller"]
+    bus = await mesh.bus()
+    for round_ in range(5):
+        # The marshaller reads these first, which takes longer than the next item's acknowledgement.
+        for number in range(200):
+            item = work.WorkItem(work_id=f"before-{round_}-{number}", work_type="inference")
+            await bus.send(work.SUBMIT.subject, encode(item))
+        posted = await client.post("/api/v1/work/submit", json={"work_id": f"soon-{round_}", "work_type": "inference"})
+        assert posted.status_code == 202
+        assert (await client.get(f"/api/v1/work/soon-{round_}")).status_code == 200
 
 
 # --- the gate, without a server -------------------------------------------------------------------------------------

@@ -445,10 +445,9 @@ class Mesh:
         return [(node, attempt) for node in self.nodes.values() for attempt in sorted(node.running)]
 
     def finished(self) -> list[str]:
-        """Ids of items that are stored as finished and still in memory."""
-        memory = self.reign.scheduler.records
-        stored = (record for record, _ in self.bucket.records.values() if record.state in FINAL)
-        return [record.work_id for record in stored if memory.get(record.work_id) == record]
+        """Ids of items in memory that are finished, and acknowledged as such to this reign."""
+        records = self.reign.scheduler.records.values()
+        return [r.work_id for r in records if r.state in FINAL and r.work_id not in self.reign.slots]
 
     def submitted(self, *, read: bool) -> Iterator[str]:
         """The ids of all items in the inbox, or of those that the marshaller has read."""

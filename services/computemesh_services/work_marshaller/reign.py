@@ -49,6 +49,9 @@ DELIVERY_TIMEOUT_S: Final = 2.0
 DELIVERIES_MAX: Final = 3
 """Times an assignment is sent before the node counts as unreachable."""
 
+READ_S: Final = 2.0
+"""How long an answered submission may wait until it was read back from the inbox."""
+
 CURSOR_S: Final = 0.25
 """How often the inbox position is noted."""
 
@@ -73,6 +76,10 @@ class Reign:
         self.scheduler = Scheduler(limits, jitter=random.random)
         self.caught_up = asyncio.Event()
         """Set once the inbox was replayed; until then memory is behind the truth."""
+        self._read_seq = 0
+        """The inbox is read up to here."""
+        self._readers: dict[int, asyncio.Event] = {}
+        """Set when the inbox is read up to the key."""
         self._bus = bus
         self._held = held
         self._nodes = nodes_seen
@@ -194,9 +201,25 @@ class Reign:
             self._floor.close(stored.seq)
         else:
             self._journal.carry(changed.work_id, stored.seq)
+        self._read_seq = stored.seq
+        if reader := self._readers.get(stored.seq):
+            reader.set()
         if stored.pending == 0 and not self.caught_up.is_set():
             await self._replayed()
         await self._advance(now)
+
+    async def read_up_to(self, seq: int) -> None:
+        """Returns once the inbox was read up to *seq*, or after READ_S: whoever stored something can then see it."""
+        if self._read_seq >= seq:
+            return
+        reader = self._readers[seq] = asyncio.Event()
+        try:
+            async with asyncio.timeout(READ_S):
+                await reader.wait()
+        except TimeoutError:
+            _log.warning("the inbox is read late", seq=seq, read_up_to=self._read_seq)
+        finally:
+            del self._readers[seq]
 
     def _decide(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
         """What follows from a message. One that meets a defect of ours is set aside, not met again and again."""

@@ -193,6 +193,8 @@ class WorkMarshaller:
                     status=413,
                 )
             return Refused(code="not_stored", reason=str(error), status=503, retry="later")
+        # Whoever asks for the item after our answer must find it.
+        await reign.read_up_to(seq)
         known = reign.scheduler.records.get(item.work_id)
         return known or workitem.received(item, item.work_id, seq, time.time())
 

@@ -189,7 +189,8 @@ class Bus:
         with contextlib.suppress(nats.errors.Error, OSError, BusError, TimeoutError):
             if self._nc.is_connected:
                 await self.flush()
-        with contextlib.suppress(nats.errors.Error, OSError):
+        # nats-py asserts that it got as far as opening a connection.
+        with contextlib.suppress(nats.errors.Error, OSError, AssertionError):
             await self._nc.close()
 
     # --- raw, for the other modules of this package ---------------------------------------------------------

@@ -177,10 +177,13 @@ def bail(status: int) -> NoReturn:
 
 
 async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
-    """Returns when the first of these does; the others are cancelled."""
+    """Returns when the first of these does, or raises what it raised; the others are cancelled and ended."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

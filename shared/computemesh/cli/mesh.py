@@ -360,12 +360,21 @@ def _stop(place: Home, status: MeshStatus | None) -> None:
         os.kill(status.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + DOWN_S
     with err.status("Stopping the mesh: work in hand is finished or handed back …"):
-        while is_running(place) and time.monotonic() < deadline_s:
+        # The supervisor gives up the home a moment before its process is gone.
+        while (is_running(place) or _is_alive(status.pid)) and time.monotonic() < deadline_s:
             time.sleep(0.05)
     if is_running(place):
         with contextlib.suppress(ProcessLookupError):
             os.kill(status.pid, signal.SIGKILL)
     _reap(place)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only its parent has not waited for yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _reap(place: Home) -> None:

@@ -89,15 +89,15 @@ def submit(
 
 def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
     """The items of a JSON or YAML file, each with where it stands."""
-    text = sys.stdin.read() if file == "-" else Path(file).read_text()
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        # JSON is YAML too, but for tabs and a few escapes; so it is tried first.
-        documents = [msgspec.json.decode(text)]
-    except ValueError:
-        try:
-            documents = [document for document in yaml.safe_load_all(text) if document is not None]
-        except yaml.YAMLError as error:
-            raise Failure(f"{file}: {' '.join(str(error).split())}") from None
+        documents = _documents(data.decode())
+    except UnicodeDecodeError:
+        raise Failure(f"{file}: not text in UTF-8") from None
+    except RecursionError:
+        raise Failure(f"{file}: nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # A date in YAML that is none is a ValueError.
+        raise Failure(f"{file}: {' '.join(str(error).split())}") from None
     found: list[tuple[str, dict[str, Any]]] = []
     for number, document in enumerate(documents, 1):
         where = file if len(documents) == 1 else f"{file}, document {number}"
@@ -110,6 +110,15 @@ def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
     if not found:
         raise Failure(f"{file}: no work item in it")
     return found
+
+
+def _documents(text: str) -> list[Any]:
+    """The documents of a JSON or YAML text."""
+    try:
+        # JSON is YAML too, but for tabs and a few escapes; so it is tried first.
+        return [msgspec.json.decode(text)]
+    except ValueError:
+        return [document for document in yaml.safe_load_all(text) if document is not None]
 
 
 def _item(fields: dict[str, Any], where: str) -> WorkItem:
