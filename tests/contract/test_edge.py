@@ -5,9 +5,11 @@ Method: real services for what callers see; the application alone, without a ser
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -18,13 +20,20 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from computemesh import __version__
+from computemesh.bus import Bus, MicroService, Stored, Where
+from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import catalog, nodes, resources, work
-from computemesh.contracts.base import AnyBound, Http, Refused, Request, encode, serve
+from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, serve
 from computemesh.contracts.nodes import NodeGet, NodeRecord
+from computemesh.contracts.work import WorkGet, WorkItem, WorkRecord
 from computemesh.edge import application
 from computemesh.edge.http import Doors, is_loopback
-from computemesh.testing import RunningMesh, running_mesh
+from computemesh.nats_server import NatsServer
+from computemesh.testing import RunningMesh, running_mesh, running_server, until
+from computemesh_services.work_marshaller.config import MarshallerConfig
+from computemesh_services.work_marshaller.reign import Reign
+from computemesh_services.work_marshaller.service import WorkMarshaller
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -310,21 +319,48 @@ async def test_the_status_that_is_declared_is_the_one_that_is_sent(edges: Mappin
     assert (await client.request("DELETE", "/api/v1/work/e1?reason=enough")).json()["state"] == "cancelled"
 
 
-async def test_an_item_can_be_asked_for_as_soon_as_its_submission_was_answered(
-    mesh: RunningMesh,
-    edges: Mapping[str, httpx.AsyncClient],
+async def test_a_submission_is_answered_once_the_item_can_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An acknowledged item is never unknown, not even while it is on its way through the inbox."""
-    client = edges["work-marshaller"]
-    bus = await mesh.bus()
-    for round_ in range(5):
-        # The marshaller reads these first, which takes longer than the next item's acknowledgement.
-        for number in range(200):
-            item = work.WorkItem(work_id=f"before-{round_}-{number}", work_type="inference")
-            await bus.send(work.SUBMIT.subject, encode(item))
-        posted = await client.post("/api/v1/work/submit", json={"work_id": f"soon-{round_}", "work_type": "inference"})
-        assert posted.status_code == 202
-        assert (await client.get(f"/api/v1/work/soon-{round_}")).status_code == 200
+    """Here the marshaller reads its inbox late; an item that was answered must not be unknown meanwhile."""
+    reading, gate = asyncio.Event(), asyncio.Event()
+    read = Reign._on_inbox  # pyright: ignore[reportPrivateUsage]
+
+    async def read_late(reign: Reign, stored: Stored) -> None:
+        reading.set()
+        await gate.wait()
+        await read(reign, stored)
+
+    monkeypatch.setattr(Reign, "_on_inbox", read_late)
+    async with running_server(tmp_path) as server, connected(server) as bus, asyncio.timeout(30):
+        marshaller = WorkMarshaller(bus, MarshallerConfig(), "here")
+        tasks: list[asyncio.Task[None]] = []
+        micro = MicroService(bus, name="here", description="", metadata={})
+        await marshaller.start(lambda coroutine: tasks.append(asyncio.create_task(coroutine)), micro)
+        await until(lambda: not marshaller.unready(), what="the marshaller to reign")
+        submitting = asyncio.create_task(marshaller.on_request(WorkItem(work_id="w1", work_type="inference")))
+        await reading.wait()
+        await bus.flush()  # The acknowledgement has come by now.
+        assert not submitting.done()
+        gate.set()
+        assert isinstance(await submitting, WorkRecord)
+        assert isinstance(await marshaller.on_get(WorkGet(work_id="w1")), WorkRecord)
+        await marshaller.drain()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def connected(server: NatsServer) -> AsyncGenerator[Bus]:
+    """A connection as a service, with all streams and buckets."""
+    bus = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="here"))
+    await bus.connect(timeout_s=5)
+    try:
+        await provision(bus)
+        yield bus
+    finally:
+        await bus.close()
 
 
 # --- the gate, without a server -------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ async def test_a_task_gives_its_result_progress_and_files(runner: Runner, tmp_pa
     assert result.result["echo"] == {"a": 1}
     assert notes == [ProgressNote(message="half", fraction=0.5)]
     assert (tmp_path / "out" / "file.txt").read_text() == "made"
-    assert gone(result.result["pid"])
+    await until(lambda: gone(result.result["pid"]))
 
 
 async def test_fast_progress_is_thinned_and_its_last_note_arrives(runner: Runner, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ async def test_a_run_beyond_its_time_is_ended_and_names_the_limit(runner: Runner
     assert isinstance(result, Broke)
     assert (result.code, result.fault) == ("timeout", "node")
     assert "1.5 s" in result.reason
-    assert all(gone(int(pid)) for note in notes for pid in note.message.split())
+    await until(lambda: all(gone(int(pid)) for note in notes for pid in note.message.split()))
 
 
 async def test_what_a_finished_run_leaves_running_is_killed(runner: Runner, tmp_path: Path) -> None:

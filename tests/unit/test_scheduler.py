@@ -283,6 +283,28 @@ def test_a_node_that_declined_rests_and_then_gets_work_again() -> None:
     assert record.attempt == 2
 
 
+def test_a_node_that_goes_on_declining_rests_longer_until_it_shows_up() -> None:
+    """Twice as long each time, up to a bound; a heartbeat or a report makes it short again."""
+    scheduler, _ = out()
+    now = NOW
+    for attempt, rest_s in enumerate([1, 2, 4, 8, 16, 30, 30], start=1):
+        scheduler.declined("w1", attempt, "busy", now)
+        advance(scheduler, now + rest_s * REST_S - 0.01)
+        assert states(scheduler) == {"w1": "pending"}, rest_s
+        now += rest_s * REST_S
+        advance(scheduler, now)
+        assert scheduler.records["w1"].attempt == attempt + 1
+    scheduler.heartbeat(a_beat(), now)
+    scheduler.declined("w1", 8, "busy", now)
+    advance(scheduler, now + REST_S)
+    assert scheduler.records["w1"].attempt == 9
+    scheduler.failed(WorkFailed(work_id="w1", attempt=9), now)
+    advance(scheduler, now + 60)
+    scheduler.declined("w1", 10, "busy", now + 60)
+    advance(scheduler, now + 60 + REST_S)
+    assert scheduler.records["w1"].attempt == 11
+
+
 def test_a_declined_item_goes_to_another_node_without_waiting() -> None:
     """Only the node that declined rests."""
     scheduler, record = out(a_node("a"), a_node("b"))
@@ -484,19 +506,21 @@ def test_a_restored_attempt_takes_its_seat_whichever_is_known_first() -> None:
 
 
 @pytest.mark.parametrize("state", [WorkState.ASSIGNED, WorkState.RUNNING])
-@pytest.mark.parametrize("node", ["lost", "removed"])
-def test_an_attempt_whose_node_went_while_nobody_reigned_is_lost_soon_and_not_only_at_its_timeout(
-    state: WorkState, node: str
-) -> None:
-    """After a moment in which the inbox may still tell its outcome."""
-    nodes = [a_node(state=NodeState.LOST)] if node == "lost" else []
+@pytest.mark.parametrize("node", ["lost", "removed", "suspect"])
+def test_an_attempt_whose_node_went_while_nobody_reigned_is_lost_once_all_is_read(state: WorkState, node: str) -> None:
+    """Not only at its timeout, and not before the inbox had its say; a node that is merely silent keeps it."""
+    nodes = [] if node == "removed" else [a_node(state=NodeState(node))]
     scheduler = with_nodes(*nodes, a_node("n2"))
-    scheduler.restore(a_record(state=state, attempt=1, node_id="n1", timeout_s=3600.0, changed_at=NOW - 60), NOW)
-    advance(scheduler, NOW)
-    assert states(scheduler) == {"w1": str(state)}
-    advance(scheduler, NOW + MISSED_S)
-    record = scheduler.records["w1"]
-    assert (record.state, record.node_id, record.attempt, record.losses) == (WorkState.ASSIGNED, "n2", 2, 1)
+    record = a_record(state=state, attempt=1, node_id="n1", changed_at=NOW - 60)
+    scheduler.restore(record, NOW)
+    advance(scheduler, NOW + 1)
+    assert scheduler.records["w1"] is record
+    scheduler.recovered(NOW + 1)
+    advance(scheduler, NOW + 1)
+    after = scheduler.records["w1"]
+    assert (after.state, after.node_id, after.attempt, after.losses) == (
+        (state, "n1", 1, 0) if node == "suspect" else (WorkState.ASSIGNED, "n2", 2, 1)
+    )
 
 
 def test_a_restored_attempt_that_its_node_no_longer_runs_is_lost() -> None:
@@ -647,6 +671,24 @@ def test_a_restored_retry_and_a_restored_attempt_still_end_in_time() -> None:
     assert states(scheduler) == {"retry": "retrying", "late": "retrying"}
     scheduler.tick(NOW + 7)
     assert states(scheduler) == {"retry": "pending", "late": "pending"}
+
+
+def test_a_swept_clock_forgets_only_what_no_longer_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries, deadlines and rests still come; thousands of ended attempts leave nothing behind."""
+    monkeypatch.setattr(scheduling, "CLOCK_SLACK", 0)
+    scheduler, _ = out(a_plain_node(), timeout_s=10.0)
+    error = WorkError(reason="out of memory")
+    scheduler.restore(a_record("retry", WorkState.RETRYING, attempt=1, error=error, not_before=NOW + 7), NOW)
+    for n in range(50):
+        submit(scheduler, f"x{n}", n + 10)
+        scheduler.cancel(f"x{n}", "", NOW)
+    scheduler.tick(NOW + 7)
+    assert states(scheduler)["retry"] == "pending"
+    scheduler.tick(NOW + 10)
+    assert states(scheduler)["w1"] == "retrying"
+    for n in range(10):
+        scheduler.tick(NOW + 10_000 + n)
+    assert scheduler.next_at() is None
 
 
 def timed_out(scheduler: Scheduler, work_id: str, now: float) -> None:

@@ -186,8 +186,6 @@ class Scheduler:
     def restore(self, record: WorkRecord, now: float) -> None:
         """Takes over a record that is stored already."""
         self._put(record, now)
-        if record.state in _OUT:
-            self._at(now + MISSED_S, record)  # Its node may have gone while nobody looked.
 
     def recovered(self, now: float) -> None:
         """All that is stored was restored: what is out on nodes that are gone meanwhile is lost."""
@@ -371,14 +369,8 @@ class Scheduler:
             watch = self._watches.get(record.work_id)
             if now >= self._deadline(record):
                 self._time_out(record, now)
-            elif not self._is_there(record.node_id):
-                self._write(workitem.lost(record, f"node {record.node_id} is gone", now), now)
             elif record.state is WorkState.ASSIGNED and watch is not None and watch.accepted_at is not None:
                 self._write(workitem.started(record, now), now)
-
-    def _is_there(self, node_id: str) -> bool:
-        seat = self.seats.get(node_id)
-        return seat is not None and seat.node.state is not NodeState.LOST
 
     def _deadline(self, record: WorkRecord) -> float:
         assigned_at = next((m.at for m in reversed(record.story) if m.state is WorkState.ASSIGNED), record.changed_at)

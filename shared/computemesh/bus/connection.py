@@ -155,7 +155,9 @@ class Bus:
         return str(self._last_error or "no answer")
 
     async def _on_error(self, error: Exception) -> None:
-        self._last_error = error
+        # A refusal says more than the reset that follows it.
+        if self._last_error is None or "authorization" not in str(self._last_error).lower():
+            self._last_error = error
         if isinstance(error, nats.errors.Error) and "permissions violation" in str(error).lower():
             _log.error("not permitted", role=str(self.where.role), reason=str(error))
 
