@@ -28,7 +28,7 @@ import uvloop
 from prometheus_client import Gauge
 
 from computemesh import __version__, log
-from computemesh.bus import Bus, BusError, MicroService, Where
+from computemesh.bus import Bus, BusError, MicroService, Unreachable, Where
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import AnyBound, Role
@@ -133,7 +133,10 @@ async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Ev
     """Connects and provisions; False when told to end before that was done."""
 
     async def connect() -> None:
-        await bus.connect()
+        try:
+            await bus.connect()
+        except Unreachable as error:  # Not for want of a server, for which it waits: the URL is none.
+            raise ConfigError(f"NATS_URL: {error}") from None
         while role is Role.SERVICES:
             try:
                 await provision(bus, replicas=config.replicas)

@@ -182,6 +182,8 @@ async def until_refused(url: str) -> None:
                     await late.get(f"{url}/healthz")
             except httpx.ConnectError:
                 return
+            except httpx.TransportError:
+                pass  # Taken in the last instant, and closed.
             await asyncio.sleep(0.01)
 
 
@@ -265,8 +267,17 @@ def slow_spec(**settings: str) -> ServiceSpec:
         ({"COMPUTEMESH_FAIL": "config"}, "wrong on purpose"),
         ({"COMPUTEMESH_HTTP_HOST": "0.0.0.0", "COMPUTEMESH_TOKEN": ""}, "COMPUTEMESH_TOKEN"),
         ({"COMPUTEMESH_HTTP_HOST": "192.0.2.1"}, "192.0.2.1"),
+        ({"NATS_URL": "nats://"}, "nats://"),
+        ({"NATS_URL": "nats://127.0.0.1:port"}, "127.0.0.1:port"),
     ],
-    ids=["unreadable", "refused by the service", "open without a token", "an address of another machine"],
+    ids=[
+        "unreadable",
+        "refused by the service",
+        "open without a token",
+        "an address of another machine",
+        "no host",
+        "no port",
+    ],
 )
 async def test_a_service_that_is_configured_wrongly_is_not_started_again(
     tmp_path: Path, server: NatsServer, settings: dict[str, str], said: str
