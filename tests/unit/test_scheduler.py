@@ -870,3 +870,36 @@ def test_an_explanation_names_why_a_node_rests() -> None:
     scheduler.declined("w1", 1, "no memory left", NOW)
     (verdict,) = scheduler.explain(scheduler.records["w1"], NOW).nodes
     assert verdict.reasons == ["no memory left"]
+
+
+# --- what a replay of the inbox must not change ---------------------------------------------------------------
+
+
+def test_a_replayed_failure_without_an_attempt_is_not_counted_again() -> None:
+    """It was about the attempt before; the inbox position tells."""
+    scheduler, first = out(a_plain_node())
+    report = WorkFailed(work_id=first.work_id, error="broken")
+    after = scheduler.failed(report, NOW + 1, seq=7)
+    assert after is not None
+    (again,) = [record for record in advance(scheduler, NOW + 10) if record.state is WorkState.ASSIGNED]
+    assert (again.attempt, again.report_seq) == (2, 7)
+    assert scheduler.failed(report, NOW + 11, seq=7) is None
+    assert scheduler.records[first.work_id].failures == 1
+
+
+def test_a_replayed_submission_is_not_refused_because_many_wait_now() -> None:
+    """It was stored when there was room; whatever is ahead of it in the replay waits only for want of placing."""
+    scheduler = with_nodes(waiting_max=1)
+    submit(scheduler)
+    assert isinstance(scheduler.refusal(an_item()), Refused)
+    assert scheduler.refusal(an_item(), full=False) is None
+
+
+def test_an_attempt_that_a_heartbeat_showed_to_run_is_not_taken_back() -> None:
+    """All answers to its delivery were lost, yet the node has it."""
+    scheduler, record = out()
+    scheduler.heartbeat(a_beat("n1", (record.work_id, record.attempt)), NOW + 1)
+    scheduler.declined(record.work_id, record.attempt, "did not answer", NOW + 6)
+    assert scheduler.records[record.work_id].state is WorkState.ASSIGNED
+    scheduler.tick(NOW + 6)
+    assert scheduler.records[record.work_id].state is WorkState.RUNNING

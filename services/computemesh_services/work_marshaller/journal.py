@@ -121,6 +121,12 @@ class Journal:
         slot = self._slots.setdefault(record.work_id, Slot())
         if slot.stored is record:
             return
+        latest = slot.wanted or slot.flight
+        if latest is not None and is_final(latest):
+            # Submitted anew while its end was being stored, and so many others ended that it was forgotten.
+            if self.on_duplicate:
+                self.on_duplicate(record.work_id)
+            return
         slot.wanted = record
         if slot.flight is None:
             await self._send(slot, record)
@@ -177,7 +183,9 @@ class Journal:
         if slot.wanted is not None:
             await self._send(slot, slot.wanted)
         elif is_final(record):
-            del self._slots[record.work_id]
+            self._slots.pop(record.work_id, None)
+            for seq in slot.seqs:
+                self._floor.close(seq)
         assert self.on_stored is not None
         await self.on_stored(before, record)
 

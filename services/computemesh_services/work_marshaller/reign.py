@@ -58,6 +58,9 @@ CURSOR_S: Final = 0.25
 ORIGINAL_CHARS_MAX: Final = 2000
 """How much of a message that could not be used is shown in its rejection."""
 
+CHECKED_HEADER: Final = "Computemesh-Checked"
+"""On items that a marshaller took already: they were answered, and must not be refused afterwards."""
+
 ENVELOPE_BYTES: Final = 65_536
 """Room a record needs beside its payload."""
 
@@ -247,7 +250,11 @@ class Reign:
         work_id = item.work_id or self._derived_id(stored.seq)
         if work_id in self.scheduler.records:
             return None
-        return self.scheduler.refusal(item) or self.scheduler.submitted(item, work_id, stored.seq, now)
+        if CHECKED_HEADER not in (stored.headers or {}):
+            refusal = self.scheduler.refusal(item, full=self.caught_up.is_set())
+            if refusal is not None:
+                return refusal
+        return self.scheduler.submitted(item, work_id, stored.seq, now)
 
     def _derived_id(self, seq: int) -> str:
         """The id of an item that came without one: the same whenever the inbox is replayed."""
@@ -257,9 +264,9 @@ class Reign:
     def _report(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
         if stored.subject == work.COMPLETED.subject:
             done = decode(stored.data, work.WorkCompleted)
-            return done if isinstance(done, Refused) else self.scheduler.completed(done, now)
+            return done if isinstance(done, Refused) else self.scheduler.completed(done, now, seq=stored.seq)
         failed = decode(stored.data, work.WorkFailed)
-        return failed if isinstance(failed, Refused) else self.scheduler.failed(failed, now)
+        return failed if isinstance(failed, Refused) else self.scheduler.failed(failed, now, seq=stored.seq)
 
     async def _reject(self, stored: Stored, refusal: Refused) -> None:
         REJECTED.labels(refusal.code).inc()

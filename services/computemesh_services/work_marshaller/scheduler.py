@@ -160,8 +160,13 @@ class Scheduler:
 
     # --- items -----------------------------------------------------------------------------------------------
 
-    def refusal(self, item: WorkItem) -> Refused | None:
-        """Why a new item cannot be taken, or None."""
+    def refusal(self, item: WorkItem, *, full: bool = True) -> Refused | None:
+        """Why a new item cannot be taken, or None.
+
+        Args:
+            full: count the items that wait. Not while the inbox is replayed, when more of them wait than
+                did at the time.
+        """
         if not self._knows(item.work_type):
             known = sorted({*WORK_TYPES, *(t for s in self.seats.values() for t in s.node.work_types)})
             return Refused(
@@ -169,7 +174,7 @@ class Scheduler:
                 field="work_type",
                 reason=f"no node has announced work of type {item.work_type!r}; known: {', '.join(known)}",
             )
-        if self._waiting >= self._limits.waiting_max:
+        if full and self._waiting >= self._limits.waiting_max:
             return Refused(
                 code="queue_full",
                 reason=f"{self._waiting} items wait already, as many as are allowed",
@@ -210,23 +215,34 @@ class Scheduler:
         self._watches.pop(work_id, None)
         self._finished.pop(work_id, None)
 
-    def completed(self, report: WorkCompleted, now: float) -> WorkRecord | None:
-        """The changed record, or None for a report that is stale, doubled or about nothing known."""
-        record = self.records.get(report.work_id)
-        if record is None or not workitem.is_current(record, report.attempt):
+    def completed(self, report: WorkCompleted, now: float, *, seq: int = 0) -> WorkRecord | None:
+        """The changed record, or None for a report that is stale, doubled or about nothing known.
+
+        Args:
+            seq: where the report stands in the inbox; one that was applied already is not applied again.
+        """
+        record = self._about(report, seq)
+        if record is None:
             return None
-        self._reported(record)
         return self._write(workitem.completed(record, report, now), now)
 
-    def failed(self, report: WorkFailed, now: float) -> WorkRecord | None:
+    def failed(self, report: WorkFailed, now: float, *, seq: int = 0) -> WorkRecord | None:
         """As :meth:`completed`, for an attempt that went wrong."""
-        record = self.records.get(report.work_id)
-        if record is None or not workitem.is_current(record, report.attempt):
+        record = self._about(report, seq)
+        if record is None:
             return None
-        self._reported(record)
         if report.code == HANDED_BACK:
             return self._write(workitem.lost(record, report.error, now), now)
         return self._fail(record, workitem.error_of(report), now)
+
+    def _about(self, report: WorkCompleted | WorkFailed, seq: int) -> WorkRecord | None:
+        """The record a report is about, if it still counts."""
+        record = self.records.get(report.work_id)
+        if record is None or not workitem.is_current(record, report.attempt) or 0 < seq <= record.report_seq:
+            return None
+        if seat := self.seats.get(record.node_id):
+            seat.strikes = seat.rests = 0
+        return msgspec.structs.replace(record, report_seq=seq) if seq else record
 
     def cancel(self, work_id: str, reason: str, now: float) -> WorkRecord | None:
         """The item as it then stands; one that is final stays as it is. None: not known here."""
@@ -254,8 +270,10 @@ class Scheduler:
     def declined(self, work_id: str, attempt: int, reason: str, now: float) -> None:
         """The node did not take it, or could not be reached: it goes back to the queue at once."""
         record = self._out(work_id, attempt)
-        if record is None or record.state is not WorkState.ASSIGNED:
+        watch = self._watches.get(work_id)
+        if record is None or record.state is not WorkState.ASSIGNED or (watch and watch.accepted_at is not None):
             return
+        reason = reason or "declined"
         if seat := self.seats.get(record.node_id):
             seat.rests_until = now + min(REST_S_MAX, REST_S * 2.0**seat.rests)
             seat.rests = min(seat.rests + 1, 30)
@@ -326,7 +344,9 @@ class Scheduler:
             return
         if (record.work_id, record.attempt) in running:
             watch.missed_at = None
-            watch.accepted_at = watch.accepted_at or now
+            if watch.accepted_at is None:  # The answer to its delivery was lost.
+                watch.accepted_at = now
+                self._at(now + WRITE_LATE_S, record)
             return
         if watch.accepted_at is None and record.state is WorkState.ASSIGNED:
             return  # Its delivery is still being tried.
@@ -434,10 +454,6 @@ class Scheduler:
 
     def _fail(self, record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
         return self._write(workitem.failed(record, error, self._limits.retry, now, self._jitter()), now)
-
-    def _reported(self, record: WorkRecord) -> None:
-        if seat := self.seats.get(record.node_id):
-            seat.strikes = seat.rests = 0
 
     def _write(self, record: WorkRecord, now: float) -> WorkRecord:
         before = self.records.get(record.work_id)

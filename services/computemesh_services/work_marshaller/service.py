@@ -29,7 +29,7 @@ from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.config import MarshallerConfig
-from computemesh_services.work_marshaller.reign import Reign
+from computemesh_services.work_marshaller.reign import CHECKED_HEADER, Reign
 from computemesh_services.work_marshaller.scheduler import Limits
 from computemesh_services.work_marshaller.workitem import RetryPolicy
 
@@ -184,7 +184,7 @@ class WorkMarshaller:
         if refusal := reign.scheduler.refusal(item):
             return refusal
         try:
-            seq = await self._bus.store(work.SUBMIT, item)
+            seq = await self._bus.store(work.SUBMIT, item, headers={CHECKED_HEADER: "1"})
         except NotStored as error:
             if len(encode(item)) > MESSAGE_BYTES_MAX:
                 return Refused(

@@ -277,7 +277,13 @@ class Bus:
         await self.send(event.at(target), encode(payload))
 
     async def store(
-        self, event: Event[M], payload: M, *, message_id: str = "", timeout_s: float = ASK_TIMEOUT_S
+        self,
+        event: Event[M],
+        payload: M,
+        *,
+        message_id: str = "",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ASK_TIMEOUT_S,
     ) -> int:
         """Publishes a captured event and waits until it is stored.
 
@@ -288,9 +294,11 @@ class Bus:
             The sequence under which it stands.
         """
         assert event.captured, f"{event.subject} is not captured"
-        headers = {"Nats-Msg-Id": message_id} if message_id else None
+        sent = dict(headers or {})
+        if message_id:
+            sent["Nats-Msg-Id"] = message_id
         subject = event.at()
-        reply = await self.call(subject, encode(payload), timeout_s=timeout_s, headers=headers)
+        reply = await self.call(subject, encode(payload), timeout_s=timeout_s, headers=sent or None)
         return read_ack(subject, reply.data).seq
 
     async def subscribe(

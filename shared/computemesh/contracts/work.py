@@ -148,6 +148,8 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     """The latest moves, oldest first."""
     inbox_seq: int = 0
     """Where the submission stands in COMPUTE_WORK; orders items of one priority."""
+    report_seq: int = 0
+    """Where the report that was applied last stands there."""
 
 
 class Assignment(Message, frozen=True, kw_only=True):
