@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -43,6 +44,10 @@ EXIT_CONFIG: Final = 78
 """As in sysexits.h; the supervisor does not restart a service that is configured wrongly."""
 
 C = TypeVar("C", bound=ServiceConfig)
+
+GC_THRESHOLDS: Final = (50_000, 20, 100)
+"""Young objects between two collections, and so on. Messages are freed by counting references, so collecting
+as often as Python does by default costs a fifth of the time under load and finds nothing."""
 
 _UP = Gauge("computemesh_service_info", "Which service this process is.", ["service", "version", "instance"])
 _log = log.get("lifecycle")
@@ -95,6 +100,8 @@ def run(
         sys.stderr.write(f"{name}: {error}\n")
         sys.exit(EXIT_CONFIG)
     log.configure(name, level=config.log_level, form=config.log_format)
+    gc.freeze()  # What was imported stays.
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         status = uvloop.run(_live(name, about, role, config, make))
     except ConfigError as error:

@@ -8,6 +8,7 @@ again, in one session; medians over the repetitions. Every role is a process of 
     raw(pull)  the same with a continuous pull, without batches
     mesh       submit -> COMPUTE_WORK -> placed, recorded, delivered -> report -> recorded -> state event,
                with a bare subscriber as the node, so that nothing but the mesh is measured
+    mesh, direct   the same with a node that acknowledges each delivery, as the node-agent does
 """
 
 from __future__ import annotations
@@ -52,6 +53,25 @@ RAW_SUBJECT: Final = "raw.submit"
 encode: Final = msgspec.json.Encoder().encode
 
 
+class Work(msgspec.Struct):
+    """What a worker or an onlooker must know of an item."""
+
+    work_id: str
+    attempt: int = 0
+    state: str = ""
+
+
+class Report(msgspec.Struct):
+    """What a node says of an item that is done."""
+
+    work_id: str
+    attempt: int
+    result: None = None
+
+
+decode_work: Final = msgspec.json.Decoder(Work).decode
+
+
 class Row(msgspec.Struct):
     """One measurement of one flow."""
 
@@ -71,7 +91,7 @@ async def raw_worker(url: str, batch: int) -> None:
 
     async def done(msg: Msg) -> None:
         await nc.publish(msg.reply, b"+ACK")
-        await nc.publish("raw.done." + msgspec.json.decode(msg.data)["work_id"], b"{}")
+        await nc.publish("raw.done." + decode_work(msg.data).work_id, b"{}")
 
     if batch == 0:
         await _continuous_pull(nc, done)
@@ -103,23 +123,38 @@ async def _continuous_pull(nc: Client, on_message: Callable[[Msg], Awaitable[Non
 
 
 async def bare_node(url: str, _: int) -> None:
-    """A node that does nothing but report."""
+    """A bare subscriber: hears plain assignments and does nothing but report."""
     nc = await nats.connect(url, inbox_prefix="_INBOX_node")
 
     async def on_work(msg: Msg) -> None:
-        item = msgspec.json.decode(msg.data)
-        report = {"work_id": item["work_id"], "attempt": item["attempt"], "result": None}
-        await nc.publish("compute.work.completed.v1", encode(report))
+        item = decode_work(msg.data)
+        await nc.publish("compute.work.completed.v1", encode(Report(item.work_id, item.attempt)))
 
-    await nc.subscribe("compute.work.assigned.v1.bench", cb=on_work)
+    await nc.subscribe("compute.work.assigned.v1", cb=on_work)
+    await _register(nc, {"node_id": "bench", "work_types": ["noop"], "slots": 100_000})
+
+
+async def direct_node(url: str, _: int) -> None:
+    """A node with acknowledged delivery, as our agent is one: answers each assignment, then reports."""
+    nc = await nats.connect(url, inbox_prefix="_INBOX_node")
+
+    async def on_work(msg: Msg) -> None:
+        item = decode_work(msg.data)
+        await msg.respond(b'{"accepted":true}')
+        await nc.publish("compute.work.completed.v1", encode(Report(item.work_id, item.attempt)))
+
+    await nc.subscribe("compute.work.assigned.v1.direct", cb=on_work)
+    await _register(nc, {"node_id": "direct", "delivery": "direct", "work_types": ["noop-direct"], "slots": 100_000})
+
+
+async def _register(nc: Client, node: dict[str, Any]) -> None:
     await nc.flush()
-    node = {"node_id": "bench", "delivery": "direct", "work_types": ["noop"], "slots": 100_000}
     await nc.request("compute.nodes.register.v1", encode(node))
     print("ready", flush=True)  # noqa: T201
     await asyncio.Event().wait()
 
 
-ROLES: Final = {"raw": raw_worker, "node": bare_node}
+ROLES: Final = {"raw": raw_worker, "node": bare_node, "direct": direct_node}
 
 
 @asynccontextmanager
@@ -142,7 +177,9 @@ async def role(name: str, url: str, argument: int = 0) -> AsyncGenerator[int]:
 # --- the client ------------------------------------------------------------------------------------------------
 
 
-async def measure(nc: Client, subject: str, done: str, is_done: Callable[[Msg], str], pid: int, items: int) -> Row:
+async def measure(
+    nc: Client, subject: str, done: str, is_done: Callable[[Msg], str], pid: int, items: int, work_type: str = "noop"
+) -> Row:
     """Latency one by one, then throughput; CPU of the process that does the flow's work."""
     waits: dict[str, asyncio.Future[float]] = {}
     finished, wanted, complete = 0, items, asyncio.Event()
@@ -168,7 +205,7 @@ async def measure(nc: Client, subject: str, done: str, is_done: Callable[[Msg], 
         waits[work_id] = asyncio.get_running_loop().create_future()
         wait = waits[work_id]
         began = time.perf_counter()
-        await js.publish(subject, encode({"work_id": work_id, "work_type": "noop"}))
+        await js.publish(subject, encode({"work_id": work_id, "work_type": work_type}))
         latencies.append(await asyncio.wait_for(wait, 10) - began)
     latencies = sorted(latencies[WARM_ITEMS:])
     finished, cpu = 0, cpu_s(pid)
@@ -176,7 +213,7 @@ async def measure(nc: Client, subject: str, done: str, is_done: Callable[[Msg], 
     slots = asyncio.Semaphore(IN_FLIGHT_MAX)
     for number in range(items):
         await slots.acquire()
-        future = await js.publish_async(subject, encode({"work_id": f"{tag}-t{number}", "work_type": "noop"}))
+        future = await js.publish_async(subject, encode({"work_id": f"{tag}-t{number}", "work_type": work_type}))
         future.add_done_callback(lambda _: slots.release())
     await asyncio.wait_for(complete.wait(), 120)
     took = time.perf_counter() - began
@@ -199,8 +236,8 @@ def raw_done(msg: Msg) -> str:
 
 
 def mesh_done(msg: Msg) -> str:
-    record = msgspec.json.decode(msg.data)
-    return str(record["work_id"]) if record["state"] == "completed" else ""
+    record = decode_work(msg.data)
+    return record.work_id if record.state == "completed" else ""
 
 
 async def measure_raw(url: str, batch: int, items: int) -> Row:
@@ -216,11 +253,11 @@ async def measure_raw(url: str, batch: int, items: int) -> Row:
         await nc.close()
 
 
-async def measure_mesh(mesh: RunningMesh, items: int) -> Row:
+async def measure_mesh(mesh: RunningMesh, items: int, work_type: str = "noop") -> Row:
     nc = await nats.connect(mesh.url(Role.CLIENT))
     try:
         pid = mesh.service("work-marshaller").status.pid
-        return await measure(nc, "compute.work.submit.v1", "compute.work.state.v1.*", mesh_done, pid, items)
+        return await measure(nc, "compute.work.submit.v1", "compute.work.state.v1.*", mesh_done, pid, items, work_type)
     finally:
         await nc.close()
 
@@ -265,6 +302,7 @@ async def bench(items: int, reps: int) -> dict[str, Any]:
             running_mesh(Path(folder), services, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as mesh,
             raw_server(Path(folder) / "raw") as raw_url,
             role("node", mesh.url(Role.NODE)),
+            role("direct", mesh.url(Role.NODE)),
         ):
             ready_s = time.perf_counter() - began
             runs: dict[str, Callable[[], Awaitable[Row]]] = {
@@ -272,6 +310,7 @@ async def bench(items: int, reps: int) -> dict[str, Any]:
                 "raw(32)": lambda: measure_raw(raw_url, 32, items),
                 "raw(pull)": lambda: measure_raw(raw_url, 0, items),
                 "mesh": lambda: measure_mesh(mesh, items),
+                "mesh, direct": lambda: measure_mesh(mesh, items, "noop-direct"),
             }
             for rep in range(reps):
                 for name, run in runs.items():
@@ -301,10 +340,10 @@ def median(rows: list[Row]) -> Row:
 
 def show(report: dict[str, Any]) -> None:
     """A table for people."""
-    lines = ["flow        p50 us   p99 us   items/s  CPU us/item"]
+    lines = ["flow          p50 us   p99 us   items/s  CPU us/item"]
     for name, row in report["flows"].items():
         lines.append(
-            f"{name:10} {row.p50_us:7.0f}  {row.p99_us:7.0f}  {row.items_per_s:8.0f}  {row.cpu_us_per_item:11.0f}"
+            f"{name:12} {row.p50_us:7.0f}  {row.p99_us:7.0f}  {row.items_per_s:8.0f}  {row.cpu_us_per_item:11.0f}"
         )
     lines += [
         "",

@@ -5,11 +5,10 @@ Method: one node and one item that fit; each test changes the one thing it is ab
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from msgspec.structs import replace as changed
+from msgspec.structs import replace
 
 from computemesh.contracts.nodes import NodeRecord, NodeState
 from computemesh.contracts.work import Requirements, WorkError, WorkRecord
@@ -54,8 +53,8 @@ def test_a_node_that_has_everything_fits() -> None:
     [
         (replace(FREE, taken=2), "busy: 2 of 2 slots taken"),
         (replace(FREE, taken=3), "busy: 3 of 2 slots taken"),
-        (replace(FREE, node=changed(NODE, state=NodeState.SUSPECT)), "suspect"),
-        (replace(FREE, node=changed(NODE, state=NodeState.LOST)), "lost"),
+        (replace(FREE, node=replace(NODE, state=NodeState.SUSPECT)), "suspect"),
+        (replace(FREE, node=replace(NODE, state=NodeState.LOST)), "lost"),
         (replace(FREE, accepting=False), "draining"),
         (replace(FREE, unreachable="nobody listens at the node"), "nobody listens at the node"),
     ],
@@ -70,8 +69,8 @@ def test_a_node_that_cannot_now_may_later(candidate: Candidate, reason: str) -> 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (changed(needing(), work_type="ppo"), "does no 'ppo', but inference"),
-        (changed(needing(), model_name="qwen"), "has no model 'qwen', but llama"),
+        (replace(needing(), work_type="ppo"), "does no 'ppo', but inference"),
+        (replace(needing(), model_name="qwen"), "has no model 'qwen', but llama"),
         (needing(node_id="n2"), "the item is only for n2"),
         (needing(min_tier=Tier.AI_FACTORY), "tier GPU_PEER, needs AI_FACTORY"),
         (needing(gpus=3), "2 GPUs, needs 3"),
@@ -100,18 +99,18 @@ def test_all_reasons_are_told_and_not_only_the_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "record"),
     [
-        ({"work_types": []}, changed(needing(), work_type="anything")),
-        ({"models": []}, changed(needing(), model_name="anything")),
+        ({"work_types": []}, replace(needing(), work_type="anything")),
+        ({"models": []}, replace(needing(), model_name="anything")),
         ({"memory": None}, needing(ram_mb=10**6)),
         ({"memory": Memory()}, needing(ram_mb=10**6)),
         ({"cpu": None}, needing(cpus=1000)),
         ({"cpu": Cpu()}, needing(cpus=1000)),
-        ({}, changed(needing(), model_name="")),
+        ({}, replace(needing(), model_name="")),
     ],
 )
 def test_what_a_node_does_not_tell_is_not_held_against_it(changes: dict[str, Any], record: WorkRecord) -> None:
     """An empty list takes any; an unknown size may be large enough."""
-    node: NodeRecord = changed(NODE, **changes)
+    node: NodeRecord = replace(NODE, **changes)
     assert choose(record, [Candidate(node, 0)]) == "n1"
 
 

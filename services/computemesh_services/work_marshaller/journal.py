@@ -37,7 +37,7 @@ class Cursor(Message, frozen=True, kw_only=True):
     """Tells a stream that was made anew, whose sequences start over."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """One item's place in the bucket."""
 
@@ -114,11 +114,11 @@ class Journal:
 
     def carry(self, work_id: str, seq: int) -> None:
         """The inbox message *seq* is reflected by the item's next put."""
-        self._slots.setdefault(work_id, Slot()).seqs.append(seq)
+        self._slot(work_id).seqs.append(seq)
 
     async def write(self, record: WorkRecord) -> None:
         """Puts the record as soon as the item's last put is acknowledged."""
-        slot = self._slots.setdefault(record.work_id, Slot())
+        slot = self._slot(record.work_id)
         if slot.stored is record:
             return
         latest = slot.wanted or slot.flight
@@ -130,6 +130,12 @@ class Journal:
         slot.wanted = record
         if slot.flight is None:
             await self._send(slot, record)
+
+    def _slot(self, work_id: str) -> Slot:
+        slot = self._slots.get(work_id)
+        if slot is None:
+            slot = self._slots[work_id] = Slot()
+        return slot
 
     async def _send(self, slot: Slot, record: WorkRecord) -> None:
         if self.broken.is_set():

@@ -8,11 +8,14 @@ already in memory, no earlier failure there, most room.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from computemesh.contracts.nodes import NodeRecord, NodeState
-from computemesh.contracts.work import NodeVerdict, WorkRecord
+from computemesh.contracts.work import NodeVerdict, Requirements, WorkRecord
+
+NO_REQUIREMENTS: Final = Requirements()
 
 SCORE_LOADED: Final = 100.0
 """The model is in memory: no load time."""
@@ -24,8 +27,7 @@ SCORE_ROOM: Final = 10.0
 """All slots free; less in proportion when some are taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A node and what the scheduler knows of it beyond its record."""
 
     node: NodeRecord
@@ -37,8 +39,7 @@ class Candidate:
     """Why nothing can be delivered to it now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     reason: str
     may_change: bool
 
@@ -92,7 +93,8 @@ def refusals(record: WorkRecord, candidate: Candidate) -> Iterator[Refusal]:
         yield Refusal(f"does no {record.work_type!r}, but {', '.join(node.work_types)}", may_change=False)
     if record.model_name and node.models and record.model_name not in node.models:
         yield Refusal(f"has no model {record.model_name!r}, but {', '.join(node.models[:5])}", may_change=False)
-    yield from _hardware(record, node)
+    if record.requirements != NO_REQUIREMENTS:
+        yield from _hardware(record, node)
 
 
 def _hardware(record: WorkRecord, node: NodeRecord) -> Iterator[Refusal]:

@@ -20,7 +20,7 @@ import msgspec
 from prometheus_client import Counter, Gauge
 
 from computemesh import log
-from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Pull, Reply, Stored
+from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Posts, Pull, Reply, Stored
 from computemesh.bus.lease import Held
 from computemesh.bus.provision import stream_created_at
 from computemesh.contracts import nodes, storage, work
@@ -61,6 +61,8 @@ ORIGINAL_CHARS_MAX: Final = 2000
 CHECKED_HEADER: Final = "Computemesh-Checked"
 """On items that a marshaller took already: they were answered, and must not be refused afterwards."""
 
+NOBODY_LISTENS: Final = "nobody listens for it"
+
 ENVELOPE_BYTES: Final = 65_536
 """Room a record needs beside its payload."""
 
@@ -69,6 +71,7 @@ _log = log.get("reign")
 WAITING = Gauge("computemesh_work_waiting", "Items that wait for a node or for their next attempt.")
 OUT = Gauge("computemesh_work_out", "Items assigned to or running on nodes.")
 MOVES = Counter("computemesh_work_moves_total", "Recorded moves of items, by the state they reached.", ["state"])
+_MOVED: Final = {state: MOVES.labels(state) for state in WorkState}
 REJECTED = Counter("computemesh_work_rejected_total", "Captured messages that could not be used.", ["code"])
 
 
@@ -89,6 +92,7 @@ class Reign:
         self._keep_s = keep_s
         self._bucket = Bucket(bus, storage.WORK)
         self._calls = Pipeline(bus, timeout_s=DELIVERY_TIMEOUT_S)
+        self._posts = Posts(bus)
         self._pull = Pull(bus, storage.WORK_INBOX.name)
         self._wake = asyncio.Event()
         self._stream_created = ""
@@ -102,6 +106,7 @@ class Reign:
         loops: list[asyncio.Task[None]] = []
         try:
             await self._calls.start()
+            await self._posts.start(self._on_unheard)
             await self._recover()
             loops.append(asyncio.create_task(self._tick_forever()))
             loops.append(asyncio.create_task(make_room_forever(self._bus, lambda: self._journal.stored_up_to)))
@@ -124,6 +129,7 @@ class Reign:
             await self._bus.forget(beats)
             await self._pull.stop()
             await self._calls.stop()
+            await self._posts.stop()
             await self._journal.stop()
 
     # --- recovery ----------------------------------------------------------------------------------------------
@@ -302,8 +308,7 @@ class Reign:
                 await self._journal.write(record)
 
     async def _on_stored(self, before: WorkRecord | None, record: WorkRecord) -> None:
-        MOVES.labels(record.state).inc()
-        _log.debug("stored", work_id=record.work_id, state=record.state, attempt=record.attempt, node=record.node_id)
+        _MOVED[record.state].inc()
         for effect in consequences(before, record):
             match effect:
                 case Deliver():
@@ -363,17 +368,23 @@ class Reign:
         await self._advance(now)
 
     async def _deliver(self, record: WorkRecord, time_sent: int) -> None:
+        data = encode(workitem.assignment(record))
+        if record.plain:  # Such nodes do not answer, but the server does when nobody listens at all.
+            await self._posts.send(work.ASSIGNED.at(), data, record.work_id, record.attempt)
+            return
+
         async def on_reply(reply: Reply) -> None:
             await self._on_delivery(record, time_sent, reply)
 
-        # Plain nodes do not answer, but the server does when nobody listens at all.
-        subject = work.ASSIGNED.at() if record.plain else work.DELIVER.at(record.node_id)
-        await self._calls.send(subject, encode(workitem.assignment(record)), on_reply)
+        await self._calls.send(work.DELIVER.at(record.node_id), data, on_reply)
+
+    async def _on_unheard(self, work_id: str, attempt: int) -> None:
+        now = time.time()
+        self.scheduler.declined(work_id, attempt, NOBODY_LISTENS, now)
+        await self._advance(now)
 
     async def _on_delivery(self, record: WorkRecord, time_sent: int, reply: Reply) -> None:
         now = time.time()
-        if record.plain and not reply.no_responder:
-            return
         if reply.timed_out:
             current = self.scheduler.records.get(record.work_id)
             if current is not record:
@@ -383,7 +394,7 @@ class Reign:
                 return
             self.scheduler.declined(record.work_id, record.attempt, "did not answer an assignment", now)
         elif reply.no_responder:
-            self.scheduler.declined(record.work_id, record.attempt, "nobody listens for it", now)
+            self.scheduler.declined(record.work_id, record.attempt, NOBODY_LISTENS, now)
         else:
             answer = decode(reply.data, work.Delivery)
             if isinstance(answer, Refused):

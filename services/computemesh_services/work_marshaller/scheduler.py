@@ -121,7 +121,7 @@ class Seat:
         return Candidate(self.node, len(self.taken), self.loaded_models, self.accepting, reason)
 
 
-@dataclass
+@dataclass(slots=True)
 class Watch:
     """An attempt that is out, and since when its node has been silent about it."""
 
@@ -393,7 +393,9 @@ class Scheduler:
                 self._write(workitem.started(record, now), now)
 
     def _deadline(self, record: WorkRecord) -> float:
-        assigned_at = next((m.at for m in reversed(record.story) if m.state is WorkState.ASSIGNED), record.changed_at)
+        assigned_at = record.changed_at
+        if record.state is not WorkState.ASSIGNED:
+            assigned_at = next((m.at for m in reversed(record.story) if m.state is WorkState.ASSIGNED), assigned_at)
         return assigned_at + record.timeout_s + (0.0 if record.plain else ANSWER_GRACE_S)
 
     def _time_out(self, record: WorkRecord, now: float) -> None:

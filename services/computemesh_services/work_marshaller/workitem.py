@@ -197,6 +197,7 @@ def summary(record: WorkRecord) -> WorkSummary:
 def _move(record: WorkRecord, to: WorkState, now: float, reason: str, changes: dict[str, Any]) -> WorkRecord:
     if to not in NEXT[record.state]:
         raise InvalidMove(f"{record.work_id}: {record.state} to {to} ({reason}); {record.story}")
-    after = msgspec.structs.replace(record, state=to, changed_at=now, **changes)
-    line = Move(at=now, state=to, attempt=after.attempt, node_id=after.node_id, reason=reason[:200])
-    return msgspec.structs.replace(after, story=[*record.story[-STORY_MAX + 1 :], line])
+    attempt, node_id = changes.get("attempt", record.attempt), changes.get("node_id", record.node_id)
+    line = Move(at=now, state=to, attempt=attempt, node_id=node_id, reason=reason[:200])
+    story = [*record.story[-STORY_MAX + 1 :], line]
+    return msgspec.structs.replace(record, state=to, changed_at=now, story=story, **changes)

@@ -4,7 +4,7 @@ from computemesh.bus.connection import Bus, Where
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
 from computemesh.bus.kv import Bucket, Entry, Mirror
 from computemesh.bus.micro import MicroService
-from computemesh.bus.pipeline import Pipeline, Reply
+from computemesh.bus.pipeline import Pipeline, Posts, Reply
 from computemesh.bus.pull import Pull, Stored
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "NoResponder",
     "NotStored",
     "Pipeline",
+    "Posts",
     "Pull",
     "Reply",
     "Stored",
