@@ -26,10 +26,10 @@ from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
 import uvloop
-from prometheus_client import Gauge
+from prometheus_client import Gauge, disable_created_metrics
 
 from computemesh import __version__, log
-from computemesh.bus import Bus, BusError, MicroService, Unreachable, Where
+from computemesh.bus import Bus, BusError, MicroService, Unreachable, Where, metrics
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import AnyBound, Role
@@ -100,6 +100,7 @@ def run(
         sys.stderr.write(f"{name}: {error}\n")
         sys.exit(EXIT_CONFIG)
     log.configure(name, level=config.log_level, form=config.log_format)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # A second series for each counter; nobody reads it.
     gc.freeze()  # What was imported stays.
     gc.set_threshold(*GC_THRESHOLDS)
     try:
@@ -126,6 +127,7 @@ async def _live(
     edge = Edge(config)
     defects: asyncio.Queue[BaseException] = asyncio.Queue()
     bus = Bus(Where(url=config.nats_url, role=role, name=instance), on_defect=defects.put_nowait)
+    metrics.expose(lambda: bus.stats, lambda: bus.up)
     try:
         if not await _connect(bus, role, config, stop):
             return 0

@@ -1,6 +1,7 @@
 """Logging: structlog, one JSON object a line on standard output, or readable lines on a terminal.
 
-Fields every line has: ``at`` (RFC 3339, UTC), ``level``, ``service``, ``event``. Bind more with
+Fields every line has: ``at`` (RFC 3339, UTC), ``level``, ``service``, ``event``; and, while a message or a
+request is handled, ``trace_id`` and ``span_id`` (:mod:`computemesh.trace`). Bind more with
 ``structlog.contextvars.bind_contextvars``.
 """
 
@@ -11,6 +12,8 @@ import sys
 from typing import Literal, TextIO
 
 import structlog
+
+from computemesh import trace
 
 LogFormat = Literal["json", "text", "auto"]
 
@@ -26,6 +29,7 @@ def configure(service: str, *, level: str = "info", form: LogFormat = "auto", ou
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
         structlog.processors.StackInfoRenderer(),
@@ -48,6 +52,12 @@ def configure(service: str, *, level: str = "info", form: LogFormat = "auto", ou
         structlog.stdlib.ProcessorFormatter(processors=[_drop_record, *last], foreign_pre_chain=shared)
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+def _add_trace(_logger: object, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    if here := trace.current():
+        event["trace_id"], event["span_id"] = here.trace_id, here.span_id
+    return event
 
 
 def _drop_record(_logger: object, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

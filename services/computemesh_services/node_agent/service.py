@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from prometheus_client import Counter, Gauge
 
-from computemesh import log
+from computemesh import log, trace
 from computemesh.bus import Bus, BusError, MicroService, NotStored
 from computemesh.contracts import nodes, resources, work
 from computemesh.contracts.base import AnyBound, Refused, serve
@@ -254,6 +254,7 @@ class NodeAgent:
     # --- work --------------------------------------------------------------------------------------------------
 
     async def on_deliver(self, asked: Assignment) -> Delivery | Refused:
+        trace.at_work(asked.work_id)
         verdict, reason = self._desk.judge(asked, frozenset(self._offered))
         if verdict is Verdict.DECLINE:
             _log.info("declined", work_id=asked.work_id, attempt=asked.attempt, reason=reason)
@@ -265,6 +266,7 @@ class NodeAgent:
         return Delivery(accepted=True, session=self._session)
 
     async def on_stop(self, asked: WorkStop) -> Stopped | Refused:
+        trace.at_work(asked.work_id)
         was_running = await self._end(asked.work_id, asked.attempt)
         if was_running:
             _log.info("stopped", work_id=asked.work_id, attempt=asked.attempt, reason=asked.reason)
@@ -332,6 +334,7 @@ class NodeAgent:
                     payload=asked.payload,
                     timeout_s=left_s,
                     engine=engine,
+                    traceparent=here.header if (here := trace.current()) else "",
                 )
                 return await self._runner.run(
                     task,

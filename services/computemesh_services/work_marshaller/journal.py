@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from computemesh import log
+from computemesh import log, trace
 from computemesh.bus import Bucket, Bus, Conflict, NotStored, Pipeline, Reply
 from computemesh.bus.connection import read_ack
 from computemesh.contracts.base import Message, encode
@@ -48,6 +48,11 @@ class Slot:
     wanted: WorkRecord | None = None
     seqs: list[int] = field(default_factory=list[int])
     """Inbox messages that are reflected once `wanted` is stored."""
+
+
+def trace_headers(record: WorkRecord) -> dict[str, str] | None:
+    """The trace context of an item, as headers of what is sent because of it."""
+    return {trace.HEADER: record.traceparent} if record.traceparent else None
 
 
 OnStored = Callable[[WorkRecord | None, WorkRecord], Awaitable[None]]
@@ -143,6 +148,7 @@ class Journal:
         slot.flight, slot.wanted = record, None
         slot.flight_seqs, slot.seqs = slot.seqs, []
         headers = {"Nats-Expected-Last-Subject-Sequence": str(slot.revision)}
+        headers |= trace_headers(record) or {}  # Republished with the record.
         if is_final(record):
             headers["Nats-TTL"] = f"{self._keep_s}s"
         try:

@@ -17,19 +17,19 @@ from datetime import datetime
 from typing import Final
 
 import msgspec
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
-from computemesh import log
+from computemesh import log, trace
 from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Posts, Pull, Reply, Stored
 from computemesh.bus.lease import Held
 from computemesh.bus.provision import stream_created_at
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Refused, decode, encode
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
-from computemesh.contracts.work import WorkItem, WorkRecord, WorkState
+from computemesh.contracts.work import FINAL, WorkItem, WorkRecord, WorkState
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.floor import Floor
-from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal
+from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
 from computemesh_services.work_marshaller.retention import make_room_forever
 from computemesh_services.work_marshaller.scheduler import (
     REMEMBERED_MAX,
@@ -72,6 +72,19 @@ WAITING = Gauge("computemesh_work_waiting", "Items that wait for a node or for t
 OUT = Gauge("computemesh_work_out", "Items assigned to or running on nodes.")
 MOVES = Counter("computemesh_work_moves_total", "Recorded moves of items, by the state they reached.", ["state"])
 _MOVED: Final = {state: MOVES.labels(state) for state in WorkState}
+WAIT = Histogram(
+    "computemesh_work_wait_seconds",
+    "From the submission of an item to the assignment of its first attempt.",
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800, 3600),
+)
+DURATION = Histogram(
+    "computemesh_work_duration_seconds",
+    "From the submission of an item to its end, by the state it ended in.",
+    ["state"],
+    buckets=(0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800, 3600, 14400, 86400),
+)
+BEHIND = Gauge("computemesh_inbox_behind", "Messages of the inbox that the acting marshaller has not read yet.")
+_ENDED: Final = {state: DURATION.labels(state) for state in FINAL}
 REJECTED = Counter("computemesh_work_rejected_total", "Captured messages that could not be used.", ["code"])
 
 
@@ -84,6 +97,7 @@ class Reign:
         """Set once the inbox was replayed; until then memory is behind the truth."""
         self._read_seq = 0
         """The inbox is read up to here."""
+        self._behind = 0
         self._readers: dict[int, asyncio.Event] = {}
         """Set when the inbox is read up to the key."""
         self._bus = bus
@@ -204,13 +218,14 @@ class Reign:
         now = time.time()
         changed = self._decide(stored, now)
         if isinstance(changed, Refused):
-            await self._reject(stored, changed)
+            with trace.within(_traceparent(stored)):
+                await self._reject(stored, changed)
             self._floor.close(stored.seq)
         elif changed is None:
             self._floor.close(stored.seq)
         else:
             self._journal.carry(changed.work_id, stored.seq)
-        self._read_seq = stored.seq
+        self._read_seq, self._behind = stored.seq, stored.pending
         if reader := self._readers.get(stored.seq):
             reader.set()
         if stored.pending == 0 and not self.caught_up.is_set():
@@ -237,7 +252,8 @@ class Reign:
                 return self._submission(stored, now)
             return self._report(stored, now)
         except Exception:
-            _log.exception("could not handle a message", subject=stored.subject, seq=stored.seq)
+            with trace.within(_traceparent(stored)):
+                _log.exception("could not handle a message", subject=stored.subject, seq=stored.seq)
             return Refused(
                 code="internal", reason="the marshaller failed on this message; its log says why", status=500
             )
@@ -260,7 +276,7 @@ class Reign:
             refusal = self.scheduler.refusal(item, full=self.caught_up.is_set())
             if refusal is not None:
                 return refusal
-        return self.scheduler.submitted(item, work_id, stored.seq, now)
+        return self.scheduler.submitted(item, work_id, stored.seq, now, traceparent=_traceparent(stored))
 
     def _derived_id(self, seq: int) -> str:
         """The id of an item that came without one: the same whenever the inbox is replayed."""
@@ -309,6 +325,10 @@ class Reign:
 
     async def _on_stored(self, before: WorkRecord | None, record: WorkRecord) -> None:
         _MOVED[record.state].inc()
+        if record.state in FINAL:
+            _ENDED[record.state].observe(record.changed_at - record.submitted_at)
+        elif record.state is WorkState.ASSIGNED and record.attempt == 1:
+            WAIT.observe(record.changed_at - record.submitted_at)
         for effect in consequences(before, record):
             match effect:
                 case Deliver():
@@ -337,6 +357,7 @@ class Reign:
                 await self._journal.write_cursor(self._stream_created)
                 WAITING.set(self.scheduler.waiting)
                 OUT.set(self.scheduler.out)
+                BEHIND.set(self._behind)
 
     async def _settle(self) -> None:
         """Stores all that is decided, so that the next reign has nothing to replay."""
@@ -369,14 +390,15 @@ class Reign:
 
     async def _deliver(self, record: WorkRecord, time_sent: int) -> None:
         data = encode(workitem.assignment(record))
+        headers = trace_headers(record)
         if record.plain:  # Such nodes do not answer, but the server does when nobody listens at all.
-            await self._posts.send(work.ASSIGNED.at(), data, record.work_id, record.attempt)
+            await self._posts.send(work.ASSIGNED.at(), data, record.work_id, record.attempt, headers=headers)
             return
 
         async def on_reply(reply: Reply) -> None:
             await self._on_delivery(record, time_sent, reply)
 
-        await self._calls.send(work.DELIVER.at(record.node_id), data, on_reply)
+        await self._calls.send(work.DELIVER.at(record.node_id), data, on_reply, headers=headers)
 
     async def _on_unheard(self, work_id: str, attempt: int) -> None:
         now = time.time()
@@ -407,11 +429,19 @@ class Reign:
 
     async def _stop(self, effect: Stop) -> None:
         message = work.WorkStop(work_id=effect.work_id, attempt=effect.attempt, reason=effect.reason)
-        await self._calls.send(work.STOP.at(effect.node_id), encode(message), _ignore)
+        record = self.scheduler.records.get(effect.work_id)
+        headers = trace_headers(record) if record else None
+        await self._calls.send(work.STOP.at(effect.node_id), encode(message), _ignore, headers=headers)
 
 
 async def _ignore(_: Reply) -> None:
     """A stop needs no answer: a node that still runs the attempt says so in its next heartbeat."""
+
+
+def _traceparent(stored: Stored) -> str:
+    """The trace context a message came with, if it is one."""
+    header = stored.headers.get(trace.HEADER, "") if stored.headers else ""
+    return header if header and trace.parse(header) else ""
 
 
 def _id_in(data: bytes) -> str:

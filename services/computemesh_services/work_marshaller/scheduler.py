@@ -199,11 +199,13 @@ class Scheduler:
             if seat is None or seat.node.state is NodeState.LOST:
                 self._write(workitem.lost(record, f"node {record.node_id} is gone", now), now)
 
-    def submitted(self, item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord | None:
+    def submitted(
+        self, item: WorkItem, work_id: str, seq: int, now: float, *, traceparent: str = ""
+    ) -> WorkRecord | None:
         """A new item, or None for one that is known: submitting twice changes nothing."""
         if work_id in self.records:
             return None
-        record = workitem.received(item, work_id, seq, now)
+        record = workitem.received(item, work_id, seq, now, traceparent)
         self._put(record, now)
         return record
 

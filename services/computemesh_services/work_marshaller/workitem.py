@@ -74,7 +74,7 @@ class RetryPolicy(Message, frozen=True, kw_only=True):
         return full_s * (0.5 + jitter / 2)
 
 
-def received(item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord:
+def received(item: WorkItem, work_id: str, seq: int, now: float, traceparent: str = "") -> WorkRecord:
     """A fresh record for an item that stands at *seq* of the inbox."""
     return WorkRecord(
         work_id=work_id,
@@ -91,6 +91,7 @@ def received(item: WorkItem, work_id: str, seq: int, now: float) -> WorkRecord:
         submitted_at=now,
         changed_at=now,
         inbox_seq=seq,
+        traceparent=traceparent,
         story=[Move(at=now, state=P)],
     )
 

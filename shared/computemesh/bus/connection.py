@@ -15,7 +15,7 @@ from nats.aio.client import Client, Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from computemesh import log
+from computemesh import log, trace
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
 from computemesh.contracts.permissions import inbox_prefix, is_inbox
@@ -176,6 +176,11 @@ class Bus:
     def up(self) -> bool:
         return self._nc.is_connected
 
+    @property
+    def stats(self) -> Mapping[str, int]:
+        """Messages and bytes in both directions, reconnects and errors, since the start."""
+        return self._nc.stats
+
     async def flush(self) -> None:
         """Returns once the server has processed all that was sent so far."""
         try:
@@ -239,7 +244,7 @@ class Bus:
         if len(data) > self.max_payload:
             raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}")
         try:
-            return await self._nc.request(subject, data, timeout=timeout_s, headers=headers)
+            return await self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers))
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: nobody answers there now") from error
         except (nats.errors.TimeoutError, TimeoutError) as error:
@@ -274,7 +279,7 @@ class Bus:
 
     async def publish(self, event: Event[M], payload: M, *, target: str = "") -> None:
         """Publishes an event, at most once."""
-        await self.send(event.at(target), encode(payload))
+        await self.send(event.at(target), encode(payload), headers=traced(None))
 
     async def store(
         self,
@@ -317,7 +322,8 @@ class Bus:
             if isinstance(payload, Refused):
                 _log.warning("ignored a message", subject=message.subject, reason=payload.reason, field=payload.field)
                 return
-            await handler(payload)
+            with trace.within(sender_of(message.headers)):
+                await handler(payload)
 
         return await self.listen(subject, on_message, queue=queue)
 
@@ -338,6 +344,18 @@ def read_answer(request: Request[Q, R], data: bytes, headers: Mapping[str, str] 
     kind: type[Any] = Refused if headers and "Nats-Service-Error" in headers else request.gives
     answer: R | Refused = decode(data, kind)
     return answer
+
+
+def sender_of(headers: Mapping[str, str] | None) -> str:
+    """The trace context that a message came with; empty when it has none."""
+    return headers.get(trace.HEADER, "") if headers else ""
+
+
+def traced(headers: dict[str, str] | None) -> dict[str, str] | None:
+    """*headers* with the trace that this code runs in, if it runs in one."""
+    if here := trace.to_send():
+        return {**headers, trace.HEADER: here} if headers else {trace.HEADER: here}
+    return headers
 
 
 def _log_defect(error: BaseException) -> None:

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Final
 
+from prometheus_client import Gauge
+
 from computemesh import log
 from computemesh.bus.connection import Bus
 from computemesh.bus.errors import BusError, Conflict
@@ -26,6 +28,8 @@ RENEW_S: Final = 1.0
 ATTEMPT_S: Final = 0.5
 """How often a replica that waits tries again."""
 
+HELD: Final = Gauge("computemesh_lease_held", "1 while this replica is the one that acts.", ["service"])
+
 _log = log.get("lease")
 
 
@@ -40,6 +44,7 @@ class Held:
         self._lease = lease
         self._revision = revision
         self._task = asyncio.create_task(self._renew())
+        HELD.labels(service).set(1)
 
     async def _renew(self) -> None:
         loop = asyncio.get_running_loop()
@@ -54,7 +59,7 @@ class Held:
                 break
             except BusError as error:
                 _log.warning("cannot renew", lease=self._service, reason=str(error))
-        self.lost.set()
+        self._lose()
 
     async def stop_renewing(self) -> None:
         """Lets the lease expire."""
@@ -67,7 +72,11 @@ class Held:
         if not self.lost.is_set():
             with contextlib.suppress(BusError):
                 await self._bucket.purge(self._service, last=self._revision)
+        self._lose()
+
+    def _lose(self) -> None:
         self.lost.set()
+        HELD.labels(self._service).set(0)
 
 
 async def acquire(bus: Bus, service: str, holder: str, *, on_wait: Callable[[], None]) -> Held:

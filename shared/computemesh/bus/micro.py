@@ -16,9 +16,10 @@ import msgspec
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from computemesh import __version__, log
-from computemesh.bus.connection import Bus
+from computemesh import __version__, log, trace
+from computemesh.bus.connection import Bus, sender_of
 from computemesh.bus.errors import BusError
+from computemesh.bus.metrics import CALLS, SYSTEM
 from computemesh.contracts.base import AnyBound, Message, Refused, decode, encode
 from computemesh.ids import new_id
 
@@ -80,6 +81,8 @@ class Endpoint:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, message: Msg) -> None:
+        if sender := trace.parse(sender_of(message.headers)):
+            trace.enter(sender.child())
         started_ns = time.perf_counter_ns()
         try:
             answer = await call(self.bound, message.data)
@@ -89,8 +92,11 @@ class Endpoint:
             return
         finally:
             self._slots.release()
+        took_ns = time.perf_counter_ns() - started_ns
         self.requests += 1
-        self.spent_ns += time.perf_counter_ns() - started_ns
+        self.spent_ns += took_ns
+        status = str(answer.status) if isinstance(answer, Refused) else "OK"
+        CALLS.labels(SYSTEM, self.bound.contract.subject, status).observe(took_ns / 1e9)
         if isinstance(answer, Refused):
             self.errors += 1
             self.last_error = f"{answer.status}:{answer.reason}"

@@ -129,5 +129,7 @@ class Posts:
         if self._subscription is not None:
             await self._bus.forget(self._subscription)
 
-    async def send(self, subject: str, data: bytes, name: str, number: int) -> None:
-        await self._bus.send(subject, data, reply=f"{self._inbox}.{name}.{number}")
+    async def send(
+        self, subject: str, data: bytes, name: str, number: int, *, headers: dict[str, str] | None = None
+    ) -> None:
+        await self._bus.send(subject, data, reply=f"{self._inbox}.{name}.{number}", headers=headers)

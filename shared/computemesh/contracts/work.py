@@ -150,6 +150,8 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     """Where the submission stands in COMPUTE_WORK; orders items of one priority."""
     report_seq: int = 0
     """Where the report that was applied last stands there."""
+    traceparent: str = ""
+    """W3C trace context of the submission; without one, the trace follows from the `work_id`."""
 
 
 class Assignment(Message, frozen=True, kw_only=True):

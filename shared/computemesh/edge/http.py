@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from computemesh import trace
 from computemesh.bus import micro
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts.base import (
@@ -39,6 +40,7 @@ from computemesh.contracts.base import (
     too_deep,
 )
 from computemesh.edge import openapi
+from computemesh.edge.observe import Observed
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 """Answered to anybody: they tell nothing but how this process is."""
@@ -78,7 +80,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], ext
         routes=routes,
         exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
     )
-    return Gate(app, config)
+    return Observed(Gate(app, config), {route.endpoint: route.path for route in routes})
 
 
 def _common(doors: Doors, bounds: list[AnyBound]) -> list[Route]:
@@ -189,7 +191,7 @@ def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
 
 def problem(answer: Refused) -> Response:
     """A refusal as RFC 9457 problem details."""
-    body = {
+    body: dict[str, Any] = {
         "type": f"urn:computemesh:{answer.code}",
         "title": answer.code.replace("_", " "),
         "status": answer.status,
@@ -198,6 +200,8 @@ def problem(answer: Refused) -> Response:
         "field": answer.field,
         "retry": answer.retry,
     }
+    if here := trace.current():
+        body["trace_id"] = here.trace_id
     headers = {"Retry-After": "1"} if answer.retry == "later" else None
     return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
 

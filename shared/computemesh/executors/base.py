@@ -29,6 +29,8 @@ class Task(Message, frozen=True, kw_only=True):
     timeout_s: float = 3600.0
     engine: EngineAddress | None = None
     """Set when the executor's class says :attr:`Executor.needs_engine`."""
+    traceparent: str = ""
+    """W3C trace context of the request; also in the environment, as ``TRACEPARENT``."""
 
 
 class ExecutionError(Exception):

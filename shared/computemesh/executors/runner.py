@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
+from computemesh import trace
 from computemesh.contracts.base import DEPTH_MAX, too_deep
 from computemesh.executors.base import ExecutionError, Executor
 from computemesh.executors.protocol import (
@@ -143,6 +144,7 @@ def _serve(link: Link, work_type: str) -> int:
 
 def _run(link: Link, executor: Executor, line: bytes) -> None:
     start = msgspec.json.decode(line, type=Start)
+    os.environ[trace.VARIABLE] = start.task.traceparent
     out_dir = Path(start.out_dir).absolute()
     _print_into(out_dir / "log.txt")
     progress = ThinnedProgress(link)
