@@ -19,6 +19,9 @@ C = TypeVar("C", bound=msgspec.Struct)
 
 PREFIX = "COMPUTEMESH_"
 
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400)]
+"""A time that a setting may be: above 0, at most a year, so that neither infinity nor a slip passes."""
+
 
 class ConfigError(Exception):
     """A setting that cannot be used; the message names the variable, its value and what is expected."""

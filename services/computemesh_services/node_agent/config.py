@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from computemesh.config import ConfigError, ServiceConfig
+from computemesh.config import ConfigError, Seconds, ServiceConfig
 from computemesh.ids import Id
 
 
@@ -26,9 +26,9 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
     labels: str = ""
     """Labels of this node, such as `zone=a,disk=nvme`."""
-    finish_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    finish_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
     """How long running work may go on when the agent is told to end, before it is handed back."""
-    work_keep_s: Annotated[float, msgspec.Meta(gt=0)] = 7 * 86_400.0
+    work_keep_s: Seconds = 7 * 86_400.0
     """How long the files of an item stay on this machine."""
 
     def label_map(self) -> dict[str, str]:

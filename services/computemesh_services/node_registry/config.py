@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-
-from computemesh.config import ConfigError, ServiceConfig
+from computemesh.config import ConfigError, Seconds, ServiceConfig
 from computemesh_services.node_registry.roster import Patience
-
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)]
 
 
 class RegistryConfig(ServiceConfig, frozen=True, kw_only=True):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-
-from computemesh.config import ServiceConfig
+from computemesh.config import Seconds, ServiceConfig
 from computemesh.hardware import Tier
 from computemesh.ids import Id
 
@@ -16,7 +12,7 @@ class DetectorConfig(ServiceConfig, frozen=True, kw_only=True):
     """The node this machine is."""
     tier: Tier | None = None
     """The tier to report instead of the one that follows from the GPUs."""
-    load_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    load_interval_s: Seconds = 5.0
     """How often the load is read and published."""
-    inventory_interval_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    inventory_interval_s: Seconds = 30.0
     """How often the hardware is looked at for changes."""
