@@ -35,6 +35,7 @@ from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import AnyBound, Role
 from computemesh.edge import Edge, Extra, application
 from computemesh.edge.http import Doors
+from computemesh.tasks import end_all
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
 """Starts a background task of the service. If it raises, the process ends."""
@@ -224,18 +225,9 @@ async def _serve(
             _log.error("could not finish in time", drain_timeout_s=config.drain_timeout_s)
             status = 1
             http.cancel()
-        await _end_all(background)
+        await end_all(background)
     _log.info("stopped")
     return status
-
-
-async def _end_all(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancels tasks until they are done: ``wait_for`` of Python 3.11 may swallow one cancellation."""
-    left = {task for task in tasks if not task.done()}
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 async def _end_on_defect(defects: asyncio.Queue[BaseException]) -> None:

@@ -27,6 +27,7 @@ from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Refused, decode, encode
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
 from computemesh.contracts.work import FINAL, WorkItem, WorkRecord, WorkState
+from computemesh.tasks import end_all
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
@@ -136,11 +137,8 @@ class Reign:
                 await self._settle()
             return reason
         finally:
-            for loop in loops:
-                loop.cancel()
-            if loops:
-                await asyncio.wait(loops)
             await self._bus.forget(beats)
+            await end_all(loops)
             await self._pull.stop()
             await self._calls.stop()
             await self._posts.stop()
@@ -381,8 +379,8 @@ class Reign:
         self._wake.set()
 
     async def _on_heartbeat(self, beat: NodeHeartbeat) -> None:
-        if not self.caught_up.is_set():
-            return
+        if not self.caught_up.is_set() or not self._held.certain:
+            return  # What it lists may be a successor's, of which this memory knows nothing.
         now = time.time()
         for stop in self.scheduler.heartbeat(beat, now):
             await self._stop(stop)

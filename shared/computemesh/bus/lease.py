@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -19,6 +20,7 @@ from computemesh.bus.errors import BusError, Conflict
 from computemesh.bus.kv import Bucket
 from computemesh.contracts import storage
 from computemesh.contracts.storage import Lease
+from computemesh.tasks import end_all
 
 TTL_S: Final = 3
 """Silence after which another replica may take over. Whole seconds, as the server counts."""
@@ -43,18 +45,23 @@ class Held:
         self._service = service
         self._lease = lease
         self._revision = revision
+        self._good_until_s = time.monotonic() + TTL_S
         self._task = asyncio.create_task(self._renew())
         HELD.labels(service).set(1)
 
+    @property
+    def certain(self) -> bool:
+        """Whether nobody else can hold it now. Asked before what no compare-and-set fences: a process that
+        was stopped for a while learns of its loss only after it has gone on."""
+        return not self.lost.is_set() and time.monotonic() < self._good_until_s
+
     async def _renew(self) -> None:
-        loop = asyncio.get_running_loop()
-        good_until_s = loop.time() + TTL_S
-        while loop.time() < good_until_s:
+        while time.monotonic() < self._good_until_s:
             await asyncio.sleep(RENEW_S)
             try:
-                asked_s = loop.time()
+                asked_s = time.monotonic()
                 self._revision = await self._bucket.update(self._service, self._lease, last=self._revision, ttl_s=TTL_S)
-                good_until_s = asked_s + TTL_S
+                self._good_until_s = asked_s + TTL_S
             except Conflict:
                 break
             except BusError as error:
@@ -63,8 +70,7 @@ class Held:
 
     async def stop_renewing(self) -> None:
         """Lets the lease expire."""
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        await end_all([self._task])
 
     async def release(self) -> None:
         """Gives the lease back, so that another replica need not wait for it to expire."""

@@ -1,6 +1,7 @@
 """Real servers and processes for tests, this project's and those of programs built on it."""
 
 from computemesh.testing.mesh import RunningMesh, running_mesh, until
+from computemesh.testing.node import DirectNode
 from computemesh.testing.server import running_server
 
-__all__ = ["RunningMesh", "running_mesh", "running_server", "until"]
+__all__ = ["DirectNode", "RunningMesh", "running_mesh", "running_server", "until"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -11,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from computemesh.bus import Bus, Where
+from computemesh.bus import Bucket, Bus, Where
 from computemesh.cli.services import SERVICES
+from computemesh.contracts import storage
 from computemesh.contracts.base import Role
 from computemesh.nats_server import Credentials, load_or_create
 from computemesh.paths import Home
@@ -20,6 +22,9 @@ from computemesh.supervisor import Supervised, Supervisor
 
 WAIT_S: Final = 30.0
 """How long :func:`until` waits for a condition: far longer than it takes, so that only failures wait."""
+
+NODE_ID: Final = "n1"
+"""The node that the node agent of a test's mesh is."""
 
 CONTROL_PLANE: Final = ("node-registry", "work-marshaller")
 
@@ -54,7 +59,8 @@ class RunningMesh:
         self.credentials = credentials
         self.lines = lines
         """Every log line of every service, with the service's name in front."""
-        self._buses: list[Bus] = []
+        self._buses: dict[Role, Bus] = {}
+        self._connecting = asyncio.Lock()
 
     def url(self, role: Role) -> str:
         return self.supervisor.url(role)
@@ -71,24 +77,38 @@ class RunningMesh:
         return {**os.environ, "NATS_URL": self.url(role), "COMPUTEMESH_HOME": str(self.home.root)}
 
     async def bus(self, role: Role = Role.CLIENT) -> Bus:
-        """A connection that ends with the mesh."""
-        bus = Bus(Where(url=self.url(role), role=role, name=f"test-{role}"))
-        await bus.connect(timeout_s=5.0)
-        self._buses.append(bus)
-        return bus
+        """The connection of the test in a role; it ends with the mesh."""
+        async with self._connecting:
+            if role not in self._buses:
+                bus = Bus(Where(url=self.url(role), role=role, name=f"test-{role}"))
+                await bus.connect(timeout_s=5.0)
+                self._buses[role] = bus
+        return self._buses[role]
+
+    def pid(self, name: str) -> int:
+        """The process of a service, or of ``nats-server``; 0 while it has none."""
+        if name == "nats-server":
+            server = self.supervisor.server
+            return server.pid if server is not None and server.running else 0
+        return self.service(name).status.pid
 
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
-        """Sends a signal to a service, or to ``nats-server``."""
-        if name == "nats-server":
-            assert self.supervisor.server is not None
-            os.kill(self.supervisor.server.pid, sig)
-        else:
-            pid = self.service(name).status.pid
-            if pid:
+        """Sends a signal to a service, or to ``nats-server``, if it lives."""
+        if pid := self.pid(name):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sig)
 
+    async def holder(self, service: str) -> str:
+        """The replica that holds the lease of *service*, such as ``work-marshaller-2``; empty when none does."""
+        bus = await self.bus(Role.SERVICES)
+        entry = await Bucket(bus, storage.LEASES).get(service)
+        return entry.value.holder.removesuffix(f"-{NODE_ID}") if entry else ""
+
     async def close(self) -> None:
-        for bus in self._buses:
+        """Ends everything, also what a failed test left stopped."""
+        for status in self.supervisor.status().services:
+            self.kill(status.name, signal.SIGCONT)
+        for bus in self._buses.values():
             await bus.close()
         await self.supervisor.stop()
 
@@ -116,7 +136,7 @@ async def running_mesh(
         home,
         specs,
         credentials,
-        node_id="n1",
+        node_id=NODE_ID,
         on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
     )
     mesh = RunningMesh(supervisor, home, credentials, lines)
