@@ -20,7 +20,7 @@ from tests.chaos.history import History, told, violations
 
 from computemesh.bus import Bucket
 from computemesh.contracts import storage, work
-from computemesh.contracts.base import Role
+from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.work import WorkCancel, WorkItem, WorkRecord, WorkState
 from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
 
@@ -280,3 +280,22 @@ async def test_a_node_that_was_born_again_gets_its_work_again_at_once(tmp_path: 
         await node.complete(await until_given(node, "w1", 2), "done")
         record = await until_stored(mesh, "w1", WorkState.COMPLETED)
         assert any("restarted" in move.reason for move in record.story)
+
+
+# --- what was promised to somebody -----------------------------------------------------------------------------------
+
+
+async def test_a_cancellation_is_confirmed_only_once_it_is_stored(tmp_path: Path) -> None:
+    """Whoever is told that an item is cancelled finds it so, whatever dies next."""
+    async with mesh_with_node(tmp_path) as (mesh, node):
+        await submit(mesh, "w1", payload=TOO_LARGE)
+        await until_given(node, "w1", 1)
+        await until_stored(mesh, "w1", WorkState.RUNNING)
+        await limit_bucket(mesh, max_msg_size=1000)
+        answer = await (await mesh.bus()).ask(work.CANCEL, WorkCancel(work_id="w1"))
+        assert isinstance(answer, Refused), answer
+        assert (answer.code, answer.status, answer.retry) == ("unavailable", 503, "later")
+        await limit_bucket(mesh, max_msg_size=-1)
+        record = await stored(mesh, "w1")
+        assert record is not None
+        assert record.state is WorkState.RUNNING

@@ -48,6 +48,8 @@ class Slot:
     wanted: WorkRecord | None = None
     seqs: list[int] = field(default_factory=list[int])
     """Inbox messages that are reflected once `wanted` is stored."""
+    rested: asyncio.Event | None = None
+    """Set once nothing of the item is on its way any more, if anyone waits for that."""
 
 
 def trace_headers(record: WorkRecord) -> dict[str, str] | None:
@@ -86,6 +88,8 @@ class Journal:
         await self._puts.start()
 
     async def stop(self) -> None:
+        self.reason = self.reason or "the reign ended"
+        self.broken.set()
         for task in self._checks:
             task.cancel()
         await self._puts.stop()
@@ -116,6 +120,23 @@ class Journal:
                 empty.cancel()
         finally:
             broken.cancel()
+
+    async def stored(self, work_id: str) -> None:
+        """Returns once everything that was written about an item is acknowledged.
+
+        Raises:
+            NotStored: the journal broke before.
+        """
+        slot = self._slots.get(work_id)
+        if slot is None or (slot.flight is None and slot.wanted is None):
+            return
+        rested = slot.rested = slot.rested or asyncio.Event()
+        waits = [asyncio.create_task(event.wait()) for event in (rested, self.broken)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if not rested.is_set():
+            raise NotStored(f"{work_id}: {self.reason}")
 
     def carry(self, work_id: str, seq: int) -> None:
         """The inbox message *seq* is reflected by the item's next put."""
@@ -198,6 +219,8 @@ class Journal:
             self._slots.pop(record.work_id, None)
             for seq in slot.seqs:
                 self._floor.close(seq)
+        if slot.flight is None:
+            _rest(slot)
         assert self.on_stored is not None
         await self.on_stored(before, record)
 
@@ -218,6 +241,7 @@ class Journal:
             for seq in slot.seqs:
                 self._floor.close(seq)
             self._slots.pop(record.work_id, None)
+            _rest(slot)
             if self.on_duplicate:
                 self.on_duplicate(record.work_id)
 
@@ -260,3 +284,9 @@ class Journal:
             self.reason = reason
             _log.warning("the journal stops; reading the truth again", reason=reason)
             self.broken.set()
+
+
+def _rest(slot: Slot) -> None:
+    if slot.rested is not None:
+        slot.rested.set()
+        slot.rested = None

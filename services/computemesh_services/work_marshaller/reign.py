@@ -336,9 +336,15 @@ class Reign:
                     await self._stop(effect)
 
     async def cancel(self, work_id: str, reason: str) -> WorkRecord | None:
+        """The item as it then stands, once that is stored; None: not known here.
+
+        Raises:
+            NotStored: it could not be stored, so nobody may rely on it.
+        """
         now = time.time()
         record = self.scheduler.cancel(work_id, reason, now)
         await self._advance(now)
+        await self._journal.stored(work_id)
         return record
 
     async def _tick_forever(self) -> None:
