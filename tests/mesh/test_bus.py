@@ -16,7 +16,7 @@ import pytest
 from computemesh.bus import Bucket, Bus, Conflict, MicroService, Mirror, NotStored, Pipeline, Pull, Reply, Stored, Where
 from computemesh.bus import lease as leases
 from computemesh.bus.connection import read_ack
-from computemesh.bus.errors import NoResponder
+from computemesh.bus.errors import NoResponder, TimedOut
 from computemesh.bus.provision import drift, provision
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Refused, Role, serve
@@ -287,3 +287,23 @@ async def test_anyone_can_discover_the_service_and_its_counters(bus: Bus) -> Non
     assert stats["endpoints"][0]["num_requests"] == 1
     assert stats["endpoints"][0]["last_error"] == "404:no such node"
     await micro.drain()
+
+
+async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer, bus: Bus) -> None:
+    """No reply comes to a connection that is gone; one that is asked meanwhile waits for the next connection."""
+    silent = await bus.listen(nodes.GET.subject, _ignore)
+    asked = asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id="n1"), timeout_s=60))
+    await bus.flush()
+    server.kill()
+    await server.wait()
+    with pytest.raises(TimedOut, match="the connection broke"):
+        await asyncio.wait_for(asked, 30)
+    again = asyncio.create_task(bus.call("$JS.API.INFO", b"", timeout_s=60))
+    await server.start()
+    assert b"account_info_response" in (await asyncio.wait_for(again, 30)).data
+    cancelled = asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id="n1"), timeout_s=60))
+    await bus.flush()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    await bus.forget(silent)

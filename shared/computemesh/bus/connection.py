@@ -35,6 +35,8 @@ PENDING_BYTES_MAX: Final = 16 * 1024 * 1024
 WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
 """Server codes of a lost compare-and-set; replicated streams answer with the second."""
 
+_BROKE: Final = "the connection broke before the answer came"
+
 M = TypeVar("M", bound=Message)
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -103,6 +105,8 @@ class Bus:
         self._on_defect = on_defect or _log_defect
         self._last_error: BaseException | None = None
         self._closing = False
+        self._asked: set[asyncio.Task[Msg]] = set()
+        """Requests that wait for their reply."""
 
     # --- connection --------------------------------------------------------------------------------------
 
@@ -166,6 +170,8 @@ class Bus:
             _log.warning("NATS is gone, reconnecting", url=self.where.shown)
         self.connected.clear()
         self.interrupted.set()
+        for request in self._asked:
+            request.cancel(_BROKE)
 
     async def _on_reconnect(self) -> None:
         _log.info("NATS is back", url=self.where.shown)
@@ -239,18 +245,27 @@ class Bus:
         """One request, one raw reply.
 
         Raises:
-            NoResponder, TimedOut, Unreachable, NotStored.
+            NoResponder, TimedOut, Unreachable, NotStored. TimedOut also at once when the connection breaks,
+            since no reply comes to one that is gone.
         """
         if len(data) > self.max_payload:
             raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}")
+        request = asyncio.create_task(self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers)))
+        self._asked.add(request)
         try:
-            return await self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers))
+            return await request
+        except asyncio.CancelledError as error:
+            if error.args != (_BROKE,):
+                raise
+            raise TimedOut(f"{subject}: {_BROKE}") from None
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: nobody answers there now") from error
         except (nats.errors.TimeoutError, TimeoutError) as error:
             raise TimedOut(f"{subject}: no answer in {timeout_s:g} s") from error
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {error}") from error
+        finally:
+            self._asked.discard(request)
 
     async def listen(
         self, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""

@@ -7,6 +7,7 @@ ephemeral and unacknowledged: whoever reads keeps its own position.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
@@ -113,7 +114,7 @@ class Pull:
         self._heard_s = asyncio.get_running_loop().time()
         self._subscription = await self._bus.listen(self._inbox, self._on_message)
         await self._request(BATCH)
-        self._watch = asyncio.create_task(self._watch_silence())
+        self._watch = asyncio.create_task(self._watch_silence(self._bus.interrupted))
         return created.num_pending
 
     async def stop(self) -> None:
@@ -154,10 +155,13 @@ class Pull:
         elif status != "100":
             self.lost.set()
 
-    async def _watch_silence(self) -> None:
+    async def _watch_silence(self, interrupted: asyncio.Event) -> None:
+        """Consumers do not outlive their server, and whoever reconnects cannot tell whether it did."""
         while not self.lost.is_set():
-            await asyncio.sleep(HEARTBEAT_S)
-            if asyncio.get_running_loop().time() - self._heard_s > 3 * HEARTBEAT_S or not self._bus.up:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await interrupted.wait()
+            if interrupted.is_set() or asyncio.get_running_loop().time() - self._heard_s > 3 * HEARTBEAT_S:
                 self.lost.set()
 
 
