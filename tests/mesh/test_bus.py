@@ -292,7 +292,7 @@ async def test_anyone_can_discover_the_service_and_its_counters(bus: Bus) -> Non
 async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer, bus: Bus) -> None:
     """No reply comes to a connection that is gone; one that is asked meanwhile waits for the next connection."""
     silent = await bus.listen(nodes.GET.subject, _ignore)
-    asked = asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id="n1"), timeout_s=60))
+    asked = asyncio.create_task(bus.call(nodes.GET.subject, b"", timeout_s=60))
     await bus.flush()
     server.kill()
     await server.wait()
@@ -301,7 +301,7 @@ async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer,
     again = asyncio.create_task(bus.call("$JS.API.INFO", b"", timeout_s=60))
     await server.start()
     assert b"account_info_response" in (await asyncio.wait_for(again, 30)).data
-    cancelled = asyncio.create_task(bus.ask(nodes.GET, NodeGet(node_id="n1"), timeout_s=60))
+    cancelled = asyncio.create_task(bus.call(nodes.GET.subject, b"", timeout_s=60))
     await bus.flush()
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
