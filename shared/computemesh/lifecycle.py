@@ -32,7 +32,7 @@ from computemesh import __version__, log
 from computemesh.bus import Bus, BusError, MicroService, Unreachable, Where, metrics
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig, load
-from computemesh.contracts.base import AnyBound, Role
+from computemesh.contracts.base import AnyBound, Role, ServiceCard
 from computemesh.edge import Edge, Extra, application
 from computemesh.edge.http import Doors
 from computemesh.tasks import end_all
@@ -86,9 +86,7 @@ class Service(Protocol):
         ...
 
 
-def run(
-    name: str, about: str, role: Role, config_kind: type[C], make: Callable[[Bus, C, Callable[[], str]], Service]
-) -> None:
+def run(card: ServiceCard, config_kind: type[C], make: Callable[[Bus, C, Callable[[], str]], Service]) -> None:
     """Runs a service until it is told to end, and exits the process.
 
     Args:
@@ -98,14 +96,14 @@ def run(
     try:
         config = load(config_kind)
     except ConfigError as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{card.name}: {error}\n")
         sys.exit(EXIT_CONFIG)
-    log.configure(name, level=config.log_level, form=config.log_format)
+    log.configure(card.name, level=config.log_level, form=config.log_format)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # A second series for each counter; nobody reads it.
     gc.freeze()  # What was imported stays.
     gc.set_threshold(*GC_THRESHOLDS)
     try:
-        status = uvloop.run(_live(name, about, role, config, make))
+        status = uvloop.run(_live(card, config, make))
     except ConfigError as error:
         _log.error("cannot start", reason=str(error))
         status = EXIT_CONFIG
@@ -116,24 +114,22 @@ def run(
     sys.exit(status)
 
 
-async def _live(
-    name: str, about: str, role: Role, config: C, make: Callable[[Bus, C, Callable[[], str]], Service]
-) -> int:
+async def _live(card: ServiceCard, config: C, make: Callable[[Bus, C, Callable[[], str]], Service]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    instance = config.instance or f"{name}-{socket.gethostname()}-{os.getpid()}"
-    _UP.labels(name, __version__, instance).set(1)
+    instance = config.instance or f"{card.name}-{socket.gethostname()}-{os.getpid()}"
+    _UP.labels(card.name, __version__, instance).set(1)
     edge = Edge(config)
     defects: asyncio.Queue[BaseException] = asyncio.Queue()
-    bus = Bus(Where(url=config.nats_url, role=role, name=instance), on_defect=defects.put_nowait)
+    bus = Bus(Where(url=config.nats_url, role=card.role, name=instance), on_defect=defects.put_nowait)
     metrics.expose(lambda: bus.stats, lambda: bus.up)
     try:
-        if not await _connect(bus, role, config, stop):
+        if not await _connect(bus, card.role, config, stop):
             return 0
         service = make(bus, config, lambda: edge.url)
-        return await _serve(name, about, instance, config, bus, edge, service, stop, defects)
+        return await _serve(card, instance, config, bus, edge, service, stop, defects)
     finally:
         edge.stop()
         await bus.close()
@@ -167,8 +163,7 @@ async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Ev
 
 
 async def _serve(
-    name: str,
-    about: str,
+    card: ServiceCard,
     instance: str,
     config: ServiceConfig,
     bus: Bus,
@@ -194,11 +189,11 @@ async def _serve(
         return facts
 
     bounds = service.endpoints()
-    app = application(config, Doors(name=name, about=about, health=health, unready=unready), bounds, service.extras())
+    app = application(config, Doors(card=card, health=health, unready=unready), bounds, service.extras())
     micro = MicroService(
         bus,
-        name=name,
-        description=about,
+        name=card.name,
+        description=card.about,
         metadata={"http": edge.url, "instance": instance, "pid": str(os.getpid())},
     )
     async with asyncio.TaskGroup() as group:

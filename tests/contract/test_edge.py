@@ -24,7 +24,7 @@ from computemesh.bus import Bus, MicroService, Stored, Where
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import catalog, nodes, resources, work
-from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, serve
+from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
 from computemesh.contracts.nodes import NodeGet, NodeRecord
 from computemesh.contracts.work import WorkGet, WorkItem, WorkRecord
 from computemesh.edge import application
@@ -366,6 +366,7 @@ async def connected(server: NatsServer) -> AsyncGenerator[Bus]:
 # --- the gate, without a server -------------------------------------------------------------------------------------
 
 TOKEN: Final = "a-token-of-sixteen"
+CARD: Final = ServiceCard(name="test", about="A test.", role=Role.SERVICES, port=0)
 
 
 async def _get(ask: NodeGet) -> NodeRecord | Refused:
@@ -379,7 +380,7 @@ BOUNDS: Final[list[AnyBound]] = [serve(nodes.GET, _get)]
 
 def outside(**config: Any) -> httpx.AsyncClient:
     """A client of an edge that is bound to all addresses."""
-    doors = Doors(name="test", about="A test.", health=lambda: {"problem": ""}, unready=lambda: "")
+    doors = Doors(card=CARD, health=lambda: {"problem": ""}, unready=lambda: "")
     app = application(ServiceConfig(http_host="0.0.0.0", **config), doors, BOUNDS, [])
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://mesh.example:8115")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from computemesh.bus import Bus, MicroService
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import nodes
-from computemesh.contracts.base import AnyBound, Refused, Role, serve
+from computemesh.contracts.base import AnyBound, Refused, Role, ServiceCard, serve
 from computemesh.contracts.nodes import Discover, NodeGet, NodeRecord
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn, run
+
+CARD: Final = ServiceCard(name="slow-service", about="Answers when told to.", role=Role.SERVICES, port=0)
 
 
 class SlowConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -76,7 +78,7 @@ def main() -> None:
             raise ConfigError("COMPUTEMESH_FAIL='config': wrong on purpose")
         return SlowService(bus, config)
 
-    run("slow-service", "Answers when told to.", Role.SERVICES, SlowConfig, make)
+    run(CARD, SlowConfig, make)
 
 
 if __name__ == "__main__":

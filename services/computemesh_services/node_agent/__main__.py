@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Final
 
 from computemesh.bus import Bus
-from computemesh.contracts.base import Role
+from computemesh.contracts.services import NODE_AGENT
 from computemesh.lifecycle import run
 from computemesh.paths import home
 from computemesh_services.node_agent.config import AgentConfig
-from computemesh_services.node_agent.service import NAME, NodeAgent
+from computemesh_services.node_agent.service import NodeAgent
 
 SECRETS: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_TOKEN")
 """Read once, then taken out of the environment: executors and engines inherit it and have no use for them."""
@@ -23,7 +23,7 @@ def main() -> None:
             os.environ.pop(name, None)
         return NodeAgent(bus, config, home())
 
-    run(NAME, "Runs engines and work on this machine.", Role.NODE, AgentConfig, make)
+    run(NODE_AGENT, AgentConfig, make)
 
 
 if __name__ == "__main__":

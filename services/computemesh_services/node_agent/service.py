@@ -43,8 +43,6 @@ from computemesh_services.node_agent.llama_server import EngineError, EngineOpti
 from computemesh_services.node_agent.models import find_models
 from computemesh_services.node_agent.runs import Runner
 
-NAME: Final = "node-agent"
-
 REPORT_AGAIN_S: Final = 0.5
 """Pause between attempts to store a report."""
 

@@ -25,12 +25,11 @@ from computemesh.contracts.nodes import (
     NodesQuery,
     NodeState,
 )
+from computemesh.contracts.services import NODE_REGISTRY
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.config import RegistryConfig
-
-NAME: Final = "node-registry"
 
 SWEEPS: Final = 5
 """Looks at everyone's silence per time of patience."""
@@ -159,7 +158,7 @@ class NodeRegistry:
         """Holds the lease whenever possible. Whoever starts to act asks everyone who they are."""
         while not self._draining:
             await self._bus.connected.wait()
-            self._held = await lease.acquire(self._bus, NAME, self._instance, on_wait=lambda: None)
+            self._held = await lease.acquire(self._bus, NODE_REGISTRY.name, self._instance, on_wait=lambda: None)
             try:
                 await self._bus.publish(nodes.DISCOVER, Discover())
             except BusError as error:

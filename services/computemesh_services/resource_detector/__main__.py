@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from computemesh.bus import Bus
-from computemesh.contracts.base import Role
+from computemesh.contracts.services import RESOURCE_DETECTOR
 from computemesh.lifecycle import run
 from computemesh_services.resource_detector.config import DetectorConfig
 from computemesh_services.resource_detector.probes import choose_provider
-from computemesh_services.resource_detector.service import NAME, ResourceDetector
+from computemesh_services.resource_detector.service import ResourceDetector
 
 
 def main() -> None:
     def make(bus: Bus, config: DetectorConfig, _url: Callable[[], str]) -> ResourceDetector:
         return ResourceDetector(bus, config, choose_provider())
 
-    run(NAME, "What this machine is made of.", Role.NODE, DetectorConfig, make)
+    run(RESOURCE_DETECTOR, DetectorConfig, make)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from computemesh_services.resource_detector import inventory
 from computemesh_services.resource_detector.config import DetectorConfig
 from computemesh_services.resource_detector.probes import GpuProvider, system
 
-NAME: Final = "resource-detector"
-
 _log = log.get("service")
 
 CPU = Gauge("computemesh_node_cpu_percent", "How busy the CPUs are, all together, 0 to 100.")

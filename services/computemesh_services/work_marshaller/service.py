@@ -15,6 +15,7 @@ from computemesh.bus.micro import Endpoint
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, encode, serve
 from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.services import WORK_MARSHALLER
 from computemesh.contracts.work import (
     WorkCancel,
     WorkExplanation,
@@ -32,8 +33,6 @@ from computemesh_services.work_marshaller.config import MarshallerConfig
 from computemesh_services.work_marshaller.reign import CHECKED_HEADER, Reign
 from computemesh_services.work_marshaller.scheduler import Limits
 from computemesh_services.work_marshaller.workitem import RetryPolicy
-
-NAME: Final = "work-marshaller"
 
 AGAIN_S: Final = 0.2
 AGAIN_S_MAX: Final = 5.0
@@ -128,7 +127,9 @@ class WorkMarshaller:
     async def _acquire(self) -> lease.Held | None:
         """The lease, or None when told to end meanwhile."""
         await self._bus.connected.wait()
-        acquiring = asyncio.create_task(lease.acquire(self._bus, NAME, self._instance, on_wait=self._stand_by))
+        acquiring = asyncio.create_task(
+            lease.acquire(self._bus, WORK_MARSHALLER.name, self._instance, on_wait=self._stand_by)
+        )
         draining = asyncio.create_task(self._draining.wait())
         await asyncio.wait({acquiring, draining}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()

@@ -44,13 +44,13 @@ R = TypeVar("R", bound=Message)
 _log = log.get("bus")
 
 
-class ApiError(Message, frozen=True, kw_only=True):
+class ApiError(msgspec.Struct, frozen=True, kw_only=True):
     code: int = 0
     err_code: int = 0
     description: str = ""
 
 
-class PubAck(Message, frozen=True, kw_only=True):
+class PubAck(msgspec.Struct, frozen=True, kw_only=True):
     """JetStream's answer to a publish: stored under *seq*, or not because of *error*."""
 
     seq: int = 0

@@ -17,7 +17,6 @@ from nats.aio.subscription import Subscription
 
 from computemesh.bus.connection import ApiError, Bus
 from computemesh.bus.errors import BusError, NotStored
-from computemesh.contracts.base import Message
 
 BATCH: Final = 2000
 """Messages the server may send ahead of us."""
@@ -48,7 +47,7 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
 OnStored = Callable[[Stored], Awaitable[None]]
 
 
-class _Created(Message, frozen=True, kw_only=True):
+class _Created(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     num_pending: int = 0
     error: ApiError | None = None

@@ -1,4 +1,4 @@
-"""Which services a mesh consists of, and where they listen: the table behind ``computemesh up``.
+"""How the services of a mesh are run: the table behind ``computemesh up``.
 
 Modules are named, not imported: the command line knows the services only as programs to run.
 """
@@ -7,36 +7,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from computemesh.contracts.base import Role
+from computemesh.contracts.base import ServiceCard
+from computemesh.contracts.services import NODE_AGENT, NODE_REGISTRY, RESOURCE_DETECTOR, WORK_MARSHALLER
 from computemesh.supervisor import ServiceSpec
 
+
+def _spec(card: ServiceCard, module: str, url_name: str) -> ServiceSpec:
+    return ServiceSpec(name=card.name, role=card.role, port=card.port, module=module, url_names=(url_name,))
+
+
 SERVICES: Final = (
-    ServiceSpec(
-        name="node-registry",
-        module="computemesh_services.node_registry",
-        role=Role.SERVICES,
-        port=8115,
-        url_names=("NODE_REGISTRY_URL",),
-    ),
-    ServiceSpec(
-        name="work-marshaller",
-        module="computemesh_services.work_marshaller",
-        role=Role.SERVICES,
-        port=8118,
-        url_names=("WORK_MARSHALING_URL",),
-    ),
-    ServiceSpec(
-        name="resource-detector",
-        module="computemesh_services.resource_detector",
-        role=Role.NODE,
-        port=8116,
-        url_names=("RESOURCE_DETECTOR_URL",),
-    ),
-    ServiceSpec(
-        name="node-agent",
-        module="computemesh_services.node_agent",
-        role=Role.NODE,
-        port=8091,
-        url_names=("NODE_AGENT_URL",),
-    ),
+    _spec(NODE_REGISTRY, "computemesh_services.node_registry", "NODE_REGISTRY_URL"),
+    _spec(WORK_MARSHALLER, "computemesh_services.work_marshaller", "WORK_MARSHALING_URL"),
+    _spec(RESOURCE_DETECTOR, "computemesh_services.resource_detector", "RESOURCE_DETECTOR_URL"),
+    _spec(NODE_AGENT, "computemesh_services.node_agent", "NODE_AGENT_URL"),
 )

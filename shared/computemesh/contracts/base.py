@@ -9,6 +9,7 @@ exception.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,12 @@ MESSAGE_BYTES_MAX: Final = 1024 * 1024
 """Bound on one captured message: the size the work stream accepts."""
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+STRICT: Final = os.environ.get("COMPUTEMESH_STRICT", "").lower() in ("1", "true")
+"""Whether a field that no contract declares is refused. In production it is ignored, as a newer peer may say more
+than we know; in tests it is a mistake. :mod:`computemesh.testing` sets it for the processes it starts."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=STRICT, gc=False):
     """Base of every payload: JSON on the wire, unknown fields ignored, new fields only with defaults.
 
     What was decoded from JSON holds no cycle, so the garbage collector need not look at it.
@@ -62,6 +68,27 @@ Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
 Handler = Callable[[Q], Awaitable[R | Refused]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceCard:
+    """A kind of service process, as the rest of the mesh knows it."""
+
+    name: str
+    """Also its queue group on the bus."""
+    about: str
+    role: Role
+    port: int
+    """Of its HTTP edge, where nothing else was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A :class:`Refused` that a request may be answered with for reasons of its own."""
+
+    code: str
+    status: int
+    when: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +128,19 @@ class Request(Generic[Q, R]):
     takes: type[Q]
     gives: type[R]
     asked_by: frozenset[Role]
-    answered_by: Role = Role.SERVICES
+    service: ServiceCard
+    """Who answers it."""
     target: str = ""
     http: tuple[Http, ...] = ()
+    refuses: tuple[Refusal, ...] = ()
+    """Beside what any request may be refused for: a malformed message, an absent bus …"""
+    example: Q | None = None
+    """A question as somebody would ask it; every request with a route has one."""
     about: str = ""
+
+    @property
+    def answered_by(self) -> Role:
+        return self.service.role
 
     def at(self, target: str = "") -> str:
         """The subject for one target, or for all of them with ``*``."""
@@ -179,7 +215,7 @@ def convert(fields: Mapping[str, Any], kind: type[M]) -> M | Refused:
 
 
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
-_MISSING: Final = re.compile(r"missing required field `(.+?)`")
+_NAMED: Final = re.compile(r"(?:missing required|unknown) field `(.*?)`")
 _BACKTICK: Final = re.compile(r"`")
 _ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]
 
@@ -188,8 +224,8 @@ def refused(error: Exception) -> Refused:
     """A decoder's complaint as a refusal that names the field."""
     text = str(error) or type(error).__name__
     at = _AT.search(text)
-    missing = _MISSING.search(text)
-    parts = [at.group(1) if at else "", missing.group(1) if missing else ""]
+    named = _NAMED.search(text)
+    parts = [at.group(1) if at else "", named.group(1) if named else ""]
     if _ID_PATTERN_SHOWN in text:
         text = "an id is one token of letters, digits, '_' and '-', 1 to 63 long"
     elif isinstance(error, RecursionError):

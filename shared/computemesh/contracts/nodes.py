@@ -17,7 +17,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Request, Role
+from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.services import NODE_REGISTRY
 from computemesh.hardware import Count, Cpu, Gpu, MegaBytes, Memory, Platform, Tier
 from computemesh.ids import Id
 
@@ -161,7 +162,16 @@ REGISTER: Final = Request(
     takes=NodeAnnouncement,
     gives=NodeRecord,
     asked_by=frozenset({Role.NODE, Role.SERVICES}),
+    service=NODE_REGISTRY,
     http=(Http(method="POST", path="/api/v1/nodes/register"),),
+    example=NodeAnnouncement(
+        node_id="render-01",
+        hostname="render-01.example",
+        work_types=["render"],
+        slots=2,
+        labels={"zone": "a"},
+        gpus=[Gpu(name="NVIDIA L4", vram_total_mb=23034, compute_capability="8.9")],
+    ),
     about="Announces a node and waits until that is stored.",
 )
 QUERY: Final = Request(
@@ -170,6 +180,8 @@ QUERY: Final = Request(
     gives=NodeList,
     asked_by=_EVERYONE,
     http=(Http(method="POST", path="/api/v1/nodes/query"), Http(method="GET", path="/api/v1/nodes")),
+    service=NODE_REGISTRY,
+    example=NodesQuery(min_tier=Tier.GPU_PEER, work_type="render", limit=10),
     about="The nodes that match a filter.",
 )
 GET: Final = Request(
@@ -178,5 +190,8 @@ GET: Final = Request(
     gives=NodeRecord,
     asked_by=_EVERYONE,
     http=(Http(method="GET", path="/api/v1/nodes/{node_id}"),),
+    service=NODE_REGISTRY,
+    refuses=(Refusal(code="not_found", status=404, when="there is no such node"),),
+    example=NodeGet(node_id="render-01"),
     about="One node.",
 )

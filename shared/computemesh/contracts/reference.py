@@ -9,14 +9,17 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from computemesh.contracts import storage
-from computemesh.contracts.base import Event, Refused, Request, Role
+from computemesh.contracts.base import Event, Refused, Request, Role, ServiceCard
 from computemesh.contracts.catalog import CONVERSATIONS, events, requests
+from computemesh.contracts.openapi import document, subject
 from computemesh.contracts.permissions import inbox_prefix, permissions
+from computemesh.contracts.schemas import schemas_of
+from computemesh.contracts.services import SERVICES
 
 NOTE: Final = "<!-- Written by `make docs` from shared/computemesh/contracts; edit there. -->\n\n"
 
@@ -24,11 +27,41 @@ NOTE: Final = "<!-- Written by `make docs` from shared/computemesh/contracts; ed
 def pages() -> dict[str, str]:
     """Every reference page: file name and contents."""
     return {
+        "services.md": processes(),
         "subjects.md": subjects(),
         "storage.md": kept(),
         "permissions.md": granted(),
         "schemas.json": schemas(),
+        **{f"openapi/{card.name}.json": _json(document(card, _answered_by(card))) for card in SERVICES},
     }
+
+
+def _answered_by(card: ServiceCard) -> list[Request[Any, Any]]:
+    return [request for request in requests() if request.service is card]
+
+
+def processes() -> str:
+    """Every service, with its doors."""
+    about = (
+        "Each is a process of its own. At its port, on loopback unless it is told otherwise, it has `/docs`,\n"
+        "`/openapi.json`, `/healthz`, `/readyz`, `/metrics` and the routes below. On the bus it answers all its\n"
+        "requests, with its name as queue group.\n"
+    )
+    parts = [f"{NOTE}# Services\n\n{about}"]
+    for card in SERVICES:
+        owned = [_code(kept.name) for kept in (*storage.STREAMS, *storage.BUCKETS) if kept.owner == card.name]
+        parts.append(
+            f"\n## {card.name}\n\n{card.about}\n\nPort {card.port}. Role `{card.role}`."
+            + (f" Owns {', '.join(owned)}." if owned else "")
+            + f" [OpenAPI document](openapi/{card.name}.json).\n"
+        )
+        parts.append(_table(("request", "HTTP", "what"), [_door_row(request) for request in _answered_by(card)]))
+    return "".join(parts)
+
+
+def _door_row(request: Request[Any, Any]) -> tuple[str, ...]:
+    routes = "<br>".join(f"`{route.method} {route.path}`" for route in request.http)
+    return (_code(subject(request)), routes, request.about)
 
 
 def subjects() -> str:
@@ -48,16 +81,12 @@ def subjects() -> str:
 
 def _event_row(event: Event[Any]) -> tuple[str, ...]:
     sent_by = ", ".join(sorted(event.sent_by)) or "the server"
-    return (_code(_subject(event)), event.payload.__name__, sent_by, "yes" if event.captured else "", event.about)
+    return (_code(subject(event)), event.payload.__name__, sent_by, "yes" if event.captured else "", event.about)
 
 
 def _request_row(request: Request[Any, Any]) -> tuple[str, ...]:
     routes = "<br>".join(f"`{route.method} {route.path}`" for route in request.http)
-    return (_code(_subject(request)), request.takes.__name__, request.gives.__name__, routes, request.about)
-
-
-def _subject(contract: Event[Any] | Request[Any, Any]) -> str:
-    return f"{contract.subject}.<{contract.target}>" if contract.target else contract.subject
+    return (_code(subject(request)), request.takes.__name__, request.gives.__name__, routes, request.about)
 
 
 def kept() -> str:
@@ -112,13 +141,18 @@ def schemas() -> str:
     carried: dict[str, Any] = {}
     for event in events():
         kinds.append(event.payload)
-        carried[_subject(event)] = {"event": event.payload.__name__}
+        carried[subject(event)] = {"event": event.payload.__name__}
     for request in requests():
         kinds += [request.takes, request.gives]
-        carried[_subject(request)] = {"takes": request.takes.__name__, "gives": request.gives.__name__}
-    _, found = msgspec.json.schema_components(list(dict.fromkeys(kinds)))
-    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", "subjects": carried, "$defs": found}
-    return msgspec.json.format(msgspec.json.encode(document, order="sorted"), indent=2).decode() + "\n"
+        carried[subject(request)] = {"takes": request.takes.__name__, "gives": request.gives.__name__}
+    found = schemas_of(list(dict.fromkeys(kinds)), "#/$defs/{name}")
+    return _json(
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "subjects": carried, "$defs": found}, "sorted"
+    )
+
+
+def _json(document: dict[str, Any], order: Literal["sorted"] | None = None) -> str:
+    return msgspec.json.format(msgspec.json.encode(document, order=order), indent=2).decode() + "\n"
 
 
 def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -136,6 +170,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from computemesh.contracts.base import Event, Http, Message, Request, Role
+from computemesh.contracts.services import RESOURCE_DETECTOR
 from computemesh.hardware import Cpu, Gpu, MegaBytes, Memory, Platform, Tier
 from computemesh.ids import Id
 
@@ -56,8 +57,9 @@ INVENTORY: Final = Request(
     takes=InventoryGet,
     gives=Inventory,
     asked_by=_READERS,
-    answered_by=Role.NODE,
+    service=RESOURCE_DETECTOR,
     http=(Http(method="GET", path="/api/v1/resources"),),
+    example=InventoryGet(),
     about="The hardware of one node, read afresh.",
 )
 CHANGED: Final = Event(

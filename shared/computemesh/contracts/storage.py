@@ -14,6 +14,7 @@ import msgspec
 
 from computemesh.contracts import nodes, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, Message
+from computemesh.contracts.services import NODE_REGISTRY, WORK_MARSHALLER
 
 MIB: Final = 1024 * 1024
 DAY_S: Final = 86_400.0
@@ -65,7 +66,7 @@ class Bucket(Generic[V]):
 WORK_INBOX: Final = Stream(
     name="COMPUTE_WORK",
     subjects=(work.SUBMIT.subject, work.COMPLETED.subject, work.FAILED.subject),
-    owner="work-marshaller",
+    owner=WORK_MARSHALLER.name,
     max_age_s=7 * DAY_S,
     max_bytes=1024 * MIB,
     max_message_bytes=MESSAGE_BYTES_MAX,
@@ -75,14 +76,14 @@ WORK_INBOX: Final = Stream(
 NODES: Final = Bucket(
     name="compute-nodes",
     value=nodes.NodeRecord,
-    owner="node-registry",
+    owner=NODE_REGISTRY.name,
     max_bytes=256 * MIB,
     about="Every node that was ever announced, and whether it is alive.",
 )
 WORK: Final = Bucket(
     name="compute-work",
     value=work.WorkRecord,
-    owner="work-marshaller",
+    owner=WORK_MARSHALLER.name,
     max_bytes=2048 * MIB,
     republish=work.STATE.subject,
     about="The truth about every work item, until some time after it finished.",

@@ -27,8 +27,9 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Request, Role
+from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
 from computemesh.contracts.nodes import Labels, Name
+from computemesh.contracts.services import NODE_AGENT, WORK_MARSHALLER
 from computemesh.hardware import Count, MegaBytes, Tier
 from computemesh.ids import Id
 
@@ -291,6 +292,7 @@ class WorkExplanation(Message, frozen=True, kw_only=True):
 _EVERYONE: Final = frozenset(Role)
 _SERVICES: Final = frozenset({Role.SERVICES})
 _ASKERS: Final = frozenset({Role.CLIENT, Role.SERVICES})
+_NOT_FOUND: Final = Refusal(code="not_found", status=404, when="there is no such item")
 
 SUBMIT: Final = Event(
     subject="compute.work.submit.v1",
@@ -306,7 +308,21 @@ REQUEST: Final = Request(
     takes=WorkItem,
     gives=WorkRecord,
     asked_by=_ASKERS,
+    service=WORK_MARSHALLER,
     http=(Http(method="POST", path="/api/v1/work/submit", status=202),),
+    refuses=(
+        Refusal(code="unknown_work_type", status=400, when="no node has announced work of this type"),
+        Refusal(code="too_large", status=413, when="the item is larger than the inbox takes"),
+        Refusal(code="queue_full", status=503, when="as many items wait as may"),
+        Refusal(code="not_stored", status=503, when="the inbox did not take the item"),
+    ),
+    example=WorkItem(
+        work_id="w-example",
+        work_type="inference",
+        priority=7,
+        payload={"messages": [{"role": "user", "content": "What is a mesh?"}], "max_tokens": 64},
+        timeout_s=600.0,
+    ),
     about="Checks a work item, submits it, and answers with the item or the refusal.",
 )
 ASSIGNED: Final = Event(
@@ -322,7 +338,7 @@ DELIVER: Final = Request(
     takes=Assignment,
     gives=Delivery,
     asked_by=_SERVICES,
-    answered_by=Role.NODE,
+    service=NODE_AGENT,
     about="Work for one node, answered accepted or not.",
 )
 STOP: Final = Request(
@@ -331,7 +347,7 @@ STOP: Final = Request(
     takes=WorkStop,
     gives=Stopped,
     asked_by=_SERVICES,
-    answered_by=Role.NODE,
+    service=NODE_AGENT,
     about="Ends an attempt and kills its processes.",
 )
 PROGRESS: Final = Event(
@@ -377,7 +393,10 @@ GET: Final = Request(
     takes=WorkGet,
     gives=WorkRecord,
     asked_by=_EVERYONE,
+    service=WORK_MARSHALLER,
     http=(Http(method="GET", path="/api/v1/work/{work_id}"),),
+    refuses=(_NOT_FOUND,),
+    example=WorkGet(work_id="w-example"),
     about="One item.",
 )
 LIST: Final = Request(
@@ -385,7 +404,9 @@ LIST: Final = Request(
     takes=WorkList,
     gives=WorkItems,
     asked_by=_EVERYONE,
+    service=WORK_MARSHALLER,
     http=(Http(method="GET", path="/api/v1/work"),),
+    example=WorkList(status=WorkState.PENDING, limit=20),
     about="Items, newest first, of one state or all.",
 )
 CANCEL: Final = Request(
@@ -393,7 +414,10 @@ CANCEL: Final = Request(
     takes=WorkCancel,
     gives=WorkRecord,
     asked_by=_ASKERS,
+    service=WORK_MARSHALLER,
     http=(Http(method="DELETE", path="/api/v1/work/{work_id}"),),
+    refuses=(_NOT_FOUND, Refusal(code="already_final", status=409, when="the item has ended in another way")),
+    example=WorkCancel(work_id="w-example", reason="no longer needed"),
     about="Cancels an item and ends what runs of it.",
 )
 EXPLAIN: Final = Request(
@@ -401,6 +425,9 @@ EXPLAIN: Final = Request(
     takes=WorkGet,
     gives=WorkExplanation,
     asked_by=_EVERYONE,
+    service=WORK_MARSHALLER,
     http=(Http(method="GET", path="/api/v1/work/{work_id}/explain"),),
+    refuses=(_NOT_FOUND,),
+    example=WorkGet(work_id="w-example"),
     about="Why an item is where it is: each node, and what speaks for or against it.",
 )

@@ -1,7 +1,7 @@
 """The HTTP edge of a service: its contracts as routes, and the doors that every edge has.
 
 ``/healthz`` the process and its loops are alive; ``/readyz`` it can serve now; ``/metrics`` Prometheus;
-``/openapi.json``. Refusals are RFC 9457 problem details.
+``/openapi.json`` and, as a page, ``/docs``. Refusals are RFC 9457 problem details.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ipaddress
 import socket
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -34,12 +35,14 @@ from computemesh.contracts.base import (
     Http,
     Message,
     Refused,
+    ServiceCard,
     convert,
     encode,
     refused,
     too_deep,
 )
-from computemesh.edge import openapi
+from computemesh.contracts.openapi import document, problem_of
+from computemesh.edge import page
 from computemesh.edge.observe import Observed
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -59,8 +62,7 @@ class Extra:
 class Doors:
     """What the common doors need to know of the service."""
 
-    name: str
-    about: str
+    card: ServiceCard
     health: Callable[[], Mapping[str, Any]]
     """Facts for ``/healthz``; the key ``problem`` is empty when all is well."""
     unready: Callable[[], str]
@@ -75,7 +77,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], ext
         for route in bound.contract.http
     ]
     routes += [Route(extra.path, extra.handler, methods=[extra.method]) for extra in extras]
-    routes += _common(doors, bounds)
+    routes += _common(config, doors, bounds)
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
@@ -83,11 +85,13 @@ def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], ext
     return Observed(Gate(app, config), {route.endpoint: route.path for route in routes})
 
 
-def _common(doors: Doors, bounds: list[AnyBound]) -> list[Route]:
-    document = openapi.document(f"computemesh {doors.name}", doors.about, bounds)
+def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound]) -> list[Route]:
+    @cache
+    def described() -> dict[str, Any]:
+        return document(doors.card, [bound.contract for bound in bounds])
 
     async def healthz(_: Request) -> Response:
-        facts = {"service": doors.name, **doors.health()}
+        facts = {"service": doors.card.name, **doors.health()}
         ok = not facts.get("problem")
         return JSONResponse({"status": "ok" if ok else "failing", **facts}, 200 if ok else 503)
 
@@ -99,13 +103,23 @@ def _common(doors: Doors, bounds: list[AnyBound]) -> list[Route]:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     async def schema(_: Request) -> Response:
-        return JSONResponse(document)
+        return JSONResponse(described())
+
+    async def docs(request: Request) -> Response:
+        base_url = f"{request.url.scheme}://{request.url.netloc}"
+        text = page.render(described(), base_url, token=not is_loopback(config.http_host) and bool(config.token))
+        return HTMLResponse(text, headers=page.HEADERS)
+
+    async def root(_: Request) -> Response:
+        return RedirectResponse("/docs")
 
     return [
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", metrics),
         Route("/openapi.json", schema),
+        Route("/docs", docs),
+        Route("/", root),
     ]
 
 
@@ -191,19 +205,14 @@ def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
 
 def problem(answer: Refused) -> Response:
     """A refusal as RFC 9457 problem details."""
-    body: dict[str, Any] = {
-        "type": f"urn:computemesh:{answer.code}",
-        "title": answer.code.replace("_", " "),
-        "status": answer.status,
-        "detail": answer.reason,
-        "code": answer.code,
-        "field": answer.field,
-        "retry": answer.retry,
-    }
-    if here := trace.current():
-        body["trace_id"] = here.trace_id
+    here = trace.current()
     headers = {"Retry-After": "1"} if answer.retry == "later" else None
-    return JSONResponse(body, answer.status, headers, media_type="application/problem+json")
+    return Response(
+        encode(problem_of(answer, here.trace_id if here else "")),
+        answer.status,
+        headers,
+        media_type="application/problem+json",
+    )
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:

@@ -28,6 +28,9 @@ NODE_ID: Final = "n1"
 
 CONTROL_PLANE: Final = ("node-registry", "work-marshaller")
 
+STRICT: Final = {"COMPUTEMESH_STRICT": "true"}
+"""Services under test refuse fields that no contract declares; set it to nothing for what production does."""
+
 QUICK: Final = {
     "COMPUTEMESH_HEARTBEAT_INTERVAL_S": "0.3",
     "COMPUTEMESH_SUSPECT_AFTER_S": "2",
@@ -123,7 +126,7 @@ async def running_mesh(
 ) -> AsyncGenerator[RunningMesh]:
     """The named services on a server of their own, ready, with all files under *folder*."""
     home = Home(folder / "mesh")
-    settings = {**QUICK, **(environment or {})}
+    settings = {**STRICT, **QUICK, **(environment or {})}
     specs = [
         replace(spec, port=0, environment=settings, copies=(copies or {}).get(spec.name, 1))
         for spec in SERVICES

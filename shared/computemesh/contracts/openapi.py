@@ -1,0 +1,277 @@
+"""The OpenAPI 3.1 document of a service's HTTP edge, derived from the requests it answers.
+
+The edge serves it as ``/openapi.json``, ``make docs`` writes it to ``docs/reference/openapi``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from computemesh import __version__
+from computemesh.contracts.base import Event, Http, Message, Refusal, Refused, Request, ServiceCard
+from computemesh.contracts.schemas import schemas_of
+
+AnyRequest = Request[Any, Any]
+
+_PATH_FIELD: Final = re.compile(r"{(\w+)}")
+_REF: Final = "#/components/schemas/{name}"
+_REFERENCE: Final = re.compile(r'"#/components/schemas/(\w+)"')
+
+
+class Problem(Message, frozen=True, kw_only=True):
+    """A refusal over HTTP: RFC 9457 problem details."""
+
+    type: str
+    """`urn:computemesh:` and the code."""
+    title: str
+    status: int
+    detail: str
+    """One sentence for a person, with the numbers that decided."""
+    code: str
+    """Machine-readable, `snake_case`."""
+    field: str
+    """Path of the field at fault; empty when no single field is."""
+    retry: str
+    """Whether asking again helps: `never`, `later`, or `elsewhere`."""
+    trace_id: str = ""
+    """W3C trace id of the request, which the service's log lines about it have too."""
+
+
+def problem_of(answer: Refused, trace_id: str = "") -> Problem:
+    """A refusal as it is said over HTTP."""
+    return Problem(
+        type=f"urn:computemesh:{answer.code}",
+        title=answer.code.replace("_", " "),
+        status=answer.status,
+        detail=answer.reason,
+        code=answer.code,
+        field=answer.field,
+        retry=answer.retry,
+        trace_id=trace_id,
+    )
+
+
+# --- what may be refused anywhere ------------------------------------------------------------------------------
+
+_HEALTHY: Final = (
+    Refusal(code="bad_origin", status=403, when="a page of another origin calls"),
+    Refusal(code="bad_host", status=421, when="on loopback, the edge was called by a name that is not this machine's"),
+)
+_ENTERED: Final = (
+    Refusal(code="no_token", status=401, when="beyond loopback, the call has no bearer token"),
+    Refusal(code="bad_token", status=403, when="the bearer token is not that of this mesh"),
+    *_HEALTHY,
+)
+_ASKED: Final = (
+    Refusal(code="bad_message", status=400, when="the request is not as described here; `field` says where"),
+    *_ENTERED,
+    Refusal(code="internal", status=500, when="the service failed; its log says why"),
+    Refusal(code="unavailable", status=503, when="the bus, or the replica that acts, is away"),
+)
+_SENT: Final = (
+    Refusal(code="too_large", status=413, when="the body is larger than 1 MiB"),
+    Refusal(code="bad_content_type", status=415, when="the body is not declared as `application/json`"),
+)
+
+
+# --- the document ----------------------------------------------------------------------------------------------
+
+
+def document(card: ServiceCard, requests: Sequence[AnyRequest]) -> dict[str, Any]:
+    """The document of the edge of a service that answers *requests*."""
+    routed = [request for request in requests if request.http]
+    kinds = [kind for request in routed for kind in (request.takes, request.gives)]
+    schemas = schemas_of(list(dict.fromkeys([*kinds, Problem])), _REF)
+    paths: dict[str, dict[str, Any]] = {}
+    for request in routed:
+        for route in request.http:
+            paths.setdefault(route.path, {})[route.method.lower()] = _operation(request, route, schemas)
+    paths |= _doors()
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": f"computemesh {card.name}",
+            "version": __version__,
+            "description": _about(card, requests),
+            "license": {"name": "Apache License 2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [
+            {"url": "/", "description": "The edge that serves this document."},
+            {
+                "url": "http://{host}:{port}",
+                "description": "Where it is unless it was told otherwise.",
+                "variables": {"host": {"default": "127.0.0.1"}, "port": {"default": str(card.port)}},
+            },
+        ],
+        "paths": paths,
+        "components": {
+            "schemas": _named_in(paths, schemas),
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "`COMPUTEMESH_TOKEN`. Demanded where the edge is bound beyond loopback.",
+                }
+            },
+        },
+        "security": [{}, {"token": []}],
+    }
+
+
+def _about(card: ServiceCard, requests: Sequence[AnyRequest]) -> str:
+    bus_only = [f"`{subject(request)}`" for request in requests if not request.http]
+    return card.about + (f" Answered on the bus alone: {', '.join(bus_only)}." if bus_only else "")
+
+
+def subject(contract: Event[Any] | AnyRequest) -> str:
+    """The subject of a contract, with its target as ``<name>``."""
+    return f"{contract.subject}.<{contract.target}>" if contract.target else contract.subject
+
+
+def _named_in(paths: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schemas that the paths refer to, and those that these refer to, in their order."""
+    named: set[str] = set()
+    waiting = _references(paths)
+    while waiting:
+        name = waiting.pop()
+        if name not in named:
+            named.add(name)
+            waiting += _references(schemas[name])
+    return {name: schema for name, schema in schemas.items() if name in named}
+
+
+def _references(value: dict[str, Any]) -> list[str]:
+    return _REFERENCE.findall(msgspec.json.encode(value).decode())
+
+
+def _operation(request: AnyRequest, route: Http, schemas: dict[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = schemas[request.takes.__name__]["properties"]
+    example = _said(request.example)
+    in_path = _PATH_FIELD.findall(route.path)
+    has_body = route.method == "POST"
+    in_query = [] if has_body else [name for name in fields if name not in in_path]
+    refusals = [*_ASKED, *(_SENT if has_body else ()), *request.refuses]
+    operation: dict[str, Any] = {
+        "summary": request.about,
+        "description": f"The same as a request on `{subject(request)}`.",
+        "operationId": f"{route.method.lower()}_{request.subject.replace('.', '_')}",
+        "x-nats-subject": subject(request),
+        "parameters": [
+            _parameter(name, where, fields[name], example)
+            for where, names in (("path", in_path), ("query", in_query))
+            for name in names
+        ],
+        "responses": {
+            str(route.status): _json(schemas[request.gives.__name__].get("description", "The answer."), request.gives),
+            **_refused(refusals),
+        },
+    }
+    if has_body:
+        operation["requestBody"] = {
+            "required": any(field.required for field in msgspec.structs.fields(request.takes)),
+            "content": {"application/json": {"schema": _ref(request.takes), "example": example}},
+        }
+    return operation
+
+
+def _parameter(name: str, where: str, schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    schema = dict(schema)
+    parameter: dict[str, Any] = {"name": name, "in": where, "required": where == "path"}
+    if about := schema.pop("description", ""):
+        parameter["description"] = about
+    parameter["schema"] = schema
+    if name in example:
+        parameter["example"] = example[name]
+    return parameter
+
+
+def _said(example: Message | None) -> dict[str, Any]:
+    """The fields of an example that say something: those that are not as they are by default."""
+    return _without_defaults(example) if example is not None else {}
+
+
+def _without_defaults(message: msgspec.Struct) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for field in msgspec.structs.fields(type(message)):
+        value = getattr(message, field.name)
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if value != default:
+            said[field.encode_name] = _plain(value)
+    return said
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return _without_defaults(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return msgspec.to_builtins(value)
+
+
+def _refused(refusals: Sequence[Refusal]) -> dict[str, Any]:
+    """A response for each status, with the codes it may have."""
+    responses: dict[str, Any] = {}
+    for status in sorted({refusal.status for refusal in refusals}):
+        reasons = [f"`{refusal.code}`: {refusal.when}." for refusal in refusals if refusal.status == status]
+        responses[str(status)] = _json(" ".join(reasons), Problem, "application/problem+json")
+    return responses
+
+
+def _ref(kind: type[Any]) -> dict[str, str]:
+    return {"$ref": _REF.format(name=kind.__name__)}
+
+
+def _json(about: str, kind: type[Any], media_type: str = "application/json") -> dict[str, Any]:
+    return {"description": about, "content": {media_type: {"schema": _ref(kind)}}}
+
+
+# --- the doors that every edge has -----------------------------------------------------------------------------
+
+
+def _doors() -> dict[str, Any]:
+    text, flag = {"type": "string"}, {"type": "number"}
+    health = {"status": text, "service": text, "nats": text, "problem": text, "uptime_s": flag}
+    ready = {"status": text, "reason": text}
+    return {
+        "/healthz": _door(
+            "healthz",
+            "Whether the process and its loops are alive.",
+            {"200": _facts("Alive.", health), "503": _facts("Failing; `problem` says why.", health)},
+        ),
+        "/readyz": _door(
+            "readyz",
+            "Whether it can serve now.",
+            {"200": _facts("It can.", ready), "503": _facts("Not now; `reason` says why.", ready)},
+        ),
+        "/metrics": _door(
+            "metrics",
+            "Metrics for Prometheus.",
+            {"200": {"description": "Text format.", "content": {"text/plain": {"schema": text}}}},
+        ),
+        "/openapi.json": _door("openapi", "This document.", {"200": _facts("OpenAPI 3.1.", {})}, closed=True),
+        "/docs": _door(
+            "docs",
+            "This document as a page.",
+            {"200": {"description": "A page.", "content": {"text/html": {"schema": text}}}},
+            closed=True,
+        ),
+    }
+
+
+def _door(name: str, about: str, responses: dict[str, Any], *, closed: bool = False) -> dict[str, Any]:
+    """One door. Those that are not *closed* are answered to anybody, token or not."""
+    operation = {
+        "summary": about,
+        "operationId": name,
+        "responses": {**responses, **_refused(_ENTERED if closed else _HEALTHY)},
+    }
+    return {"get": operation if closed else {**operation, "security": []}}
+
+
+def _facts(about: str, properties: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}

@@ -1,0 +1,22 @@
+"""Every service of the mesh: what it is called, as whom it speaks, where it listens."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from computemesh.contracts.base import Role, ServiceCard
+
+NODE_REGISTRY: Final = ServiceCard(
+    name="node-registry", about="Who is here, what they can do, who is alive.", role=Role.SERVICES, port=8115
+)
+WORK_MARSHALLER: Final = ServiceCard(
+    name="work-marshaller", about="What runs where, until it is done.", role=Role.SERVICES, port=8118
+)
+RESOURCE_DETECTOR: Final = ServiceCard(
+    name="resource-detector", about="What this machine is made of.", role=Role.NODE, port=8116
+)
+NODE_AGENT: Final = ServiceCard(
+    name="node-agent", about="Runs engines and work on this machine.", role=Role.NODE, port=8091
+)
+
+SERVICES: Final = (NODE_REGISTRY, WORK_MARSHALLER, RESOURCE_DETECTOR, NODE_AGENT)
