@@ -345,13 +345,6 @@ def test_a_large_integer_in_a_payload_is_passed_on_as_it_is() -> None:
     assert decode(encode(item), work.WorkItem) == item
 
 
-@every_kind
-def test_unknown_fields_are_ignored(kind: Kind) -> None:
-    """A newer sender may say more than we know."""
-    known = taken(sample(kind), kind)
-    assert taken(sample(kind) | {"a_field_of_tomorrow": {"x": [1, {}]}, "": None}, kind) == known
-
-
 @pytest.mark.parametrize("tier", list(Tier))
 def test_tiers_are_taken_in_any_case_and_printed_in_upper_case(tier: Tier) -> None:
     """Seeds write them both ways."""

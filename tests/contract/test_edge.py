@@ -1,32 +1,40 @@
 """The HTTP edge: every wrong call gets a problem document, every right one works, strangers stay outside.
 
-Method: real services for what callers see; the application alone, without a server, for who may come in.
+Method: real services for what callers see; the application alone, without a server, for who may come in. Whatever a
+test here asks, its answer must be one that the edge's OpenAPI document declares.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+import shlex
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx
+import nats
 import pytest
 import pytest_asyncio
+from openapi_schema_validator import OAS31Validator
 from prometheus_client.parser import text_string_to_metric_families
 
 from computemesh import __version__
 from computemesh.bus import Bus, MicroService, Stored, Where
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
-from computemesh.contracts import catalog, nodes, resources, work
+from computemesh.contracts import catalog, nodes, resources, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
 from computemesh.contracts.nodes import NodeGet, NodeRecord
-from computemesh.contracts.work import WorkGet, WorkItem, WorkRecord
+from computemesh.contracts.permissions import inbox_prefix
+from computemesh.contracts.work import Assignment, WorkCompleted, WorkGet, WorkItem, WorkRecord
 from computemesh.edge import application
 from computemesh.edge.http import Doors, is_loopback
 from computemesh.nats_server import NatsServer
@@ -37,13 +45,17 @@ from computemesh_services.work_marshaller.service import WorkMarshaller
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SERVICES: Final = ("node-registry", "work-marshaller", "resource-detector")
+# pyright: reportUnknownMemberType=false
+
+ROOT: Final = Path(__file__).parents[2]
+SERVICES: Final = tuple(card.name for card in services.SERVICES)
 JSON: Final = {"content-type": "application/json"}
 
 SERVED_BY: Final[dict[str, tuple[Request[Any, Any], ...]]] = {
     "node-registry": (nodes.REGISTER, nodes.QUERY, nodes.GET),
     "work-marshaller": (work.REQUEST, work.GET, work.LIST, work.CANCEL, work.EXPLAIN),
     "resource-detector": (resources.INVENTORY,),
+    "node-agent": (),
 }
 
 ROUTES: Final = [
@@ -56,19 +68,45 @@ every_route = pytest.mark.parametrize(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[RunningMesh]:
-    """Every service that has routes."""
+    """Every service, without a model."""
     folder: Path = tmp_path_factory.mktemp("edge")
-    async with running_mesh(folder, SERVICES) as running:
+    async with running_mesh(folder, SERVICES, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as running:
         yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def edges(mesh: RunningMesh) -> AsyncGenerator[Mapping[str, httpx.AsyncClient]]:
-    """A client for each service's edge."""
+    """A client for each service's edge, which holds every answer against the edge's own document."""
     clients = {name: httpx.AsyncClient(base_url=mesh.http(name)) for name in SERVICES}
+    for client in clients.values():
+        document = (await client.get("/openapi.json")).json()
+        client.event_hooks = {"response": [declared_by(document)]}
     yield clients
     for client in clients.values():
         await client.aclose()
+
+
+def declared_by(document: dict[str, Any]) -> Callable[[httpx.Response], Awaitable[None]]:
+    """Fails on an answer of a known route whose status, media type or body is none that *document* declares."""
+    operations = {
+        (method.upper(), re.compile(re.sub(r"{\w+}", "[^/]+", path))): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+    async def check(answer: httpx.Response) -> None:
+        asked = answer.request
+        for (method, path), operation in operations.items():
+            if asked.method == method and path.fullmatch(asked.url.path):
+                said = f"{method} {asked.url}: {answer.status_code}"
+                assert str(answer.status_code) in operation["responses"], said
+                kind = answer.headers["content-type"].partition(";")[0]
+                schema = operation["responses"][str(answer.status_code)]["content"][kind]["schema"]
+                if kind.endswith("json"):
+                    await answer.aread()
+                    OAS31Validator({**schema, "components": document["components"]}).validate(answer.json())
+
+    return check
 
 
 def assert_problem(answer: httpx.Response, status: int, code: str, field: str = "") -> dict[str, Any]:
@@ -190,13 +228,31 @@ async def test_a_method_that_a_path_does_not_have_is_refused(
     assert answer.headers["allow"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/api/v1", "/api/v2/work", "/api/v1/nothing/here/at/all", "/healthz/x", "//", "/.."]
-)
+@pytest.mark.parametrize("path", ["/api/v1", "/api/v2/work", "/api/v1/nothing/here/at/all", "/healthz/x", "/%2e%2e"])
 async def test_an_unknown_path_is_not_found(edges: Mapping[str, httpx.AsyncClient], path: str) -> None:
     """As a problem document like any other refusal."""
     for client in edges.values():
         assert_problem(await client.get(path), 404, "not_found")
+
+
+async def test_what_an_item_is_refused_for_over_http(mesh: RunningMesh, edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """Work that no node knows, and the end of what has ended."""
+    marshaller, submit = edges["work-marshaller"], "/api/v1/work/submit"
+    assert_problem(await marshaller.post(submit, json={"work_type": "?"}), 400, "unknown_work_type", "work_type")
+    node = await mesh.bus(Role.NODE)
+
+    async def on_work(given: Assignment) -> None:
+        await node.publish(work.COMPLETED, WorkCompleted(work_id=given.work_id, attempt=given.attempt))
+
+    await node.subscribe(work.ASSIGNED, on_work)
+    announcement = {"node_id": "p1", "work_types": ["edge"]}
+    assert (await edges["node-registry"].post("/api/v1/nodes/register", json=announcement)).is_success
+    async with asyncio.timeout(30):
+        while not (await marshaller.post(submit, json={"work_id": "e2", "work_type": "edge"})).is_success:
+            await asyncio.sleep(0.01)  # The marshaller has not heard of the node yet.
+        while (await marshaller.get("/api/v1/work/e2")).json()["state"] != "completed":
+            await asyncio.sleep(0.01)
+    assert_problem(await marshaller.delete("/api/v1/work/e2"), 409, "already_final", "work_id")
 
 
 async def test_what_is_not_there_is_not_found_by_its_field(edges: Mapping[str, httpx.AsyncClient]) -> None:
@@ -280,20 +336,25 @@ async def test_the_openapi_document_has_every_route_and_every_type_it_mentions(
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     }
-    assert declared.keys() == {(r.method, r.path) for request in SERVED_BY[name] for r in request.http}
+    doors = {("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")}
+    assert declared.keys() == doors | {(r.method, r.path) for request in SERVED_BY[name] for r in request.http}
     ids = [operation["operationId"] for operation in declared.values()]
     assert len(set(ids)) == len(ids)
     for reference in references(document):
         assert reference.startswith("#/components/schemas/")
         assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
     for (method, path), operation in declared.items():
+        assert operation["summary"]
+        if (method, path) in doors:
+            continue
         in_path = {p["name"] for p in operation["parameters"] if p["in"] == "path" and p["required"] is True}
         assert in_path == set(re.findall(r"{(\w+)}", path))
         assert ("requestBody" in operation) is (method == "POST")
         success = {status for status in operation["responses"] if status.startswith("2")}
         assert len(success) == 1
-        assert "application/problem+json" in operation["responses"]["default"]["content"]
-        assert operation["summary"]
+        refusals = {status: each for status, each in operation["responses"].items() if status not in success}
+        assert {"400", "401", "403", "421", "500", "503"} <= refusals.keys()
+        assert all(each["content"].keys() == {"application/problem+json"} for each in refusals.values())
 
 
 def references(value: Any) -> Iterator[str]:
@@ -306,6 +367,94 @@ def references(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:  # pyright: ignore[reportUnknownVariableType]
             yield from references(inner)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_the_document_that_a_service_serves_is_the_one_in_the_reference(
+    edges: Mapping[str, httpx.AsyncClient], name: str
+) -> None:
+    """The file is written without the service; it must not tell of another."""
+    served = (await edges[name].get("/openapi.json")).json()
+    assert served == json.loads((ROOT / "docs/reference/openapi" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_every_example_of_the_page_works_over_http(edges: Mapping[str, httpx.AsyncClient], name: str) -> None:
+    """Whoever copies the commands, from the top down, gets what is promised."""
+    page = (await edges[name].get("/docs")).text
+    document = (await edges[name].get("/openapi.json")).json()
+    commands = [command for command in commands_in(page) if command[0] == "curl"]
+    assert len(commands) == sum(len(methods) for methods in document["paths"].values())
+    for command in commands:
+        method, url, headers, body = read_curl(command)
+        answer = await edges[name].request(method, url, headers=headers, content=body)
+        assert answer.is_success, f"{command}: {answer.text}"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_every_example_of_the_page_works_on_the_bus(
+    mesh: RunningMesh, edges: Mapping[str, httpx.AsyncClient], name: str
+) -> None:
+    """By plain NATS, with the node's id where the page has a placeholder."""
+    page = (await edges[name].get("/docs")).text
+    commands = [command for command in commands_in(page) if command[0] == "nats"]
+    assert len(commands) == sum(len(request.http) for request in SERVED_BY[name])
+    connection = await nats.connect(mesh.url(Role.SERVICES), inbox_prefix=inbox_prefix(Role.SERVICES))
+    for _, verb, subject, message in commands:
+        assert verb == "request"
+        answer = await connection.request(subject.replace("<node_id>", "n1"), message.encode(), timeout=10)
+        assert not answer.headers, answer.data
+    await connection.close()
+
+
+def commands_in(page: str) -> list[list[str]]:
+    """Every command of a page as its words."""
+    return [shlex.split(unescape(text)) for text in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
+
+
+def read_curl(words: list[str]) -> tuple[str, str, dict[str, str], str | None]:
+    """Method, address, headers and body of a ``curl`` command."""
+    method, url, headers, body = "GET", "", dict[str, str](), None
+    rest = iter(words[1:])
+    for word in rest:
+        match word:
+            case "-s":
+                pass
+            case "-X":
+                method = next(rest)
+            case "-H":
+                header, _, value = next(rest).partition(": ")
+                headers[header] = value
+            case "-d":
+                body = next(rest)
+            case _:
+                assert not url, words
+                url = word
+    return method, url, headers, body
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_the_page_comes_with_a_policy_that_allows_it_its_own_style_alone(
+    edges: Mapping[str, httpx.AsyncClient], name: str
+) -> None:
+    """No script, no image, no address elsewhere, no frame around it: a browser would refuse them."""
+    page = await edges[name].get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    style = re.search(r"<style>(.*?)</style>", page.text, re.DOTALL)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert policy.pop("style-src") == f"'sha256-{digest}'"
+    assert policy.keys() >= {"default-src", "base-uri", "form-action", "frame-ancestors"}
+    assert set(policy.values()) == {"'none'"}
+    assert page.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_the_root_leads_to_the_page(edges: Mapping[str, httpx.AsyncClient]) -> None:
+    """Whoever opens the address of an edge in a browser finds out what it is."""
+    for client in edges.values():
+        answer = await client.get("/")
+        assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
 
 
 async def test_the_status_that_is_declared_is_the_one_that_is_sent(edges: Mapping[str, httpx.AsyncClient]) -> None:
@@ -406,7 +555,7 @@ async def test_beyond_loopback_nothing_is_told_without_the_token_but_how_the_pro
     async with outside(token=TOKEN) as client:
         for path in ("/healthz", "/readyz", "/metrics"):
             assert (await client.get(path)).status_code == 200
-        for path in ("/openapi.json", "/nothing", "/healthz/", "/api/v1/nodes/n1"):
+        for path in ("/openapi.json", "/docs", "/", "/nothing", "/healthz/", "/api/v1/nodes/n1"):
             assert (await client.get(path)).status_code == 401
 
 

@@ -67,9 +67,10 @@ NO_MESSAGE: Final = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[RunningMesh]:
-    """Every service, without a model."""
+    """Every service, without a model, and as lenient with unknown fields as in production."""
     folder: Path = tmp_path_factory.mktemp("hostile")
-    async with running_mesh(folder, ALL, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as running:
+    settings = {"COMPUTEMESH_MODELS": "/nowhere", "COMPUTEMESH_STRICT": ""}
+    async with running_mesh(folder, ALL, environment=settings) as running:
         yield running
 
 

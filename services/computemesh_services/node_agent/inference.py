@@ -6,7 +6,6 @@ The result is what MLOC expects of a task: ``items`` in the order of the prompts
 from __future__ import annotations
 
 import difflib
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +29,6 @@ CONNECT_TIMEOUT_S: Final = 5.0
 
 _PASSING: Final = frozenset({408, 425, 429})
 """Client errors that say nothing about the request."""
-
-_UNKNOWN_FIELD: Final = re.compile(r"unknown field '(.+?)'")
 
 _Prompts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
 _Stops = Annotated[list[str], msgspec.Meta(max_length=16)]
@@ -323,12 +320,9 @@ def _bad_payload(field: str, reason: str) -> ExecutionError:
 
 def _complaint(refused: Refused) -> tuple[str, str]:
     """Field and reason; for a field that does not exist, with the one that was probably meant."""
-    unknown = _UNKNOWN_FIELD.search(refused.reason)
-    if unknown is None:
+    if "unknown field" not in refused.reason:
         return refused.field, refused.reason
-    name = unknown.group(1)
-    known = ChatMessage if refused.field else InferencePayload
+    inside, _, name = refused.field.rpartition(".")
+    known = ChatMessage if inside else InferencePayload
     close = difflib.get_close_matches(name, known.__struct_fields__, 1)
-    return ".".join(filter(None, (refused.field, name))), "no such field" + (
-        f"; did you mean {close[0]}?" if close else ""
-    )
+    return refused.field, "no such field" + (f"; did you mean {close[0]}?" if close else "")

@@ -117,6 +117,8 @@ class NodesQuery(Message, frozen=True, kw_only=True):
 
 
 class NodeList(Message, frozen=True, kw_only=True):
+    """The nodes that match a query."""
+
     nodes: list[NodeRecord]
     count: Count
     """Nodes that match, also those beyond `limit`."""

@@ -57,24 +57,22 @@ def problem_of(answer: Refused, trace_id: str = "") -> Problem:
 
 # --- what may be refused anywhere ------------------------------------------------------------------------------
 
-_HEALTHY: Final = (
+_ANYWHERE: Final = (
     Refusal(code="bad_origin", status=403, when="a page of another origin calls"),
     Refusal(code="bad_host", status=421, when="on loopback, the edge was called by a name that is not this machine's"),
 )
 _ENTERED: Final = (
     Refusal(code="no_token", status=401, when="beyond loopback, the call has no bearer token"),
     Refusal(code="bad_token", status=403, when="the bearer token is not that of this mesh"),
-    *_HEALTHY,
+    *_ANYWHERE,
 )
 _ASKED: Final = (
     Refusal(code="bad_message", status=400, when="the request is not as described here; `field` says where"),
     *_ENTERED,
+    Refusal(code="too_large", status=413, when="the body is larger than 1 MiB"),
+    Refusal(code="bad_content_type", status=415, when="there is a body that is not declared as `application/json`"),
     Refusal(code="internal", status=500, when="the service failed; its log says why"),
     Refusal(code="unavailable", status=503, when="the bus, or the replica that acts, is away"),
-)
-_SENT: Final = (
-    Refusal(code="too_large", status=413, when="the body is larger than 1 MiB"),
-    Refusal(code="bad_content_type", status=415, when="the body is not declared as `application/json`"),
 )
 
 
@@ -154,7 +152,6 @@ def _operation(request: AnyRequest, route: Http, schemas: dict[str, Any]) -> dic
     in_path = _PATH_FIELD.findall(route.path)
     has_body = route.method == "POST"
     in_query = [] if has_body else [name for name in fields if name not in in_path]
-    refusals = [*_ASKED, *(_SENT if has_body else ()), *request.refuses]
     operation: dict[str, Any] = {
         "summary": request.about,
         "description": f"The same as a request on `{subject(request)}`.",
@@ -167,7 +164,7 @@ def _operation(request: AnyRequest, route: Http, schemas: dict[str, Any]) -> dic
         ],
         "responses": {
             str(route.status): _json(schemas[request.gives.__name__].get("description", "The answer."), request.gives),
-            **_refused(refusals),
+            **_refused([*_ASKED, *request.refuses]),
         },
     }
     if has_body:
@@ -218,6 +215,8 @@ def _refused(refusals: Sequence[Refusal]) -> dict[str, Any]:
     for status in sorted({refusal.status for refusal in refusals}):
         reasons = [f"`{refusal.code}`: {refusal.when}." for refusal in refusals if refusal.status == status]
         responses[str(status)] = _json(" ".join(reasons), Problem, "application/problem+json")
+        if status == 503:
+            responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}}
     return responses
 
 
@@ -267,7 +266,7 @@ def _door(name: str, about: str, responses: dict[str, Any], *, closed: bool = Fa
     operation = {
         "summary": about,
         "operationId": name,
-        "responses": {**responses, **_refused(_ENTERED if closed else _HEALTHY)},
+        "responses": {**responses, **_refused(_ENTERED if closed else _ANYWHERE)},
     }
     return {"get": operation if closed else {**operation, "security": []}}
 

@@ -248,6 +248,8 @@ class WorkSummary(Message, frozen=True, kw_only=True):
 
 
 class WorkItems(Message, frozen=True, kw_only=True):
+    """The items that match a query."""
+
     items: list[WorkSummary]
     """The newest first."""
     count: Count
@@ -283,6 +285,8 @@ class NodeVerdict(Message, frozen=True, kw_only=True):
 
 
 class WorkExplanation(Message, frozen=True, kw_only=True):
+    """Why an item is where it is, and what each node is to it."""
+
     work_id: str
     state: WorkState
     summary: str

@@ -24,7 +24,7 @@ STYLE: Final = """
 html { scroll-padding-top: 1rem; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
 a { color: var(--link); }
-a:focus-visible, pre:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: 3px; }
+a:focus-visible, summary:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: 3px; }
 code, pre { font: .9em/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.25rem; margin: 3rem 0 0; }
@@ -33,20 +33,25 @@ p { margin: .4rem 0; } .soft { color: var(--soft); }
 .skip { position: absolute; left: -99rem; padding: .5rem 1rem; background: var(--paper); } .skip:focus { left: 0; }
 .columns { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 nav ul { list-style: none; margin: .25rem 0 1rem; padding: 0; } nav li { padding: .15rem 0; }
-nav h2 { font-size: .85rem; margin: 1rem 0 0; color: var(--soft); } nav a { text-decoration: none; }
-nav a:hover { text-decoration: underline; }
+nav h2 { font-size: .85rem; margin: 1rem 0 0; color: var(--soft); } nav a, h3 a { text-decoration: none; }
+nav a:hover, h3 a:hover { text-decoration: underline; }
+nav .names { display: flex; flex-wrap: wrap; column-gap: 1.25rem; }
+nav li a:has(.method) { display: grid; grid-template-columns: 4.6rem 1fr; }
 article { margin-top: 1rem; padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }
 article:target { border-color: var(--link); }
-.method { display: inline-block; min-width: 4.2em; font-weight: 700; font-size: .85em; }
+.method { display: inline-block; min-width: 5em; font-weight: 700; font-size: .85em; }
 .get { color: var(--get); } .post { color: var(--post); } .delete { color: var(--delete); }
 dl { margin: .25rem 0; } dt { margin-top: .5rem; } dd { margin: 0 0 0 1.25rem; color: var(--soft); }
 .kind { color: var(--soft); font-size: .9em; }
 .must { font-weight: 600; font-size: .85em; }
-pre { margin: .35rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--wash); border-radius: .4rem; }
+pre { margin: .35rem 0; padding: .7rem .9rem; background: var(--wash); border-radius: .4rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: var(--soft); }
 @media (min-width: 62rem) {
   .columns { display: grid; grid-template-columns: 17rem minmax(0, 1fr); column-gap: 2.5rem; }
   .columns > header { grid-column: 1 / -1; }
-  nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding-bottom: 2rem; } }
+  nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto; padding-bottom: 2rem; }
+  nav .names { display: block; } }
 """
 
 HEADERS: Final = {
@@ -56,6 +61,9 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 """What the page is served with: it may use its own style and nothing else."""
+
+LINE_CHARS: Final = 60
+"""Longest message that an example shows on one line."""
 
 Json = Mapping[str, Any]
 
@@ -115,26 +123,27 @@ def _nav(operations: Iterable[tuple[str, str, Json]], document: Json) -> _Html:
         for method, path, operation in operations
     ]
     names = [_tag("li", _link(name, f"#schema-{name}")) for name in document["components"]["schemas"]]
-    parts = [_tag("h2", "Routes"), _tag("ul", *routes), _tag("h2", "Schemas"), _tag("ul", *names)]
+    parts = [_tag("h2", "Routes"), _tag("ul", *routes), _tag("h2", "Schemas"), _tag("ul", *names, class_="names")]
     return _tag("nav", *parts, aria_label="Contents")
 
 
 def _operation(method: str, path: str, operation: Json, base_url: str, token: bool) -> _Html:
-    parts = [_tag("h3", _method(method), _tag("code", path)), _tag("p", *_prose(operation["summary"]))]
+    shown = _tag("code", path)
+    opens = method == "get" and "{" not in path and not token
+    parts = [_tag("h3", _method(method), _link(shown, path) if opens else shown)]
+    parts.append(_tag("p", *_prose(operation["summary"])))
     body = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if parameters := operation.get("parameters"):
         parts += [_tag("h4", "Parameters"), _tag("dl", *(part for p in parameters for part in _parameter(p)))]
     if body:
         must = "required" if operation["requestBody"]["required"] else "may be left out"
         parts += [_tag("h4", "Body"), _tag("p", *_kind(body["schema"]), " ", _tag("span", must, class_="kind"))]
-    answers = [part for status, answer in operation["responses"].items() for part in _answer(status, answer)]
-    parts += [_tag("h4", "Answers"), _tag("dl", *answers)]
+    parts += [_tag("h4", "Answers"), *_answers(operation["responses"])]
     parts += [_tag("h4", "With curl"), _command(_curl(method, path, operation, base_url, token))]
     if subject := operation.get("x-nats-subject"):
-        said = _example_of(operation)
         parts += [
             _tag("h4", "The same on the bus"),
-            _command(shlex.join(["nats", "request", subject, json.dumps(said)])),
+            _command(f"nats request {shlex.quote(subject)} {_quoted(_example_of(operation))}"),
         ]
     return _tag("article", *parts, id=operation["operationId"])
 
@@ -150,6 +159,15 @@ def _parameter(parameter: Json) -> Iterator[_Html]:
         yield _tag("dd", *_prose(about))
 
 
+def _answers(responses: Json) -> Iterator[_Html]:
+    """What is answered; refusals, the same for most requests, folded away."""
+    refusals = {status: each for status, each in responses.items() if "application/problem+json" in each["content"]}
+    said = [part for status, each in responses.items() if status not in refusals for part in _answer(status, each)]
+    yield _tag("dl", *said)
+    listed = [part for status, answer in refusals.items() for part in _answer(status, answer)]
+    yield _tag("details", _tag("summary", f"Refusals: {', '.join(refusals)}"), _tag("dl", *listed))
+
+
 def _answer(status: str, answer: Json) -> Iterator[_Html]:
     yield _tag(
         "dt", _tag("code", status), " ", *(part for c in answer["content"].values() for part in _kind(c["schema"]))
@@ -158,7 +176,7 @@ def _answer(status: str, answer: Json) -> Iterator[_Html]:
 
 
 def _command(text: str) -> _Html:
-    return _tag("pre", _tag("code", text), tabindex="0")
+    return _tag("pre", _tag("code", text))
 
 
 def _example_of(operation: Json) -> dict[str, Any]:
@@ -182,8 +200,17 @@ def _curl(method: str, path: str, operation: Json, base_url: str, token: bool) -
     if token and operation.get("security") != []:
         command += ["-H", '"Authorization: Bearer $COMPUTEMESH_TOKEN"']
     if "requestBody" in operation:
-        command += ["-H", "'Content-Type: application/json'", "-d", shlex.quote(json.dumps(_example_of(operation)))]
+        command += ["-H", "'Content-Type: application/json'", "-d", _quoted(_example_of(operation))]
     return " ".join(command)
+
+
+def _quoted(message: dict[str, Any]) -> str:
+    """A message as one word of a shell command, on a line for each field when it is long."""
+    text = json.dumps(message, ensure_ascii=False)
+    if len(text) > LINE_CHARS:
+        lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in message.items())
+        text = "{\n" + ",\n".join(lines) + "\n}"
+    return shlex.quote(text)
 
 
 # --- schemas ---------------------------------------------------------------------------------------------------
@@ -210,10 +237,11 @@ def _schema(name: str, schema: Json) -> _Html:
 
 
 def _field(name: str, schema: Json, required: bool, where: str = "") -> Iterator[_Html]:
-    notes: list[object] = [", ".join(filter(None, [where, *_bounds(schema)]))]
-    if "default" in schema and not required and schema["default"] is not None:
-        notes = [*filter(None, [*notes]), "default " + json.dumps(schema["default"], ensure_ascii=False)]
-    kind = _tag("span", *_kind(schema), *(f", {note}" for note in notes if note), class_="kind")
+    default = schema.get("default")
+    notes = [*([where] if where else []), *_bounds(schema)]
+    if default not in (None, "", []) and not isinstance(default, dict):
+        notes.append(f"default {json.dumps(default, ensure_ascii=False)}")
+    kind = _tag("span", *_kind(schema), *(f", {note}" for note in notes), class_="kind")
     must = [" ", _tag("span", "required", class_="must")] if required else []
     yield _tag("dt", _tag("code", name), " ", kind, *must)
 
@@ -222,8 +250,8 @@ _BOUNDS: Final = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",
     "maximum": "at most {}",
-    "minLength": "{} characters or more",
-    "maxLength": "at most {} characters",
+    "minLength": "at least {} long",
+    "maxLength": "at most {} long",
     "maxItems": "at most {} of them",
     "maxProperties": "at most {} of them",
 }
