@@ -34,7 +34,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); }
 .columns { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 nav ul { list-style: none; margin: .25rem 0 1rem; padding: 0; } nav li { padding: .15rem 0; }
 nav h2 { font-size: .85rem; margin: 1rem 0 0; color: var(--soft); } nav a, h3 a { text-decoration: none; }
-nav a:hover, h3 a:hover { text-decoration: underline; }
+nav a:hover, h3 a:hover { text-decoration: underline; } nav code { font-size: .84em; }
 nav .names { display: flex; flex-wrap: wrap; column-gap: 1.25rem; }
 nav li a:has(.method) { display: grid; grid-template-columns: 4.6rem 1fr; }
 article { margin-top: 1rem; padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }
@@ -134,7 +134,8 @@ def _operation(method: str, path: str, operation: Json, base_url: str, token: bo
     parts.append(_tag("p", *_prose(operation["summary"])))
     body = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if parameters := operation.get("parameters"):
-        parts += [_tag("h4", "Parameters"), _tag("dl", *(part for p in parameters for part in _parameter(p)))]
+        fields = [part for p in parameters for part in _field(p["name"], p, p["required"], f"in the {p['in']}")]
+        parts += [_tag("h4", "Parameters"), _tag("dl", *fields)]
     if body:
         must = "required" if operation["requestBody"]["required"] else "may be left out"
         parts += [_tag("h4", "Body"), _tag("p", *_kind(body["schema"]), " ", _tag("span", must, class_="kind"))]
@@ -152,13 +153,6 @@ def _method(method: str) -> _Html:
     return _tag("span", method.upper(), class_=f"method {method}")
 
 
-def _parameter(parameter: Json) -> Iterator[_Html]:
-    where = f"in the {parameter['in']}"
-    yield from _field(parameter["name"], parameter["schema"], parameter["required"], where)
-    if about := parameter.get("description"):
-        yield _tag("dd", *_prose(about))
-
-
 def _answers(responses: Json) -> Iterator[_Html]:
     """What is answered; refusals, the same for most requests, folded away."""
     refusals = {status: each for status, each in responses.items() if "application/problem+json" in each["content"]}
@@ -169,9 +163,8 @@ def _answers(responses: Json) -> Iterator[_Html]:
 
 
 def _answer(status: str, answer: Json) -> Iterator[_Html]:
-    yield _tag(
-        "dt", _tag("code", status), " ", *(part for c in answer["content"].values() for part in _kind(c["schema"]))
-    )
+    kinds = [part for content in answer["content"].values() for part in _kind(content["schema"])]
+    yield _tag("dt", _tag("code", status), " ", *kinds)
     yield _tag("dd", *_prose(answer["description"]))
 
 
@@ -223,12 +216,7 @@ def _schema(name: str, schema: Json) -> _Html:
     if "properties" in schema:
         required = schema.get("required", ())
         fields = [
-            part
-            for field, inner in schema["properties"].items()
-            for part in (
-                *_field(field, inner, field in required),
-                *([_tag("dd", *_prose(inner["description"]))] if "description" in inner else []),
-            )
+            part for field, inner in schema["properties"].items() for part in _field(field, inner, field in required)
         ]
         parts.append(_tag("dl", *fields) if fields else _tag("p", "No fields.", class_="soft"))
     else:
@@ -236,7 +224,9 @@ def _schema(name: str, schema: Json) -> _Html:
     return _tag("article", *parts, id=f"schema-{name}")
 
 
-def _field(name: str, schema: Json, required: bool, where: str = "") -> Iterator[_Html]:
+def _field(name: str, field: Json, required: bool, where: str = "") -> Iterator[_Html]:
+    """A field of a schema, or a parameter, which has its schema inside."""
+    schema = field.get("schema", field)
     default = schema.get("default")
     notes = [*([where] if where else []), *_bounds(schema)]
     if default not in (None, "", []) and not isinstance(default, dict):
@@ -244,6 +234,8 @@ def _field(name: str, schema: Json, required: bool, where: str = "") -> Iterator
     kind = _tag("span", *_kind(schema), *(f", {note}" for note in notes), class_="kind")
     must = [" ", _tag("span", "required", class_="must")] if required else []
     yield _tag("dt", _tag("code", name), " ", kind, *must)
+    if about := field.get("description"):
+        yield _tag("dd", *_prose(about))
 
 
 _BOUNDS: Final = {
