@@ -206,13 +206,9 @@ def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
 def problem(answer: Refused) -> Response:
     """A refusal as RFC 9457 problem details."""
     here = trace.current()
+    body = encode(problem_of(answer, here.trace_id if here else ""))
     headers = {"Retry-After": "1"} if answer.retry == "later" else None
-    return Response(
-        encode(problem_of(answer, here.trace_id if here else "")),
-        answer.status,
-        headers,
-        media_type="application/problem+json",
-    )
+    return Response(body, answer.status, headers, media_type="application/problem+json")
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:
