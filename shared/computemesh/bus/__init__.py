@@ -1,7 +1,7 @@
 """The only package that speaks NATS. Everything else sees contracts, buckets, pulls and leases."""
 
 from computemesh.bus.connection import Bus, Where
-from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
+from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.bus.kv import Bucket, Entry, Mirror
 from computemesh.bus.micro import MicroService
 from computemesh.bus.pipeline import Pipeline, Posts, Reply
@@ -16,6 +16,7 @@ __all__ = [
     "MicroService",
     "Mirror",
     "NoResponder",
+    "NotAdmitted",
     "NotStored",
     "Pipeline",
     "Posts",

@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from computemesh import log, trace
-from computemesh.bus.errors import BusError, Conflict, NoResponder, NotStored, TimedOut, Unreachable
+from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
 from computemesh.contracts.permissions import inbox_prefix, is_inbox
 
@@ -93,9 +93,20 @@ class Where:
 
 
 class Bus:
-    """One connection, kept alive: it reconnects for ever, with jitter, and tells those who must resync."""
+    """One connection, kept alive: it reconnects for ever, with jitter, and tells those who must resync.
 
-    def __init__(self, where: Where, *, on_defect: Callable[[BaseException], None] | None = None) -> None:
+    Args:
+        on_defect: takes what a message handler raised.
+        on_denied: takes the server's words when it denies a subject; left out, they are logged.
+    """
+
+    def __init__(
+        self,
+        where: Where,
+        *,
+        on_defect: Callable[[BaseException], None] | None = None,
+        on_denied: Callable[[str], None] | None = None,
+    ) -> None:
         self.where: Final = where
         self.interrupted = asyncio.Event()
         """Set when the connection breaks; a fresh event stands here after each reconnect."""
@@ -103,22 +114,29 @@ class Bus:
         self.max_payload = 1024 * 1024
         self._nc = Client()
         self._on_defect = on_defect or _log_defect
+        self._on_denied = on_denied
         self._last_error: BaseException | None = None
+        self._refused = asyncio.Event()
+        self._wait_for_server = True
         self._closing = False
         self._asked: set[asyncio.Task[Msg]] = set()
         """Requests that wait for their reply."""
 
     # --- connection --------------------------------------------------------------------------------------
 
-    async def connect(self, *, timeout_s: float | None = None) -> None:
+    async def connect(self, *, timeout_s: float | None = None, wait_for_server: bool = True) -> None:
         """Connects, waiting for a server that is not there yet.
 
         Args:
-            timeout_s: give up after that long; None waits for ever, saying so in the log.
+            timeout_s: give up after that long, or as soon as the credentials are refused; None waits for ever,
+                saying so in the log.
+            wait_for_server: with a timeout, False also gives up as soon as nothing listens there.
 
         Raises:
-            Unreachable: no server in time, or it refuses the credentials.
+            Unreachable: no server in time.
+            NotAdmitted: it refuses the credentials.
         """
+        self._wait_for_server = wait_for_server
         attempt = asyncio.ensure_future(
             self._nc.connect(
                 servers=[self.where.url],
@@ -137,33 +155,49 @@ class Bus:
             )
         )
         waited_s = 0.0
-        while True:
-            step_s = 5.0 if timeout_s is None else timeout_s
-            done, _ = await asyncio.wait({attempt}, timeout=step_s)
-            waited_s += step_s
-            if done:
-                break
-            if timeout_s is not None:
-                attempt.cancel()
-                await asyncio.wait({attempt})
-                raise Unreachable(f"no NATS server at {self.where.shown}: {self._reason()}")
-            _log.warning("waiting for NATS", url=self.where.shown, waited_s=waited_s, reason=self._reason())
+        refused = asyncio.ensure_future(self._refused.wait())
+        try:
+            while True:
+                step_s = 5.0 if timeout_s is None else timeout_s
+                watched = {attempt} if timeout_s is None else {attempt, refused}
+                await asyncio.wait(watched, timeout=step_s, return_when=asyncio.FIRST_COMPLETED)
+                waited_s += step_s
+                if attempt.done():
+                    break
+                if timeout_s is not None:
+                    attempt.cancel()
+                    await asyncio.wait({attempt})
+                    raise self._unreachable()
+                _log.warning("waiting for NATS", url=self.where.shown, waited_s=waited_s, reason=self._reason())
+        finally:
+            refused.cancel()
         try:
             attempt.result()
         except (nats.errors.Error, OSError) as error:
-            raise Unreachable(f"no NATS server at {self.where.shown}: {error}") from error
+            self._last_error = error
+            raise self._unreachable() from error
         self.max_payload = self._nc.max_payload
         self.connected.set()
+
+    def _unreachable(self) -> Unreachable:
+        if self._last_error is not None and _is_refusal(self._last_error):
+            return NotAdmitted(f"the NATS server at {self.where.shown} refuses the credentials: {self._last_error}")
+        return Unreachable(f"no NATS server at {self.where.shown}: {self._reason()}")
 
     def _reason(self) -> str:
         return str(self._last_error or "no answer")
 
     async def _on_error(self, error: Exception) -> None:
         # A refusal says more than the reset that follows it.
-        if self._last_error is None or "authorization" not in str(self._last_error).lower():
+        if self._last_error is None or not _is_refusal(self._last_error):
             self._last_error = error
+        if _is_refusal(error) or (isinstance(error, OSError) and not self._wait_for_server):
+            self._refused.set()
         if isinstance(error, nats.errors.Error) and "permissions violation" in str(error).lower():
-            _log.error("not permitted", role=str(self.where.role), reason=str(error))
+            if self._on_denied is not None:
+                self._on_denied(str(error).removeprefix("nats: "))
+            else:
+                _log.error("not permitted", role=str(self.where.role), reason=str(error))
 
     async def _on_disconnect(self) -> None:
         if self.connected.is_set() and not self._closing:
@@ -375,6 +409,10 @@ def traced(headers: dict[str, str] | None) -> dict[str, str] | None:
 
 def _log_defect(error: BaseException) -> None:
     _log.error("handler failed", exc_info=error)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return "authorization" in str(error).lower()
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server | None, float]:

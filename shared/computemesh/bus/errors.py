@@ -1,7 +1,8 @@
 """What can go wrong between a service and the bus.
 
 BusError
-├── Unreachable      no server answers, or it refuses the credentials
+├── Unreachable      no server answers
+│   └── NotAdmitted  it answers, and refuses the credentials
 ├── NoResponder      nobody serves that subject now
 ├── TimedOut         asked, and not answered in time: it may have happened or not
 ├── Conflict         the record changed under the writer (compare-and-set lost)
@@ -16,6 +17,10 @@ class BusError(Exception):
 
 
 class Unreachable(BusError):
+    pass
+
+
+class NotAdmitted(Unreachable):
     pass
 
 

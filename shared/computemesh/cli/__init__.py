@@ -5,16 +5,20 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import mesh, nodes, work
+from computemesh.cli import call, completion, events, mesh, nodes, work
+from computemesh.cli.program import Program
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="computemesh")
 def main() -> None:
     """LLM work across your GPU and CPU machines, over NATS.
 
     `computemesh up` starts a mesh; `computemesh submit --prompt … --wait` gives it work.
     Commands find the mesh of this machine by themselves; set NATS_URL to use another one.
+
+    Every command that prints takes --json; then an error is JSON too, on standard error. Exit status:
+    0 it went well, 1 the work or the mesh did not, 2 refused or wrong usage, 3 no mesh.
     """
 
 
@@ -26,5 +30,8 @@ for _command in (
     nodes.list_nodes,
     work.submit,
     work.work_group,
+    events.events,
+    call.call,
+    completion.completion,
 ):
     main.add_command(_command)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 import click
 import msgspec
 import uvloop
+from rich import markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from computemesh.bus import Bus, BusError, NoResponder, Unreachable, Where
+from computemesh.bus import Bus, BusError, NoResponder, NotAdmitted, Unreachable, Where
 from computemesh.config import ConfigError
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.paths import home
@@ -38,13 +41,21 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Failure(click.ClickException):
-    """A failure with an exit status and, where there is one, what to do next."""
+    """A failure with an exit status and, where there is one, what to do next.
+
+    Args:
+        field: path of the field at fault, when it is one.
+        code: for programs, ``snake_case``; a refusal of the mesh keeps its own.
+    """
 
     exit_code = EXIT_REFUSED
+    code = "failed"
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", field: str = "", code: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        self.field = field
+        self.code = code or self.code
 
     def show(self, file: Any = None) -> None:
         hint = f"; {self.hint}" if self.hint else ""
@@ -55,17 +66,47 @@ class WorkFailure(Failure):
     """The command did its part, the work did not end well."""
 
     exit_code = EXIT_WORK_FAILED
+    code = "work_failed"
 
 
 class NoMesh(Failure):
     """There is no mesh, or it does not answer."""
 
     exit_code = EXIT_NO_MESH
+    code = "no_mesh"
+
+
+def tell(error: click.ClickException, *, as_json: bool) -> None:
+    """Says on standard error what went wrong: a line for people, or one JSON object."""
+    if not as_json:
+        error.show()
+        return
+    told = {"error": error.format_message(), "field": "", "code": "usage", "hint": ""}
+    if isinstance(error, Failure):
+        told |= {"field": error.field, "code": error.code, "hint": error.hint}
+    elif isinstance(error, click.UsageError) and error.ctx is not None:
+        told["hint"] = f"see `{error.ctx.command_path} --help`"
+        if isinstance(error, click.BadParameter) and error.param is not None:
+            told["field"] = error.param.name or ""
+    click.echo(msgspec.json.encode(told), err=True)
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def escape(text: str) -> str:
-    """*text* so that rich prints it as it is."""
-    return text.replace("[", "\\[")
+    """*text* so that rich prints it as it is, and that nothing in it can steer the terminal."""
+    return markup.escape(printable(text))
+
+
+def one_line(text: str) -> str:
+    """*text* for a place where a line break would look like a new entry."""
+    return printable(" ".join(text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """*text* with its control characters spelt out: what others sent must not steer our terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def mesh_status() -> MeshStatus:
@@ -90,20 +131,31 @@ def bus_address(role: Role) -> Where:
 
 
 @asynccontextmanager
-async def connected(role: Role = Role.CLIENT) -> AsyncGenerator[Bus]:
-    """A connection for one command."""
-    bus = Bus(bus_address(role))
+async def connected(role: Role = Role.CLIENT, *, on_denied: Callable[[str], None] | None = None) -> AsyncGenerator[Bus]:
+    """A connection for one command.
+
+    Args:
+        on_denied: takes the server's words when it denies a subject.
+    """
+    bus = Bus(bus_address(role), on_denied=on_denied)
     try:
-        await bus.connect(timeout_s=CONNECT_S)
+        # A server of our own that is gone is being started again; one that NATS_URL names may never come.
+        await bus.connect(timeout_s=CONNECT_S, wait_for_server=not os.environ.get("NATS_URL"))
         yield bus
+    except NotAdmitted as error:
+        raise NoMesh(str(error), hint="check the user and the password in NATS_URL", code="not_admitted") from None
     except Unreachable as error:
         raise no_mesh(str(error)) from None
     except NoResponder as error:
-        raise NoMesh(f"the mesh does not answer: {error}", hint="see `computemesh status`") from None
+        raise silent(f"the mesh does not answer: {error}") from None
     except BusError as error:
-        raise NoMesh(str(error), hint="see `computemesh status`") from None
+        raise silent(str(error)) from None
     finally:
         await bus.close()
+
+
+def silent(reason: str) -> NoMesh:
+    return NoMesh(reason, hint="`computemesh doctor` looks for the cause", code="no_answer")
 
 
 async def ask(bus: Bus, request: Request[Q, R], question: Q) -> R:
@@ -114,10 +166,11 @@ async def ask(bus: Bus, request: Request[Q, R], question: Q) -> R:
     return answer
 
 
-def refusal(answer: Refused) -> Failure:
+def refusal(answer: Refused, *, where: str = "") -> Failure:
+    """A refusal as the failure of this command; *where* stands in front."""
     field = f"{answer.field}: " if answer.field else ""
     hint = "try again in a moment" if answer.retry == "later" else ""
-    return Failure(f"{field}{answer.reason}", hint=hint)
+    return Failure(f"{where}{field}{answer.reason}", hint=hint, field=answer.field, code=answer.code)
 
 
 def run(command: Coroutine[Any, Any, T]) -> T:
@@ -134,13 +187,17 @@ def print_json(value: Any) -> None:
     click.echo(text)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+Cell = str | Text
+"""One place in a table; text is shown as it is, whatever stands in it."""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, right: Sequence[str] = ()) -> None:
     """A plain table; columns in *right* are aligned to the right."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=column != columns[-1])
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(cell if isinstance(cell, Text) else Text(one_line(cell)) for cell in row))
     (out if sys.stdout.isatty() else _wide()).print(made)
 
 
@@ -163,13 +220,19 @@ def ago(at: float) -> str:
 STATE_COLOURS: Final[Mapping[str, str]] = {
     "ready": "green", "online": "green", "completed": "green",
     "running": "cyan", "assigned": "cyan", "starting": "yellow", "pending": "yellow", "retrying": "yellow",
-    "suspect": "yellow", "waiting": "yellow", "failed": "red", "dead": "red", "lost": "red",
+    "suspect": "yellow", "waiting": "yellow", "rejected": "red", "failed": "red", "dead": "red", "lost": "red",
     "cancelled": "magenta", "stopped": "dim",
 }  # fmt: skip
 
 
 def coloured(state: str) -> str:
-    return f"[{STATE_COLOURS.get(state, 'default')}]{state}[/]"
+    """A state as rich's markup."""
+    return f"[{STATE_COLOURS.get(state, 'default')}]{escape(state)}[/]"
+
+
+def state_cell(state: str, more: str = "") -> Text:
+    """A state for a table, with *more* behind it."""
+    return Text(state, STATE_COLOURS.get(state, "default")) + Text(more, "default")
 
 
 def bail(status: int) -> NoReturn:
@@ -187,3 +250,25 @@ async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless(stop: Callable[[], bool], wait: Coroutine[Any, Any, T]) -> T | None:
+    """What *wait* gives; None as soon as *stop* holds."""
+    task = asyncio.ensure_future(wait)
+    try:
+        while not stop():
+            done, _ = await asyncio.wait({task}, timeout=0.02)
+            if done:
+                return task.result()
+        return None
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def is_mapping(value: Any) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)

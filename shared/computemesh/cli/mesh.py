@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,17 +20,28 @@ import click
 import msgspec
 import psutil
 
-from computemesh import __version__, log
+from computemesh import log
 from computemesh.bus import Bus, BusError
 from computemesh.cli import common, work
-from computemesh.cli.common import Failure, WorkFailure, ago, coloured, err, out, print_json, table
+from computemesh.cli.common import (
+    Failure,
+    NoMesh,
+    WorkFailure,
+    ago,
+    coloured,
+    err,
+    out,
+    print_json,
+    state_cell,
+    table,
+)
 from computemesh.cli.services import SERVICES
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.ids import token_from
-from computemesh.nats_server import ServerError, load_or_create
+from computemesh.nats_server import BadCredentialsError, ServerError, load_or_create
 from computemesh.paths import Home, home, private_folder, write_private
 from computemesh.supervisor import HomeTaken, MeshStatus, ServiceStatus, Supervisor, is_running, read_status
 
@@ -59,14 +71,20 @@ PROMPT: Final = "In one sentence: what is a mesh network?"
 )
 @click.option("--models", default="", help="GGUF files or folders to serve, separated by commas.", metavar="PATHS")
 @click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
-def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str, quiet: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="With --detach: print the mesh as JSON once it is ready.")
+def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str, quiet: bool, as_json: bool) -> None:
     """Start a whole mesh on this machine.
 
     Starts an embedded NATS server (unless NATS_URL names one) and every service, each a process of its
     own, and keeps them running until `computemesh down` or Ctrl-C.
     """
+    if as_json and not detach:
+        raise click.UsageError("--json goes with --detach: in the foreground the output is a log")
     place = home()
     if (status := read_status(place)) is not None:
+        if as_json:
+            print_json({**document(status, place), "first_work_item": None})
+            return
         out.print(f"The mesh is running already (pid {status.pid}, up {ago(status.started_at)}).\n")
         show_addresses(status)
         return
@@ -74,13 +92,20 @@ def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str,
         os.environ["COMPUTEMESH_MODELS"] = ",".join(
             str(Path(part).expanduser().resolve()) for part in models.split(",")
         )
-    if detach:
-        _up_detached(place, nats_port, ports)
-        if demo:
-            common.run(_demo())
-        show_next_steps()
-    else:
+    if not detach:
         common.run(_up(place, nats_port, ports, demo=demo, quiet=quiet))
+        return
+    began_s = time.monotonic()
+    status = _up_detached(place, nats_port, ports)
+    if as_json:
+        record = common.run(_demo(live=False, say=False)) if demo else None
+        print_json({**document(status, place), "first_work_item": record})
+        return
+    out.print(f"[bold green]The mesh is up[/] after {time.monotonic() - began_s:.1f} s.\n")
+    show_addresses(status)
+    if demo:
+        common.run(_demo())
+    show_next_steps()
 
 
 async def _up(place: Home, nats_port: int | None, ports: str, *, demo: bool, quiet: bool) -> None:
@@ -89,10 +114,14 @@ async def _up(place: Home, nats_port: int | None, ports: str, *, demo: bool, qui
     log.configure("supervisor", form="json", out=_Lines(quiet))  # type: ignore[arg-type]
     external = os.environ.get("NATS_URL", "")
     specs = [replace(spec, port=0) if ports == "any" else spec for spec in SERVICES]
+    try:
+        credentials = load_or_create(place.credentials)
+    except BadCredentialsError as error:
+        raise Failure(str(error), code="bad_credentials") from None
     supervisor = Supervisor(
         place,
         specs,
-        load_or_create(place.credentials),
+        credentials,
         node_id=node_id(place),
         nats_url=external,
         nats_port=nats_port if nats_port is not None else _default_port(place),
@@ -199,7 +228,8 @@ def node_id(place: Home) -> str:
 # --- detached ------------------------------------------------------------------------------------------------
 
 
-def _up_detached(place: Home, nats_port: int | None, ports: str) -> None:
+def _up_detached(place: Home, nats_port: int | None, ports: str) -> MeshStatus:
+    """Starts the supervisor in the background and waits until everything is ready."""
     private_folder(place.root)
     private_folder(place.logs)
     command = [sys.executable, "-m", "computemesh.cli", "up", "--no-demo", "--ports", ports]
@@ -213,11 +243,8 @@ def _up_detached(place: Home, nats_port: int | None, ports: str) -> None:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
-    started_s = time.monotonic()
     with err.status("Starting the mesh …") as shown:
-        status = _wait_ready(place, process, log_file, offset, shown)
-    out.print(f"[bold green]The mesh is up[/] after {time.monotonic() - started_s:.1f} s.\n")
-    show_addresses(status)
+        return _wait_ready(place, process, log_file, offset, shown)
 
 
 def _wait_ready(place: Home, process: subprocess.Popen[bytes], log_file: Path, offset: int, shown: Any) -> MeshStatus:
@@ -269,25 +296,32 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-async def _demo(*, live: bool = True) -> None:
-    """One work item from submission to the model's answer."""
+async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRecord | None:
+    """One work item from submission to the model's answer; None when no node serves a model.
+
+    Args:
+        live: show its progress on the terminal.
+        say: print what happens.
+    """
+    tell: Callable[[str], None] = out.print if say else lambda _: None
     async with common.connected() as bus:
         with err.status("Waiting for a node that serves a model …"):
             model = await _first_model(bus)
         if model is None:
-            out.print("\nNo node serves a model yet: give one with `computemesh up --models FILE.gguf`.\n")
-            return
-        out.print(f"\n[bold]The first work item[/], published to {work_contracts.SUBMIT.subject}:\n")
-        out.print(f"  model   {model}\n  prompt  {PROMPT}")
+            tell("\nNo node serves a model yet: give one with `computemesh up --models FILE.gguf`.\n")
+            return None
+        tell(f"\n[bold]The first work item[/], published to {work_contracts.SUBMIT.subject}:\n")
+        tell(f"  model   {model}\n  prompt  {PROMPT}")
         item = work_contracts.WorkItem(
             work_type="inference", model_name=model, payload={"prompt": PROMPT, "max_tokens": 64}
         )
         record = await work.submit_and_wait(bus, item, timeout_s=NODE_S, live=live)
-        out.print(f"  answer  [bold]{common.escape(work.answer_text(record)).strip()}[/]")
+        tell(f"  answer  [bold]{common.escape(work.answer_text(record)).strip()}[/]")
         took_s = (record.finished_at or 0.0) - record.submitted_at
-        out.print(f"\n  {record.work_id} {coloured(record.state)} on {record.node_id} after {took_s:.1f} s\n")
+        tell(f"\n  {record.work_id} {coloured(record.state)} on {record.node_id} after {took_s:.1f} s\n")
         if record.state is not work_contracts.WorkState.COMPLETED:
             raise WorkFailure(f"the first work item ended as {record.state}", hint=f"see {home().logs}")
+        return record
 
 
 async def _first_model(bus: Bus) -> str | None:
@@ -303,11 +337,30 @@ async def _first_model(bus: Bus) -> str | None:
     return None
 
 
+def document(status: MeshStatus, place: Home) -> dict[str, Any]:
+    """What programs are told of the mesh on this machine. It holds no secret."""
+    return {
+        "version": status.version,
+        "ready": status.ready,
+        "pid": status.pid,
+        "started_at": status.started_at,
+        "home": str(place.root),
+        "node_id": status.node_id,
+        "embedded": status.embedded,
+        "nats_url": _nats_address(status),
+        "services": status.services,
+    }
+
+
+def _nats_address(status: MeshStatus) -> str:
+    """Where the bus is, without credentials."""
+    return "nats://" + status.nats_urls[Role.CLIENT.value].partition("://")[2].rpartition("@")[2]
+
+
 def show_addresses(status: MeshStatus) -> None:
     """Where everything is."""
     bus = "embedded" if status.embedded else "external"
-    url = status.nats_urls[Role.CLIENT.value]
-    rows = [(f"NATS ({bus})", "nats://" + url.partition("://")[2].rpartition("@")[2])]
+    rows = [(f"NATS ({bus})", _nats_address(status))]
     rows += [(service.name, service.http) for service in status.services if service.http]
     table(["service", "address"], rows)
     out.print(f"\nnode {status.node_id}, files in {home().root}")
@@ -338,18 +391,24 @@ def _command() -> str:
 
 @click.command()
 @click.option("--purge", is_flag=True, help="Also delete everything the mesh kept: work, results, credentials, logs.")
-def down(purge: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def down(purge: bool, as_json: bool) -> None:
     """Stop the mesh on this machine. Work in hand is handed back or finished first."""
     place = home()
     status = read_status(place)
-    if status is None and not is_running(place):
-        _reap(place)
-        out.print("No mesh is running here.")
-    else:
+    was_running = status is not None or is_running(place)
+    if was_running:
         _stop(place, status)
-        out.print("The mesh is down.")
-    if purge and place.root.exists():
+    else:
+        _reap(place)
+    purged = purge and place.root.exists()
+    if purged:
         shutil.rmtree(place.root)
+    if as_json:
+        print_json({"home": str(place.root), "was_running": was_running, "purged": purged})
+        return
+    out.print("The mesh is down." if was_running else "No mesh is running here.")
+    if purged:
         out.print(f"Deleted {place.root}.")
 
 
@@ -408,32 +467,49 @@ def _still_ours(service: ServiceStatus) -> psutil.Process | None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(as_json: bool) -> None:
-    """What runs on this machine, and how it is."""
+    """What runs on this machine, and how it is.
+
+    Exit status: 0 all is ready, 1 something is not, 3 no mesh runs or it does not answer. `computemesh doctor`
+    looks for causes.
+    """
     found = common.mesh_status()
+    counts, failure = common.run(_counts())
     if as_json:
-        shown = msgspec.structs.replace(found, nats_urls={}, token="")
-        print_json(shown)
-        return
-    out.print(f"computemesh {__version__}, up {ago(found.started_at)}, node {found.node_id}\n")
-    rows = [
-        (s.name, coloured(s.state), str(s.pid or "-"), str(s.restarts), ago(s.since), s.http or s.reason or "-")
-        for s in found.services
-    ]
-    table(["service", "state", "pid", "restarts", "since", "address"], rows, right=["pid", "restarts"])
-    common.run(_show_counts())
+        print_json({**document(found, home()), **counts, "problem": failure.message if failure else ""})
+    else:
+        out.print(f"computemesh {found.version}, up {ago(found.started_at)}, node {found.node_id}\n")
+        rows = [
+            (s.name, state_cell(s.state), str(s.pid or "-"), str(s.restarts), ago(s.since), s.http or s.reason or "-")
+            for s in found.services
+        ]
+        table(["service", "state", "pid", "restarts", "since", "address"], rows, right=["pid", "restarts"])
+        if failure is not None:
+            raise failure
+        nodes_found, items = counts["nodes"], counts["work"]
+        shown = [f"nodes: {nodes_found['count']}, {nodes_found['online']} online"]
+        shown += [f"{state}: {count}" for state, count in items.items() if count or state in ("pending", "running")]
+        out.print(f"\n{'; '.join(shown)}")
+    if failure is not None:
+        common.bail(failure.exit_code)
     if not found.ready:
         common.bail(1)
 
 
-async def _show_counts() -> None:
-    async with common.connected() as bus:
-        found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery())
-        online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
-        counts = [f"nodes: {found.count}, {online} online"]
-        for state in (work_contracts.WorkState.PENDING, work_contracts.WorkState.RUNNING):
-            items = await common.ask(bus, work_contracts.LIST, work_contracts.WorkList(status=state, limit=1))
-            counts.append(f"{state}: {items.count}")
-        out.print(f"\n{'; '.join(counts)}")
+IN_HAND: Final = tuple(state for state in work_contracts.WorkState if state not in work_contracts.FINAL)
+
+
+async def _counts() -> tuple[dict[str, Any], NoMesh | None]:
+    """How many nodes and unfinished items there are, or why that is not known."""
+    try:
+        async with common.connected() as bus:
+            asked = [common.ask(bus, work_contracts.LIST, work_contracts.WorkList(status=s, limit=1)) for s in IN_HAND]
+            found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery())
+            listed = await asyncio.gather(*asked)
+    except NoMesh as failure:
+        return {"nodes": None, "work": None}, failure
+    online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
+    counts = {state.value: items.count for state, items in zip(IN_HAND, listed, strict=True)}
+    return {"nodes": {"count": found.count, "online": online}, "work": counts}, None
 
 
 @click.command()

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import click
 
-from computemesh.cli import common
-from computemesh.cli.common import ago, coloured, out, print_json, table
+from computemesh.cli import common, complete
+from computemesh.cli.common import Cell, ago, out, print_json, state_cell, table
 from computemesh.contracts import nodes
 from computemesh.contracts.nodes import NodeList, NodeRecord, NodesQuery
 from computemesh.hardware import Tier
 
 
+class TierChoice(click.Choice[str]):
+    """A tier in any case, shown as it stands on the wire."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        return str(choice).upper()
+
+
 @click.command(name="nodes")
 @click.option("--online", is_flag=True, help="Only nodes that are online.")
 @click.option("--gpu", is_flag=True, help="Only nodes with a GPU.")
-@click.option(
-    "--min-tier", type=click.Choice([t.value for t in Tier], case_sensitive=False), help="At least this tier."
-)
+@click.option("--min-tier", type=TierChoice([t.value for t in Tier]), help="At least this tier, in any case.")
+@click.option("--work-type", default="", help="Only nodes that take this work.", shell_complete=complete.work_types)
+@click.option("--model", default="", help="Only nodes that serve this model.", shell_complete=complete.models)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_nodes(online: bool, gpu: bool, min_tier: Tier | None, as_json: bool) -> None:
+def list_nodes(online: bool, gpu: bool, min_tier: str | None, work_type: str, model: str, as_json: bool) -> None:
     """List the nodes of the mesh and what they can do."""
-    query = NodesQuery(online_only=online, requires_gpu=gpu, min_tier=min_tier)
+    query = NodesQuery(
+        online_only=online,
+        requires_gpu=gpu,
+        min_tier=Tier(min_tier) if min_tier else None,
+        work_type=work_type,
+        model_name=model,
+    )
 
     async def fetch() -> NodeList:
         async with common.connected() as bus:
@@ -37,10 +50,10 @@ def list_nodes(online: bool, gpu: bool, min_tier: Tier | None, as_json: bool) ->
     table(columns, [_row(node) for node in found.nodes], right=["CPUs", "RAM", "slots", "seen"])
 
 
-def _row(node: NodeRecord) -> tuple[str, ...]:
+def _row(node: NodeRecord) -> tuple[Cell, ...]:
     return (
         node.node_id,
-        coloured(node.state) if node.monitored else f"{coloured(node.state)} (unmonitored)",
+        state_cell(node.state, "" if node.monitored else " (unmonitored)"),
         node.tier.value,
         str(node.cpu.threads) if node.cpu and node.cpu.threads else "-",
         f"{node.memory.total_mb / 1024:.0f} GiB" if node.memory and node.memory.total_mb else "-",

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import click
 import msgspec
-import yaml
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from computemesh.bus import Bus, BusError
-from computemesh.cli import common
-from computemesh.cli.common import EXIT_WORK_FAILED, Failure, WorkFailure, ago, coloured, err, out, print_json, table
+from computemesh.cli import common, complete, intake
+from computemesh.cli.common import (
+    EXIT_WORK_FAILED,
+    Failure,
+    WorkFailure,
+    ago,
+    coloured,
+    err,
+    out,
+    print_json,
+    state_cell,
+    table,
+)
 from computemesh.contracts import work
 from computemesh.contracts.base import Refused, convert
 from computemesh.contracts.work import (
@@ -39,7 +47,9 @@ LOOK_AGAIN_S: Final = 5.0
 @click.command()
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--prompt", "-p", help="Ask a model: work of type inference with this prompt.")
-@click.option("--model", "-m", default="", help="Model name; left out, any a node offers.")
+@click.option(
+    "--model", "-m", default="", help="Model name; left out, any a node offers.", shell_complete=complete.models
+)
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer, with --prompt.")
 @click.option("--priority", type=click.IntRange(0, work.PRIORITY_MAX), help="0 to 9; 9 goes first.")
 @click.option("--work-id", help="Idempotency key: the same id is one item, however often it is submitted.")
@@ -89,48 +99,21 @@ def submit(
 
 def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
     """The items of a JSON or YAML file, each with where it stands."""
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        documents = _documents(data.decode())
-    except UnicodeDecodeError:
-        raise Failure(f"{file}: not text in UTF-8") from None
-    except RecursionError:
-        raise Failure(f"{file}: nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:  # A date in YAML that is none is a ValueError.
-        raise Failure(f"{file}: {' '.join(str(error).split())}") from None
     found: list[tuple[str, dict[str, Any]]] = []
-    for number, document in enumerate(documents, 1):
-        where = file if len(documents) == 1 else f"{file}, document {number}"
+    for where, document in intake.documents(intake.read_bytes(file), file):
         items: list[Any] = list(document) if isinstance(document, list) else [document]  # pyright: ignore[reportUnknownArgumentType]
         for item in items:
             try:
                 found.append((where, msgspec.convert(item, dict[str, Any])))
             except msgspec.ValidationError as error:
-                raise Failure(f"{where}: a work item is a mapping: {error}") from None
+                raise Failure(f"{where}: a work item is a mapping: {error}", code="bad_file") from None
     if not found:
-        raise Failure(f"{file}: no work item in it")
+        raise Failure(f"{file}: no work item in it", code="bad_file")
     return found
 
 
-def _documents(text: str) -> list[Any]:
-    """The documents of a JSON or YAML text."""
-    try:
-        # JSON is YAML too, but for tabs and a few escapes; so it is tried first.
-        return [msgspec.json.decode(text)]
-    except ValueError:
-        return [document for document in yaml.safe_load_all(text) if document is not None]
-
-
 def _item(fields: dict[str, Any], where: str) -> WorkItem:
-    prefix = f"{where}: " if where else ""
-    known = WorkItem.__struct_fields__
-    if unknown := [name for name in fields if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise Failure(f"{prefix}{unknown[0]}: unknown field", hint=hint)
-    item = convert(fields, WorkItem)
-    if isinstance(item, Refused):
-        raise Failure(f"{prefix}{item.field + ': ' if item.field else ''}{item.reason}")
+    item = intake.message(fields, WorkItem, where)
     return item if item.work_id else msgspec.structs.replace(item, work_id=new_id("w"))
 
 
@@ -229,9 +212,15 @@ def answer_text(record: WorkRecord) -> str:
     return msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
 
 
+def print_answer(record: WorkRecord) -> None:
+    """The answer as it is for programs, and without control characters for a terminal."""
+    text = answer_text(record)
+    click.echo(common.printable(text) if sys.stdout.isatty() else text)
+
+
 def _print_outcome(record: WorkRecord) -> None:
     if record.state is WorkState.COMPLETED:
-        click.echo(answer_text(record))
+        print_answer(record)
     else:
         err.print(f"[bold red]{record.work_id} {record.state}:[/] {common.escape(answer_text(record))}")
 
@@ -260,7 +249,7 @@ def list_items(status: str | None, limit: int, as_json: bool) -> None:
         out.print("No work items." if status is None else f"No {status} work items.")
         return
     rows = [
-        (i.work_id, coloured(i.state), i.work_type, i.model_name or "-", str(i.priority), str(i.attempt),
+        (i.work_id, state_cell(i.state), i.work_type, i.model_name or "-", str(i.priority), str(i.attempt),
          i.node_id or "-", ago(i.submitted_at), i.error.reason[:80] if i.error else "")
         for i in found.items
     ]  # fmt: skip
@@ -274,7 +263,7 @@ def list_items(status: str | None, limit: int, as_json: bool) -> None:
 
 
 @work_group.command()
-@click.argument("work_id")
+@click.argument("work_id", shell_complete=complete.work_ids)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(work_id: str, as_json: bool) -> None:
     """Show one item: its story and its result."""
@@ -288,24 +277,26 @@ def show(work_id: str, as_json: bool) -> None:
     if as_json:
         print_json(record)
         return
-    out.print(f"{record.work_id}  {coloured(record.state)}  {record.work_type} {record.model_name}")
+    what = common.escape(f"{record.work_type} {record.model_name}".strip())
+    out.print(f"{record.work_id}  {coloured(record.state)}  {what}")
     if record.state not in FINAL:
         out.print(common.escape(why.summary))
         for verdict in why.nodes:
             out.print(f"  {verdict.node_id}: {common.escape('; '.join(verdict.reasons) or 'fits')}")
     out.print()
     rows = [
-        (f"{move.at - record.submitted_at:+.3f} s", coloured(move.state), str(move.attempt or "-"), move.node_id or "-",
-         common.escape(move.reason))
+        (f"{move.at - record.submitted_at:+.3f} s", state_cell(move.state), str(move.attempt or "-"),
+         move.node_id or "-", move.reason)
         for move in record.story
     ]  # fmt: skip
     table(["when", "state", "attempt", "node", "why"], rows, right=["when", "attempt"])
     if record.state in FINAL:
-        click.echo("\n" + answer_text(record))
+        click.echo()
+        print_answer(record)
 
 
 @work_group.command()
-@click.argument("work_id")
+@click.argument("work_id", shell_complete=complete.work_ids)
 @click.option("--reason", default="", help="Why; kept in the item's story.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cancel(work_id: str, reason: str, as_json: bool) -> None:

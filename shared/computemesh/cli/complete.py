@@ -1,0 +1,92 @@
+"""What the Tab key offers: names from the contracts, ids from the mesh.
+
+It must never get in the way: without a mesh, or with one that does not answer at once, it offers nothing and
+says nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, Final
+
+import click
+from click.shell_completion import CompletionItem
+
+from computemesh.bus import Bus
+from computemesh.cli import common, subjects
+from computemesh.contracts import nodes, work
+from computemesh.contracts.base import Message, Refused, Request, Role
+from computemesh.contracts.catalog import events, requests
+
+WAIT_S: Final = 0.7
+"""How long a person at the prompt waits for the mesh, at most."""
+
+OFFERED_MAX: Final = 200
+
+
+def _offer(names: Iterable[tuple[str, str]], incomplete: str) -> list[CompletionItem]:
+    """Each name that begins so, with its explanation, once."""
+    fitting = {name: about for name, about in names if name.startswith(incomplete)}
+    return [CompletionItem(name, help=about or None) for name, about in list(fitting.items())[:OFFERED_MAX]]
+
+
+def event_names(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Conversations and events; full subjects once the word begins like one."""
+    shorts = [(name, "all of this conversation") for name in subjects.conversations()]
+    shorts += [(subjects.short(event.subject), event.about) for event in events()]
+    full = [(subjects.pattern(event).removesuffix(".*"), event.about) for event in events()]
+    return _offer(full if incomplete.startswith("compute") else shorts, incomplete)
+
+
+def request_names(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What can be called; full subjects once the word begins like one."""
+    shorts = [(subjects.short(request.subject), request.about) for request in requests()]
+    full = [(request.subject, request.about) for request in requests()]
+    return _offer(full if incomplete.startswith("compute") else shorts, incomplete)
+
+
+def work_ids(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The newest items."""
+    found = _asked(work.LIST, work.WorkList(limit=OFFERED_MAX))
+    return _offer(
+        [(item.work_id, f"{item.state}, {item.work_type}") for item in found.items] if found else [], incomplete
+    )
+
+
+def node_ids(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _offer([(node.node_id, f"{node.state}, {node.tier}") for node in _nodes()], incomplete)
+
+
+def models(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Models that some node serves."""
+    return _offer([(model, node.node_id) for node in _nodes() for model in node.models], incomplete)
+
+
+def work_types(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Types every mesh knows, and those that some node takes."""
+    known = [(name, "") for name in work.WORK_TYPES]
+    return _offer(known + [(name, node.node_id) for node in _nodes() for name in node.work_types], incomplete)
+
+
+def _nodes() -> list[nodes.NodeRecord]:
+    found = _asked(nodes.QUERY, nodes.NodesQuery(limit=OFFERED_MAX))
+    return found.nodes if found else []
+
+
+def _asked(request: Request[Any, Any], question: Message) -> Any:
+    """The answer, or None when there is none soon, for whatever reason."""
+
+    async def fetch() -> Any:
+        bus = Bus(common.bus_address(Role.OBSERVER), on_denied=lambda _: None)
+        try:
+            await bus.connect(timeout_s=WAIT_S, wait_for_server=False)
+            answer = await bus.ask(request, question, timeout_s=WAIT_S)
+            return None if isinstance(answer, Refused) else answer
+        finally:
+            await bus.close()
+
+    # Whatever goes wrong, an error in the middle of somebody's command line is worse than no offer.
+    with contextlib.suppress(Exception):
+        return common.run(fetch())
+    return None
