@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import call, completion, events, mesh, nodes, work
+from computemesh.cli import call, completion, doctor, events, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -26,6 +26,7 @@ for _command in (
     mesh.up,
     mesh.down,
     mesh.status,
+    doctor.doctor,
     mesh.env,
     nodes.list_nodes,
     work.submit,

@@ -22,3 +22,6 @@ SERVICES: Final = (
     _spec(RESOURCE_DETECTOR, "computemesh_services.resource_detector", "RESOURCE_DETECTOR_URL"),
     _spec(NODE_AGENT, "computemesh_services.node_agent", "NODE_AGENT_URL"),
 )
+
+CHECKS: Final = ("computemesh_services.node_agent.check", "computemesh_services.resource_detector.check")
+"""Programs that print what a service needs of this machine and finds there, for ``computemesh doctor``."""
