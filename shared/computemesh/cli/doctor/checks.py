@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from computemesh.cli.doctor.facts import Edge, Facts, File, Process, Stream, Violation
+from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
 from computemesh.contracts.nodes import NodeRecord, NodeState
 from computemesh.findings import Finding, ok, problem, skipped, warning
 
@@ -66,11 +66,13 @@ def home(facts: Facts) -> Iterator[Finding]:
     faults = [fault for file in (place, *facts.secrets) if (fault := _not_private(file)) is not None]
     yield from faults
     for file in facts.secrets:
-        if file.problem:
+        if file.problem and file.readable:
             yield problem(
                 "credentials", f"{file.path}: {file.problem}",
                 "stop the mesh and remove the file: new ones are made at the next `computemesh up`",
             )  # fmt: skip
+        elif file.problem:
+            yield problem("credentials", f"{file.path}: {file.problem}", f"chmod 600 {file.path}, as its owner")
     if not faults:
         yield ok("home", f"{place.path}, open to its owner only")
 
@@ -204,7 +206,7 @@ def _process(process: Process, facts: Facts) -> Finding:
 
 def ports(facts: Facts) -> Iterator[Finding]:
     """Before a mesh runs: the documented ports are free."""
-    if facts.supervision.running:
+    if facts.supervision.running or facts.supervision.unreadable:
         return
     taken = [port for port in facts.ports if port.holder]
     for port in taken:
@@ -221,34 +223,43 @@ def ports(facts: Facts) -> Iterator[Finding]:
 
 def logins(facts: Facts) -> Iterator[Finding]:
     """The NATS server is there and takes the credentials of each role."""
-    good = [login for login in facts.logins if login.outcome == "ok"]
+    by_outcome: dict[str, list[Login]] = {}
     for login in facts.logins:
-        if login.outcome == "denied":
-            todo = (
-                "check the user and the password in NATS_URL"
-                if facts.external
-                else "the server has other credentials than this home: computemesh down && computemesh up"
-            )
-            yield problem("nats", f"{login.address} refuses the credentials of {login.role}", todo)
-        elif login.outcome == "silent":
-            yield problem(
-                "nats", f"{login.address} does not answer {login.role} ({login.words or 'nothing came'})",
-                "is its process halted, the machine overloaded, or something else listening there?",
-            )  # fmt: skip
-        elif login.outcome == "refused":
-            todo = "check NATS_URL and that server" if facts.external else "see nats/nats-server.log in the home"
-            yield problem("nats", f"nothing listens at {login.address} for {login.role}", todo)
+        by_outcome.setdefault(login.outcome, []).append(login)
+    yield from (_login_fault(outcome, found, facts) for outcome, found in by_outcome.items() if outcome != "ok")
+    good = by_outcome.get("ok", [])
     if not good:
         return
-    slowest = max(login.took_s for login in good)
-    text = f"{good[0].address} takes the credentials of {', '.join(login.role for login in good)}"
     if not facts.supervision.running and not facts.external:
         yield warning(
             "nats", f"{good[0].address} answers although no supervisor runs",
             "`computemesh down` ends what a killed supervisor left; then `computemesh up`",
         )  # fmt: skip
     else:
-        yield ok("nats", f"{text}; login {slowest * 1000:.0f} ms")
+        slowest_ms = max(login.took_s for login in good) * 1000
+        yield ok("nats", f"{good[0].address} takes the credentials of {_roles(good)}; login {slowest_ms:.0f} ms")
+
+
+def _login_fault(outcome: str, found: list[Login], facts: Facts) -> Finding:
+    address, roles = found[0].address, _roles(found)
+    if outcome == "denied":
+        todo = (
+            "check the user and the password in NATS_URL"
+            if facts.external
+            else "is NATS_URL an old one? else the server has other credentials than this home: restart the mesh"
+        )
+        return problem("nats", f"{address} refuses the credentials of {roles}", todo)
+    if outcome == "silent":
+        return problem(
+            "nats", f"{address} does not answer {roles} ({found[0].words or 'nothing came'})",
+            "is its process halted, the machine overloaded, or something else listening there?",
+        )  # fmt: skip
+    todo = "check NATS_URL and that server" if facts.external else "see nats/nats-server.log in the home"
+    return problem("nats", f"nothing listens at {address}", todo)
+
+
+def _roles(logins: list[Login]) -> str:
+    return ", ".join(login.role for login in logins)
 
 
 def store(facts: Facts) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ class File:
     mode: int = 0o600
     owned: bool = True
     """By the user who asks."""
+    readable: bool = True
     problem: str = ""
     """Why it cannot be used, as far as that was tried."""
 

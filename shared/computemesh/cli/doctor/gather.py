@@ -78,8 +78,12 @@ Alive = Literal["running", "stopped", "gone", "unknown"]
 
 async def gather(place: Home) -> Facts:
     """Everything there is to know about the mesh of *place*, or of ``NATS_URL``."""
-    external = os.environ.get("NATS_URL", "")
     supervision, status = _supervision(place)
+    named = os.environ.get("NATS_URL", "")
+    external = bool(named) and (status is None or not _same_server(named, status))
+    if external:
+        # The mesh of this home, if one runs, is not the one that was asked about.
+        supervision, status = Supervision(running=False), None
     local = asyncio.create_task(asyncio.to_thread(_local, place, supervision))
     machine = asyncio.create_task(_machine(supervision))
     edges = asyncio.create_task(_edges(supervision.processes))
@@ -87,11 +91,11 @@ async def gather(place: Home) -> Facts:
         Facts(
             now=time.time(),
             version=__version__,
-            external=bool(external),
+            external=external,
             home=File(path=str(place.root)),
             supervision=supervision,
         ),
-        _urls(place, status, external),
+        _urls(place, status, named),
     )
     return replace(facts, edges=await edges, machine=await machine, **(await local))
 
@@ -126,23 +130,24 @@ def _file(path: Path) -> File:
 
 
 def _secrets(place: Home) -> list[File]:
-    files = [_file(path) for path in (place.credentials, place.run / "mesh.json", place.nats / "nats-server.conf")]
-    credentials = files[0]
-    if credentials.exists and credentials.owned:
-        files[0] = replace(credentials, problem=_read_credentials(place)[1])
-    return [file for file in files if file.exists]
+    others = [_file(path) for path in (place.run / "mesh.json", place.nats / "nats-server.conf")]
+    return [file for file in (_credentials_file(place), *others) if file.exists]
 
 
-def _read_credentials(place: Home) -> tuple[Credentials | None, str]:
-    """The credentials of this home, or why there are none. Unlike the server, it makes none."""
+def _credentials_file(place: Home) -> File:
+    file = _file(place.credentials)
     try:
-        return msgspec.json.decode(place.credentials.read_bytes(), type=Credentials), ""
-    except FileNotFoundError:
-        return None, ""
+        _credentials(place)
     except OSError as error:
-        return None, _words(error)
+        return replace(file, readable=False, problem=_words(error))
     except ValueError as error:
-        return None, f"it holds no credentials ({error})"
+        return replace(file, problem=f"it holds no credentials ({error})")
+    return file
+
+
+def _credentials(place: Home) -> Credentials:
+    """The credentials of this home. Unlike the server, this makes none."""
+    return msgspec.json.decode(place.credentials.read_bytes(), type=Credentials)
 
 
 def _words(error: OSError) -> str:
@@ -338,28 +343,34 @@ def _readyz(service: str, url: str) -> Edge:
 # --- the bus -------------------------------------------------------------------------------------------------
 
 
-def _urls(place: Home, status: MeshStatus | None, external: str) -> dict[Role, str]:
-    """Where the bus is, by role; one URL stands for the role its user has."""
-    if external:
-        user = urlsplit(external).username or ""
+def _same_server(url: str, status: MeshStatus) -> bool:
+    """Whether *url* leads to the server of this home's mesh, as after ``eval "$(computemesh env)"``."""
+    return _address(url) in {_address(known) for known in status.nats_urls.values() if known}
+
+
+def _address(url: str) -> str:
+    return url.partition("://")[2].rpartition("@")[2]
+
+
+def _urls(place: Home, status: MeshStatus | None, named: str) -> dict[Role, str]:
+    """Where the bus is, by role; a URL that stands for all is tried once, as the role its user has."""
+    found = {Role(role): url for role, url in status.nats_urls.items() if url} if status else {}
+    if named:
+        user = urlsplit(named).username or ""
         # A server that knows no users lets everybody do everything.
-        return {Role(user) if user in set(Role) else Role.CLIENT if user else Role.SERVICES: external}
-    if status is not None:
-        found = {Role(role): url for role, url in status.nats_urls.items() if url}
-        return {role: url for role, url in found.items() if list(found.values()).index(url) == list(found).index(role)}
-    return _left_behind(place)
+        found[Role(user) if user in set(Role) else Role.CLIENT if user else Role.SERVICES] = named
+    once = {url: role for role, url in reversed(found.items())}
+    return {role: url for url, role in reversed(once.items())} or _left_behind(place)
 
 
 def _left_behind(place: Home) -> dict[Role, str]:
     """A server that a killed supervisor may have left."""
-    credentials, _ = _read_credentials(place)
     try:
+        credentials = _credentials(place)
         port = int((place.nats / "port").read_text())
         with socket.create_connection((HOST, port), timeout=ANSWER_S):
             pass
     except (OSError, ValueError):
-        return {}
-    if credentials is None:
         return {}
     return {r: f"nats://{credentials.user(r)}:{credentials.password(r)}@{HOST}:{port}" for r in Role}
 
