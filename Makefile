@@ -62,8 +62,9 @@ lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
 bench: $(VENV)/.dev ## Measure the mesh against the raw limit (BENCH="--items 10000 --reps 5 --json FILE")
 	@$(BIN)/python tests/bench $(BENCH)
 
-docs: $(VENV)/.run ## Write docs/reference from the contracts
+docs: $(VENV)/.run ## Write docs/reference from the contracts and docs/cli.md from the commands
 	@$(BIN)/python -m computemesh.contracts.reference docs/reference
+	@$(BIN)/python -m computemesh.cli.reference docs/cli.md
 
 wheel: $(VENV)/.dev ## Build the wheel into dist/
 	@$(BIN)/python -m hatchling build -t wheel

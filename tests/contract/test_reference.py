@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from computemesh.cli import reference as cli_reference
 from computemesh.contracts import reference
 from computemesh.contracts.base import Refused, decode, encode
 from computemesh.testing.golden import file_name, payload_types
@@ -32,6 +33,11 @@ def test_there_is_a_reference_page_for_each_file_and_a_file_for_each_page() -> N
     folder = ROOT / "docs" / "reference"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == reference.pages().keys()
+
+
+def test_the_page_about_the_command_line_is_what_the_commands_say() -> None:
+    """A stale page is renewed with ``make docs``."""
+    assert (ROOT / "docs" / "cli.md").read_text() == cli_reference.page()
 
 
 def test_every_payload_type_has_a_golden_file_and_every_file_a_type() -> None:

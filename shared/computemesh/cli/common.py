@@ -31,13 +31,23 @@ EXIT_REFUSED: Final = 2
 EXIT_NO_MESH: Final = 3
 
 CONNECT_S: Final = 3.0
+ANSWER_S: Final = 10.0
+"""How long a command waits for a connection, and for an answer."""
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Screen(Console):
+    """A console that leaves it to the program what to do when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out = Screen(highlight=False, soft_wrap=True)
+err = Screen(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Failure(click.ClickException):
@@ -158,9 +168,9 @@ def silent(reason: str) -> NoMesh:
     return NoMesh(reason, hint="`computemesh doctor` looks for the cause", code="no_answer")
 
 
-async def ask(bus: Bus, request: Request[Q, R], question: Q) -> R:
+async def ask(bus: Bus, request: Request[Q, R], question: Q, *, timeout_s: float = ANSWER_S) -> R:
     """The answer; a refusal ends the command."""
-    answer = await bus.ask(request, question, timeout_s=10.0)
+    answer = await bus.ask(request, question, timeout_s=timeout_s)
     if isinstance(answer, Refused):
         raise refusal(answer)
     return answer
@@ -201,9 +211,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, right: Sequ
     (out if sys.stdout.isatty() else _wide()).print(made)
 
 
-def _wide() -> Console:
+def _wide() -> Screen:
     """Piped output is never folded."""
-    return Console(highlight=False, soft_wrap=True, width=400, file=sys.stdout)
+    return Screen(highlight=False, soft_wrap=True, width=400, file=sys.stdout)
 
 
 def ago(at: float) -> str:

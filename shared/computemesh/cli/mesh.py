@@ -55,6 +55,9 @@ NODE_S: Final = 120.0
 
 DOWN_S: Final = 60.0
 
+COUNTS_S: Final = 3.0
+"""How long `status` waits for each answer of the mesh: it must be of use while the mesh is in trouble."""
+
 PROMPT: Final = "In one sentence: what is a mesh network?"
 
 
@@ -502,9 +505,9 @@ async def _counts() -> tuple[dict[str, Any], NoMesh | None]:
     """How many nodes and unfinished items there are, or why that is not known."""
     try:
         async with common.connected() as bus:
-            asked = [common.ask(bus, work_contracts.LIST, work_contracts.WorkList(status=s, limit=1)) for s in IN_HAND]
-            found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery())
-            listed = await asyncio.gather(*asked)
+            found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(), timeout_s=COUNTS_S)
+            questions = [work_contracts.WorkList(status=state, limit=1) for state in IN_HAND]
+            listed = [await common.ask(bus, work_contracts.LIST, ask, timeout_s=COUNTS_S) for ask in questions]
     except NoMesh as failure:
         return {"nodes": None, "work": None}, failure
     online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)

@@ -77,7 +77,7 @@ def covers(wide: str, subject: str) -> bool:
     wides, parts = wide.split("."), subject.split(".")
     for number, part in enumerate(wides):
         if part == ">":
-            return len(parts) > number
+            return number == len(wides) - 1 and len(parts) > number
         if number >= len(parts) or (part != parts[number] and (part != "*" or parts[number] == ">")):
             return False
     return len(wides) == len(parts)

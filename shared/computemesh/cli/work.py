@@ -268,9 +268,10 @@ def list_items(status: str | None, limit: int, as_json: bool) -> None:
 def show(work_id: str, as_json: bool) -> None:
     """Show one item: its story and its result."""
 
+    ask = _get(work_id)
+
     async def fetch() -> tuple[WorkRecord, work.WorkExplanation]:
         async with common.connected() as bus:
-            ask = _get(work_id)
             return await common.ask(bus, work.GET, ask), await common.ask(bus, work.EXPLAIN, ask)
 
     record, why = common.run(fetch())
@@ -302,9 +303,11 @@ def show(work_id: str, as_json: bool) -> None:
 def cancel(work_id: str, reason: str, as_json: bool) -> None:
     """Cancel an item and end what runs of it."""
 
+    ask = WorkCancel(work_id=_get(work_id).work_id, reason=reason)
+
     async def fetch() -> WorkRecord:
         async with common.connected() as bus:
-            return await common.ask(bus, work.CANCEL, WorkCancel(work_id=_get(work_id).work_id, reason=reason))
+            return await common.ask(bus, work.CANCEL, ask)
 
     record = common.run(fetch())
     if as_json:

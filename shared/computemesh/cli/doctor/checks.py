@@ -230,7 +230,7 @@ def logins(facts: Facts) -> Iterator[Finding]:
     good = by_outcome.get("ok", [])
     if not good:
         return
-    if not facts.supervision.running and not facts.external:
+    if not (facts.supervision.running or facts.supervision.unreadable or facts.external):
         yield warning(
             "nats", f"{good[0].address} answers although no supervisor runs",
             "`computemesh down` ends what a killed supervisor left; then `computemesh up`",
