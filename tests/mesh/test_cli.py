@@ -400,6 +400,7 @@ async def test_wrong_credentials_are_told_from_a_server_that_is_not_there(cli: C
         (("up",), "Start a whole mesh"),
         (("down",), "Stop the mesh"),
         (("status",), "What runs on this machine"),
+        (("doctor",), "what is wrong and what to do"),
         (("env",), "shell exports"),
         (("nodes",), "List the nodes"),
         (("submit",), "Submit work"),
@@ -407,6 +408,9 @@ async def test_wrong_credentials_are_told_from_a_server_that_is_not_there(cli: C
         (("work", "list"), "List work items"),
         (("work", "show"), "Show one item"),
         (("work", "cancel"), "Cancel an item"),
+        (("events",), "Show events as they happen"),
+        (("call",), "Ask the mesh anything"),
+        (("completion",), "makes SHELL complete"),
     ],
     ids=lambda part: str(part)[:12],
 )

@@ -50,6 +50,13 @@ out = Screen(highlight=False, soft_wrap=True)
 err = Screen(stderr=True, highlight=False, soft_wrap=True)
 
 
+class Ordered(click.Group):
+    """A group that lists its commands in the order they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 class Failure(click.ClickException):
     """A failure with an exit status and, where there is one, what to do next.
 

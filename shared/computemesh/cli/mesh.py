@@ -80,6 +80,14 @@ def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str,
 
     Starts an embedded NATS server (unless NATS_URL names one) and every service, each a process of its
     own, and keeps them running until `computemesh down` or Ctrl-C.
+
+    \b
+      computemesh up                              in the foreground, with one readable log
+      computemesh up --detach                     in the background
+      computemesh up --models ~/models --ports any
+
+    All it keeps lies in one folder, COMPUTEMESH_HOME or else ~/.local/state/computemesh; another folder is
+    another mesh. Exit status: 0 it ran, 1 the first work item failed, 2 it could not start.
     """
     if as_json and not detach:
         raise click.UsageError("--json goes with --detach: in the foreground the output is a log")

@@ -21,14 +21,7 @@ EXIT_INTERRUPTED: Final = 130
 """As shells have it for a program that Ctrl-C ended."""
 
 
-class Ordered(click.Group):
-    """A group that lists its commands in the order they were added."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-class Program(Ordered):
+class Program(common.Ordered):
     """The whole command line."""
 
     def main(

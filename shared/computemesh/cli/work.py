@@ -69,7 +69,15 @@ def submit(
 ) -> None:
     """Submit work: from a JSON or YAML FILE (`-` for standard input), or with --prompt.
 
-    A YAML file may hold several items. Exit status: 0 all went well, 1 an item failed, 2 refused, 3 no mesh.
+    \b
+      computemesh submit --prompt "Name three uses of a mesh." --wait
+      computemesh submit task.yaml
+      echo '{"work_type": "inference", "payload": {"prompt": "Hi"}}' | computemesh submit -
+
+    A YAML file may hold several items; `computemesh call work.request --schema` shows the fields of an item.
+    Options given here count for all items.
+
+    Exit status: 0 all went well, 1 an item failed, 2 refused, 3 no mesh.
     """
     if (file is None) == (prompt is None):
         raise click.UsageError("give a FILE or --prompt")
@@ -225,7 +233,7 @@ def _print_outcome(record: WorkRecord) -> None:
         err.print(f"[bold red]{record.work_id} {record.state}:[/] {common.escape(answer_text(record))}")
 
 
-@click.group(name="work")
+@click.group(name="work", cls=common.Ordered)
 def work_group() -> None:
     """Look at work items and cancel them."""
 
@@ -266,7 +274,7 @@ def list_items(status: str | None, limit: int, as_json: bool) -> None:
 @click.argument("work_id", shell_complete=complete.work_ids)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(work_id: str, as_json: bool) -> None:
-    """Show one item: its story and its result."""
+    """Show one item: its story and its result; while it is not finished, also why it waits."""
 
     ask = _get(work_id)
 
