@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from computemesh.contracts.base import Role
 from computemesh.log import LogFormat
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -50,6 +51,31 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Copies of each stream and bucket in a JetStream cluster."""
     ready_fd: int | None = None
     """Descriptor to which one line is written once the service is ready. Set by the supervisor."""
+
+
+def nats_url(role: Role, environ: Mapping[str, str] | None = None) -> str:
+    """The bus as *role* reaches it: ``COMPUTEMESH_NATS_URL_<ROLE>``, else ``NATS_URL``; empty when neither is set."""
+    values = os.environ if environ is None else environ
+    return values.get(_url_name(role), "") or values.get("NATS_URL", "")
+
+
+def nats_urls(environ: Mapping[str, str] | None = None) -> dict[Role, str]:
+    """The bus as each role reaches it; empty when the environment names none.
+
+    Raises:
+        ConfigError: it names one for some roles only.
+    """
+    urls = {role: nats_url(role, environ) for role in Role}
+    if not any(urls.values()):
+        return {}
+    for role, url in urls.items():
+        if not url:
+            raise ConfigError(f"{_url_name(role)} is not set, and NATS_URL neither; each role needs an address")
+    return urls
+
+
+def _url_name(role: Role) -> str:
+    return f"{PREFIX}NATS_URL_{role.value.upper()}"
 
 
 def load(kind: type[C], environ: Mapping[str, str] | None = None) -> C:

@@ -27,7 +27,7 @@ import msgspec
 from computemesh import __version__, log
 from computemesh.contracts.base import Role
 from computemesh.lifecycle import EXIT_CONFIG
-from computemesh.nats_server import Credentials, NatsServer
+from computemesh.nats_server import LOOPBACK, Credentials, NatsServer
 from computemesh.paths import Home, private_folder, write_private
 from computemesh.process import dies_with_parent, end, exit_text
 
@@ -231,7 +231,9 @@ class Supervisor:
     """The mesh on this machine.
 
     Args:
-        nats_url: a server to use instead of an embedded one.
+        credentials: those in *home*, with a user for this node.
+        nats_urls: a server to use instead of an embedded one, as each role reaches it.
+        nats_host: address the embedded server listens on.
     """
 
     def __init__(
@@ -241,8 +243,9 @@ class Supervisor:
         credentials: Credentials,
         *,
         node_id: str,
-        nats_url: str = "",
+        nats_urls: Mapping[Role, str] | None = None,
         nats_port: int = 0,
+        nats_host: str = LOOPBACK,
         on_line: OnLine,
         on_status: Callable[[ServiceStatus], None] = lambda _: None,
     ) -> None:
@@ -250,11 +253,11 @@ class Supervisor:
         self._specs = specs
         self._credentials = credentials
         self._node_id = node_id
-        self._nats_url = nats_url
+        self._nats_urls = nats_urls
         self._on_line = on_line
         self._on_status = on_status
         self._started_at = time.time()
-        self._server = None if nats_url else NatsServer(home.nats, credentials, port=nats_port)
+        self._server = None if nats_urls else NatsServer(home.nats, home.credentials, nats_port, host=nats_host)
         self._server_status = ServiceStatus(name="nats-server", state="starting")
         self._services: list[Supervised] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -272,8 +275,11 @@ class Supervisor:
         return self._server
 
     def url(self, role: Role) -> str:
-        """The bus as *role* reaches it."""
-        return self._nats_url or (self._server.url(role) if self._server else "")
+        """The bus as *role* reaches it; for the role of nodes, as this node does."""
+        if self._server is not None:
+            return self._server.url(role, self._node_id if role is Role.NODE else "")
+        assert self._nats_urls is not None
+        return self._nats_urls[role]
 
     async def start(self) -> None:
         """Starts everything and returns when all is ready or failed.
@@ -350,7 +356,8 @@ class Supervisor:
             self._server_changed("ready")
 
     def _environment(self, spec: ServiceSpec, name: str, port: int) -> dict[str, str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("NATS_URL", "COMPUTEMESH_NATS_URL")}
+        # A service knows the bus as its own role and no other.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("NATS_URL", "COMPUTEMESH_NATS_URL"))}
         return {
             **inherited,
             "NATS_URL": self.url(spec.role),

@@ -124,7 +124,7 @@ async def _continuous_pull(nc: Client, on_message: Callable[[Msg], Awaitable[Non
 
 async def bare_node(url: str, _: int) -> None:
     """A bare subscriber: hears plain assignments and does nothing but report."""
-    nc = await nats.connect(url, inbox_prefix="_INBOX_node")
+    nc = await nats.connect(url, inbox_prefix="_INBOX_node.bench")
 
     async def on_work(msg: Msg) -> None:
         item = decode_work(msg.data)
@@ -136,7 +136,7 @@ async def bare_node(url: str, _: int) -> None:
 
 async def direct_node(url: str, _: int) -> None:
     """A node with acknowledged delivery, as our agent is one: answers each assignment, then reports."""
-    nc = await nats.connect(url, inbox_prefix="_INBOX_node")
+    nc = await nats.connect(url, inbox_prefix="_INBOX_node.direct")
 
     async def on_work(msg: Msg) -> None:
         item = decode_work(msg.data)
@@ -301,8 +301,8 @@ async def bench(items: int, reps: int) -> dict[str, Any]:
         async with (
             running_mesh(Path(folder), services, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as mesh,
             raw_server(Path(folder) / "raw") as raw_url,
-            role("node", mesh.url(Role.NODE)),
-            role("direct", mesh.url(Role.NODE)),
+            role("node", await mesh.invite("bench")),
+            role("direct", await mesh.invite("direct")),
         ):
             ready_s = time.perf_counter() - began
             runs: dict[str, Callable[[], Awaitable[Row]]] = {

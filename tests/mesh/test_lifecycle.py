@@ -233,7 +233,7 @@ class Watched:
             list(specs),
             load_or_create(folder / "credentials.json"),
             node_id="n1",
-            nats_url=server.url(Role.SERVICES),
+            nats_urls=dict.fromkeys(Role, server.url(Role.SERVICES)),
             on_line=lambda name, line: self.lines.append(f"{name} {line.decode()}"),
             on_status=self.states.append,
         )

@@ -52,7 +52,7 @@ async def plain_node(mesh: RunningMesh, node_id: str, **announcement: Any) -> Cl
             },
         )
         assert answer.status_code == 200, answer.text
-    nc = await nats.connect(mesh.url(Role.NODE))
+    nc = await nats.connect(await mesh.invite(node_id))
 
     async def on_work(msg: Msg) -> None:
         item = json.loads(msg.data)
@@ -165,7 +165,7 @@ async def test_a_direct_node_is_asked_and_can_say_no(mesh: RunningMesh) -> None:
     bus = await mesh.bus(Role.NODE)
     client = await mesh.bus()
     declined: Counter[str] = Counter()
-    nc = await nats.connect(mesh.url(Role.NODE), inbox_prefix="_INBOX_node")
+    nc = await nats.connect(await mesh.invite("picky"))
 
     async def on_work(msg: Msg) -> None:
         item = json.loads(msg.data)
@@ -189,7 +189,7 @@ async def test_a_direct_node_is_asked_and_can_say_no(mesh: RunningMesh) -> None:
 
 async def test_a_failure_is_tried_again_and_the_works_own_fault_is_not(mesh: RunningMesh) -> None:
     """Node faults are retried with a pause until the attempts run out; work faults end at once."""
-    nc = await nats.connect(mesh.url(Role.NODE))
+    nc = await nats.connect(await mesh.invite("clumsy"))
     bus = await mesh.bus(Role.NODE)
     client = await mesh.bus()
     tries: Counter[str] = Counter()

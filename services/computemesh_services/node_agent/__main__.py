@@ -14,13 +14,14 @@ from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.service import NodeAgent
 
 SECRETS: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_TOKEN")
-"""Read once, then taken out of the environment: executors and engines inherit it and have no use for them."""
+"""How the names begin of what is read once, then taken out of the environment: executors and engines inherit it
+and have no use for it."""
 
 
 def main() -> None:
     def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
-        for name in SECRETS:
-            os.environ.pop(name, None)
+        for name in [name for name in os.environ if name.startswith(SECRETS)]:
+            del os.environ[name]
         return NodeAgent(bus, config, home())
 
     run(NODE_AGENT, AgentConfig, make)

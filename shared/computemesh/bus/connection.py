@@ -8,6 +8,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import nats.errors
@@ -18,7 +19,7 @@ from nats.aio.subscription import Subscription
 from computemesh import log, trace
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
-from computemesh.contracts.permissions import inbox_prefix, is_inbox
+from computemesh.contracts.permissions import Identity, identity, inbox_prefix, is_inbox
 
 ASK_TIMEOUT_S: Final = 5.0
 """How long :meth:`Bus.ask` waits unless told otherwise."""
@@ -91,6 +92,12 @@ class Where:
         """The address without its credentials, for messages."""
         return "nats://" + self.url.partition("://")[2].rpartition("@")[2]
 
+    @property
+    def inbox_prefix(self) -> str:
+        """Where replies are received: the credentials decide what may be heard, hence this."""
+        who = identity(urlsplit(self.url).username or "") or Identity(self.role)
+        return inbox_prefix(who.role, who.node_id)
+
 
 class Bus:
     """One connection, kept alive: it reconnects for ever, with jitter, and tells those who must resync.
@@ -141,7 +148,7 @@ class Bus:
             self._nc.connect(
                 servers=[self.where.url],
                 name=self.where.name,
-                inbox_prefix=inbox_prefix(self.where.role),
+                inbox_prefix=self.where.inbox_prefix,
                 connect_timeout=2,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=INITIAL_RETRY_S,  # type: ignore[arg-type]  # any number will do
@@ -262,8 +269,8 @@ class Bus:
     async def respond(self, message: Msg, data: bytes, *, headers: dict[str, str] | None = None) -> None:
         """Answers a request, but only into an inbox.
 
-        The server checks what a client publishes, not where it wants the answer: without this, a caller
-        could have us write on its behalf where it may not, into a bucket for example.
+        A server without accounts checks what a client publishes, not where it wants the answer: without
+        this, a caller could have us write on its behalf where it may not, into a bucket for example.
         """
         if not is_inbox(message.reply):
             if message.reply:

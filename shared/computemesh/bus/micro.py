@@ -20,7 +20,7 @@ from computemesh import __version__, log, trace
 from computemesh.bus.connection import Bus, sender_of
 from computemesh.bus.errors import BusError
 from computemesh.bus.metrics import CALLS, SYSTEM
-from computemesh.contracts.base import AnyBound, Message, Refused, decode, encode
+from computemesh.contracts.base import AnyBound, Message, Refused, Role, decode, encode
 from computemesh.ids import new_id
 
 CONCURRENCY: Final = 64
@@ -75,6 +75,11 @@ class Endpoint:
             await asyncio.wait(self._tasks)
 
     async def _on_message(self, message: Msg) -> None:
+        if not message.reply and self.bound.contract.answered_by is Role.NODE:
+            # A node can have an answer to a question of its own delivered here, in the place of a question;
+            # but an answer wants no answer.
+            _log.warning("ignored what asks for no answer", subject=message.subject)
+            return
         await self._slots.acquire()
         task = asyncio.create_task(self._answer(message))
         self._tasks.add(task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import call, completion, doctor, events, mesh, nodes, work
+from computemesh.cli import access, call, completion, doctor, events, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -28,7 +28,8 @@ for _command in (
     mesh.status,
     doctor.doctor,
     mesh.env,
-    nodes.list_nodes,
+    access.nats_config,
+    nodes.nodes_group,
     work.submit,
     work.work_group,
     events.events,

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, NoReturn, TypeGuard, TypeVar
-from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from computemesh.bus import Bus, BusError, NoResponder, NotAdmitted, Unreachable, Where
-from computemesh.config import ConfigError
+from computemesh.config import ConfigError, nats_url
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.paths import home
 from computemesh.supervisor import MeshStatus, read_status
@@ -140,11 +139,8 @@ def no_mesh(reason: str) -> Failure:
 
 def bus_address(role: Role) -> Where:
     """Where the mesh's bus is: ``NATS_URL`` if set, else the mesh that runs from this home."""
-    url = os.environ.get("NATS_URL") or mesh_status().nats_urls[role.value]
-    user = urlsplit(url).username or ""
-    # The credentials decide the inbox, so they decide the role.
-    known = Role(user) if user in set(Role) else role
-    return Where(url=url, role=known, name="computemesh-cli")
+    url = nats_url(role) or mesh_status().nats_urls[role.value]
+    return Where(url=url, role=role, name="computemesh-cli")
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,14 +14,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import click
 import msgspec
 import psutil
 
 from computemesh import log
-from computemesh.bus import Bus, BusError
-from computemesh.cli import common, work
+from computemesh.bus import Bus, BusError, Where
+from computemesh.cli import access, common, work
 from computemesh.cli.common import (
     Failure,
     NoMesh,
@@ -36,12 +36,13 @@ from computemesh.cli.common import (
     table,
 )
 from computemesh.cli.services import SERVICES
+from computemesh.config import nats_urls
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
-from computemesh.contracts.permissions import inbox_prefix
+from computemesh.contracts.permissions import identity
 from computemesh.ids import token_from
-from computemesh.nats_server import BadCredentialsError, ServerError, load_or_create
+from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, ServerError, add_node
 from computemesh.paths import Home, home, private_folder, write_private
 from computemesh.supervisor import HomeTaken, MeshStatus, ServiceStatus, Supervisor, is_running, read_status
 
@@ -66,6 +67,13 @@ PROMPT: Final = "In one sentence: what is a mesh network?"
 @click.option("--demo/--no-demo", default=True, show_default=True, help="Run one work item when the mesh is ready.")
 @click.option("--nats-port", type=click.IntRange(0, 65_535), default=None, help="Port of the embedded NATS server.")
 @click.option(
+    "--nats-host",
+    default=LOOPBACK,
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where the embedded NATS server listens. Other machines need more than loopback; there is no encryption.",
+)
+@click.option(
     "--ports",
     type=click.Choice(["standard", "any"]),
     default="standard",
@@ -75,11 +83,21 @@ PROMPT: Final = "In one sentence: what is a mesh network?"
 @click.option("--models", default="", help="GGUF files or folders to serve, separated by commas.", metavar="PATHS")
 @click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print the mesh as JSON once it is ready.")
-def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str, quiet: bool, as_json: bool) -> None:
+def up(
+    detach: bool,
+    demo: bool,
+    nats_port: int | None,
+    nats_host: str,
+    ports: str,
+    models: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Start a whole mesh on this machine.
 
-    Starts an embedded NATS server (unless NATS_URL names one) and every service, each a process of its
-    own, and keeps them running until `computemesh down` or Ctrl-C.
+    Starts an embedded NATS server (unless NATS_URL, or COMPUTEMESH_NATS_URL_<ROLE> for each role, names
+    one) and every service, each a process of its own, and keeps them running until `computemesh down` or
+    Ctrl-C.
 
     \b
       computemesh up                              in the foreground, with one readable log
@@ -104,10 +122,10 @@ def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str,
             str(Path(part).expanduser().resolve()) for part in models.split(",")
         )
     if not detach:
-        common.run(_up(place, nats_port, ports, demo=demo, quiet=quiet))
+        common.run(_up(place, nats_port, nats_host, ports, demo=demo, quiet=quiet))
         return
     began_s = time.monotonic()
-    status = _up_detached(place, nats_port, ports)
+    status = _up_detached(place, nats_port, nats_host, ports)
     if as_json:
         record = common.run(_demo(live=False, say=False)) if demo else None
         print_json({**document(status, place), "first_work_item": record})
@@ -119,23 +137,21 @@ def up(detach: bool, demo: bool, nats_port: int | None, ports: str, models: str,
     show_next_steps()
 
 
-async def _up(place: Home, nats_port: int | None, ports: str, *, demo: bool, quiet: bool) -> None:
+async def _up(place: Home, nats_port: int | None, nats_host: str, ports: str, *, demo: bool, quiet: bool) -> None:
     started_s = time.monotonic()
     private_folder(place.root)
     log.configure("supervisor", form="json", out=_Lines(quiet))  # type: ignore[arg-type]
-    external = os.environ.get("NATS_URL", "")
+    external = nats_urls()
+    me = node_id(place, external.get(Role.NODE, ""))
     specs = [replace(spec, port=0) if ports == "any" else spec for spec in SERVICES]
-    try:
-        credentials = load_or_create(place.credentials)
-    except BadCredentialsError as error:
-        raise Failure(str(error), code="bad_credentials") from None
     supervisor = Supervisor(
         place,
         specs,
-        credentials,
-        node_id=node_id(place),
-        nats_url=external,
+        _credentials(place, me),
+        node_id=me,
+        nats_urls=external,
         nats_port=nats_port if nats_port is not None else _default_port(place),
+        nats_host=nats_host,
         on_line=(lambda _name, _line: None) if quiet else _show_line,
         on_status=_show_status,
     )
@@ -221,10 +237,29 @@ def _default_port(place: Home) -> int:
     return NATS_PORT
 
 
-def node_id(place: Home) -> str:
-    """This machine's name in the mesh: its host name and four random letters, made once."""
-    if named := os.environ.get("COMPUTEMESH_NODE_ID"):
-        return token_from(named)
+def _credentials(place: Home, node_id: str) -> Credentials:
+    try:
+        return add_node(place.credentials, node_id)
+    except BadCredentialsError as error:
+        raise Failure(str(error), code="bad_credentials") from None
+
+
+def node_id(place: Home, nats_url: str = "") -> str:
+    """This machine's name in the mesh: its host name and four random letters, made once.
+
+    An external NATS server that knows each node by a user of its own decides the name.
+    """
+    named = token_from(os.environ.get("COMPUTEMESH_NODE_ID", "")) if os.environ.get("COMPUTEMESH_NODE_ID") else ""
+    who = identity(urlsplit(nats_url).username or "")
+    if who and who.node_id:
+        if named not in ("", who.node_id):
+            raise Failure(
+                f"COMPUTEMESH_NODE_ID is {named}, but the address for nodes has the user of {who.node_id}",
+                hint="each node has a user of its own: `computemesh nodes invite NAME` makes one",
+            )
+        return who.node_id
+    if named:
+        return named
     import secrets
     import socket
 
@@ -239,11 +274,11 @@ def node_id(place: Home) -> str:
 # --- detached ------------------------------------------------------------------------------------------------
 
 
-def _up_detached(place: Home, nats_port: int | None, ports: str) -> MeshStatus:
+def _up_detached(place: Home, nats_port: int | None, nats_host: str, ports: str) -> MeshStatus:
     """Starts the supervisor in the background and waits until everything is ready."""
     private_folder(place.root)
     private_folder(place.logs)
-    command = [sys.executable, "-m", "computemesh.cli", "up", "--no-demo", "--ports", ports]
+    command = [sys.executable, "-m", "computemesh.cli", "up", "--no-demo", "--ports", ports, "--nats-host", nats_host]
     if nats_port is not None:
         command += ["--nats-port", str(nats_port)]
     log_file = place.logs / "up.log"
@@ -531,20 +566,19 @@ async def _counts() -> tuple[dict[str, Any], NoMesh | None]:
     show_default=True,
     help="Whose credentials: to submit work, to be a node, or only to watch.",
 )
+@click.option("--node", "name", default="", help="With --role node: which one was invited; left out, this machine's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(role: str, as_json: bool) -> None:
+def env(role: str, name: str, as_json: bool) -> None:
     """Print shell exports that let any program use this mesh: eval "$(computemesh env)"."""
     found = common.mesh_status()
+    url = found.nats_urls[role]
+    if name:
+        url = access.node_url(found, name) if role == Role.NODE else access.not_a_node(role)
     values = {
-        "NATS_URL": found.nats_urls[role],
-        "NATS_INBOX_PREFIX": inbox_prefix(Role(role)),
+        **access.exports(Where(url=url, role=Role(role), name="")),
         "COMPUTEMESH_TOKEN": found.token,
-        "NODE_REGISTRY_NATS_URL": found.nats_urls[role],
+        "NODE_REGISTRY_NATS_URL": url,
     }
     for service in found.services:
         values |= dict.fromkeys(found.url_names.get(service.name, []), service.http)
-    if as_json:
-        print_json(values)
-        return
-    for name, value in values.items():
-        click.echo(f"export {name}={shlex.quote(value)}")
+    access.print_exports(values, as_json=as_json)

@@ -1,10 +1,10 @@
-"""``nodes``: who is in the mesh."""
+"""``nodes``: who is in the mesh, and who may join it."""
 
 from __future__ import annotations
 
 import click
 
-from computemesh.cli import common, complete
+from computemesh.cli import access, common, complete
 from computemesh.cli.common import Cell, ago, out, print_json, state_cell, table
 from computemesh.contracts import nodes
 from computemesh.contracts.nodes import NodeList, NodeRecord, NodesQuery
@@ -18,15 +18,26 @@ class TierChoice(click.Choice[str]):
         return str(choice).upper()
 
 
-@click.command(name="nodes")
+@click.group(name="nodes", invoke_without_command=True)
 @click.option("--online", is_flag=True, help="Only nodes that are online.")
 @click.option("--gpu", is_flag=True, help="Only nodes with a GPU.")
 @click.option("--min-tier", type=TierChoice([t.value for t in Tier]), help="At least this tier, in any case.")
 @click.option("--work-type", default="", help="Only nodes that take this work.", shell_complete=complete.work_types)
 @click.option("--model", default="", help="Only nodes that serve this model.", shell_complete=complete.models)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_nodes(online: bool, gpu: bool, min_tier: str | None, work_type: str, model: str, as_json: bool) -> None:
-    """List the nodes of the mesh and what they can do."""
+@click.pass_context
+def nodes_group(
+    context: click.Context,
+    online: bool,
+    gpu: bool,
+    min_tier: str | None,
+    work_type: str,
+    model: str,
+    as_json: bool,
+) -> None:
+    """List the nodes of the mesh and what they can do; invite one, or revoke it."""
+    if context.invoked_subcommand is not None:
+        return
     query = NodesQuery(
         online_only=online,
         requires_gpu=gpu,
@@ -48,6 +59,10 @@ def list_nodes(online: bool, gpu: bool, min_tier: str | None, work_type: str, mo
         return
     columns = ["node", "state", "tier", "CPUs", "RAM", "GPUs", "slots", "delivery", "seen", "work", "models"]
     table(columns, [_row(node) for node in found.nodes], right=["CPUs", "RAM", "slots", "seen"])
+
+
+nodes_group.add_command(access.invite)
+nodes_group.add_command(access.revoke)
 
 
 def _row(node: NodeRecord) -> tuple[Cell, ...]:

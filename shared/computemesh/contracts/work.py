@@ -302,7 +302,6 @@ SUBMIT: Final = Event(
     subject="compute.work.submit.v1",
     payload=WorkItem,
     sent_by=_ASKERS,
-    # Not by nodes: they may answer what they hear, and so could pretend that a submission was stored.
     read_by=frozenset({Role.CLIENT, Role.OBSERVER, Role.SERVICES}),
     captured=True,
     about="Submits work. The server's acknowledgement means stored.",

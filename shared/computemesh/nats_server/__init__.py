@@ -4,11 +4,21 @@ A machine that runs a whole mesh starts it here; a mesh on an existing NATS serv
 configuration, to grant each role exactly what the contracts say.
 """
 
-from computemesh.nats_server.config import ServerConfig, User, render, users
-from computemesh.nats_server.credentials import BadCredentialsError, Credentials, load_or_create
-from computemesh.nats_server.process import AlreadyRunning, NatsServer, PortTaken, ServerError
+from computemesh.nats_server.config import ServerConfig, User, render, render_accounts, users
+from computemesh.nats_server.credentials import BadCredentialsError, Credentials, add_node, load_or_create
+from computemesh.nats_server.process import (
+    LOOPBACK,
+    AlreadyRunning,
+    NatsServer,
+    PortTaken,
+    ServerError,
+    addresses,
+    admit_node,
+    expel_node,
+)
 
 __all__ = [
+    "LOOPBACK",
     "AlreadyRunning",
     "BadCredentialsError",
     "Credentials",
@@ -17,7 +27,12 @@ __all__ = [
     "ServerConfig",
     "ServerError",
     "User",
+    "add_node",
+    "addresses",
+    "admit_node",
+    "expel_node",
     "load_or_create",
     "render",
+    "render_accounts",
     "users",
 ]

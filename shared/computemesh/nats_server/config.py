@@ -1,4 +1,8 @@
-"""The configuration file of the NATS server, as text made from values."""
+"""The configuration files of the NATS server, as text made from values.
+
+The accounts stand in a file of their own, which the other includes: it is what changes when a node is
+invited, and all that a server which somebody else runs needs to have.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from computemesh.contracts.base import Role
-from computemesh.contracts.permissions import RESPONSES_EXPIRE_S, RESPONSES_MAX, Permissions, permissions
+from computemesh.contracts.permissions import ACCOUNTS, Crossing, Permissions, crossings, permissions, user_name
 from computemesh.nats_server.credentials import Credentials
 
 ANY_PORT: Final = -1
@@ -30,42 +34,57 @@ class User:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What the server is told."""
+    """What the server is told, its accounts aside."""
 
     store_dir: Path
     ports_file_dir: Path
     """Where the server writes the port it listens on."""
     pid_file: Path
-    users: tuple[User, ...]
+    accounts_file: str
+    """The file with the accounts, relative to the one with this configuration."""
     host: str = "127.0.0.1"
     port: int = ANY_PORT
-    max_payload_bytes: int = MAX_PAYLOAD_BYTES
     max_file_store_bytes: int | None = None
     """Bound on everything stored; left out, three quarters of the free disk."""
     sync_always: bool = False
     """Write through to the disk before each acknowledgement: survives power loss, costs throughput."""
 
 
-def users(credentials: Credentials) -> tuple[User, ...]:
-    """One user for each role, with the permissions that follow from the contracts."""
+def users(credentials: Credentials, role: Role) -> tuple[User, ...]:
+    """The users in the account of *role*: one for each node, or one for all who have the role."""
+    node_ids = sorted(credentials.nodes) if role is Role.NODE else [""]
     return tuple(
-        User(name=credentials.user(role), password=credentials.password(role), permissions=permissions(role))
-        for role in Role
+        User(
+            name=user_name(role, node_id),
+            password=credentials.password(role, node_id),
+            permissions=permissions(role, node_id),
+        )
+        for node_id in node_ids
     )
 
 
 def render(config: ServerConfig) -> str:
-    """The text of the configuration file. It holds passwords."""
+    """The text of the configuration file, without the accounts."""
     blocks = [
         f"listen: {_quoted(f'{config.host}:{config.port}')}",
         f"ports_file_dir: {_quoted(str(config.ports_file_dir))}",
         f"pid_file: {_quoted(str(config.pid_file))}",
-        f"max_payload: {config.max_payload_bytes}",
         _block("jetstream", _store(config)),
-        _block(
-            "authorization",
-            [f"timeout: {LOGIN_TIMEOUT_S}", "users: [", *_indented(map(_user, config.users)), "]"],
-        ),
+        f"include {_quoted(config.accounts_file)}",
+    ]
+    return "\n".join(blocks) + "\n"
+
+
+def render_accounts(credentials: Credentials) -> str:
+    """The text of the file with the accounts. It holds passwords.
+
+    Beside them it says only what a mesh needs of any server, so that it may be included in the
+    configuration of one that somebody else runs. That server must have JetStream enabled.
+    """
+    blocks = [
+        f"max_payload: {MAX_PAYLOAD_BYTES}",
+        _block("authorization", [f"timeout: {LOGIN_TIMEOUT_S}"]),
+        _block("accounts", [_account(role, users(credentials, role), crossings()) for role in Role]),
     ]
     return "\n".join(blocks) + "\n"
 
@@ -79,23 +98,51 @@ def _store(config: ServerConfig) -> list[str]:
     return lines
 
 
+def _account(role: Role, members: Iterable[User], passing: list[Crossing]) -> str:
+    exported: dict[tuple[str, str, bool], list[str]] = {}
+    for c in passing:
+        if c.exporter is role:
+            exported.setdefault((c.kind, c.subject, c.many_answers), []).append(ACCOUNTS[c.importer])
+    return _block(
+        ACCOUNTS[role],
+        [
+            *(["jetstream: enabled"] if role is Role.SERVICES else []),
+            _listed("exports", [_export(*what, to) for what, to in exported.items()]),
+            _listed("imports", [_import(crossing) for crossing in passing if crossing.importer is role]),
+            _listed("users", map(_user, members)),
+        ],
+    )
+
+
+def _export(kind: str, subject: str, many_answers: bool, to: list[str]) -> str:
+    answers = ", response_type: stream" if many_answers else ""
+    return f"{{ {kind}: {_quoted(subject)}, accounts: [{', '.join(to)}]{answers} }}"
+
+
+def _import(crossing: Crossing) -> str:
+    source = f"{{ account: {ACCOUNTS[crossing.exporter]}, subject: {_quoted(crossing.subject)} }}"
+    return f"{{ {crossing.kind}: {source} }}"
+
+
 def _user(user: User) -> str:
-    allowed = [
-        f"publish: {{ allow: {_list(user.permissions.publish)} }}",
-        f"subscribe: {{ allow: {_list(user.permissions.subscribe)} }}",
-    ]
-    if user.permissions.may_respond:
-        allowed.append(
-            f'allow_responses: {{ max: {RESPONSES_MAX}, expires: "{RESPONSES_EXPIRE_S}s" }}',
-        )
     return _block(
         "",
         [
             f"user: {_quoted(user.name)}",
             f"password: {_quoted(user.password)}",
-            _block("permissions", allowed),
+            _block(
+                "permissions",
+                [
+                    f"publish: {{ allow: {_list(user.permissions.publish)} }}",
+                    f"subscribe: {{ allow: {_list(user.permissions.subscribe)} }}",
+                ],
+            ),
         ],
     )
+
+
+def _listed(name: str, entries: Iterable[str]) -> str:
+    return "\n".join([f"{name}: [", *_indented(entries), "]"])
 
 
 def _block(name: str, lines: list[str]) -> str:

@@ -1,15 +1,20 @@
-"""Passwords of each role and the token of the HTTP edges, generated once and kept in one private file."""
+"""Passwords of each role and node and the token of the HTTP edges, generated and kept in one private file."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import secrets
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
 
 from computemesh.contracts.base import Role
+from computemesh.contracts.permissions import user_name
+from computemesh.ids import Id
 from computemesh.paths import write_private
 
 _SECRET_BYTES: Final = 24
@@ -24,22 +29,33 @@ class BadCredentialsError(Exception):
 
 
 class Credentials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A password for each role, whose user name is the role's value, and the token of the HTTP edges."""
+    """A password for each role and each node, and the token of the HTTP edges."""
 
     services: Secret
-    node: Secret
     client: Secret
     observer: Secret
     token: Secret
+    nodes: dict[Id, Secret] = {}
+    """By node id."""
 
-    def user(self, role: Role) -> str:
-        """The user name of *role*."""
-        return role.value
+    def password(self, role: Role, node_id: str = "") -> str:
+        """The password of the user of *role*, or of one node.
 
-    def password(self, role: Role) -> str:
-        """The password of *role*."""
+        Raises:
+            KeyError: the node has no user.
+        """
+        if role is Role.NODE:
+            return self.nodes[node_id]
         password: str = getattr(self, role.value)
         return password
+
+    def login(self, role: Role, node_id: str = "") -> str:
+        """``user:password``, as it stands in a URL.
+
+        Raises:
+            KeyError: the node has no user.
+        """
+        return f"{user_name(role, node_id)}:{self.password(role, node_id)}"
 
     def __repr__(self) -> str:
         """Names no secret, so that none ends in a log."""
@@ -47,9 +63,8 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def generate() -> Credentials:
-    """Fresh random credentials."""
-    new = {field: secrets.token_urlsafe(_SECRET_BYTES) for field in Credentials.__struct_fields__}
-    return Credentials(**new)
+    """Fresh random credentials, without nodes."""
+    return Credentials(services=_secret(), client=_secret(), observer=_secret(), token=_secret())
 
 
 def load_or_create(path: Path) -> Credentials:
@@ -61,8 +76,52 @@ def load_or_create(path: Path) -> Credentials:
     Raises:
         BadCredentialsError: the file is there and holds something else.
     """
+    with held(path) as present:
+        return present
+
+
+def add_node(path: Path, node_id: str) -> Credentials:
+    """The credentials in *path*, with a user for the node, made unless it has one.
+
+    Raises:
+        BadCredentialsError: the file is there and holds something else.
+    """
+    with held(path) as present:
+        if node_id in present.nodes:
+            return present
+        return _save(path, msgspec.structs.replace(present, nodes=present.nodes | {node_id: _secret()}))
+
+
+def remove_node(path: Path, node_id: str) -> Credentials:
+    """The credentials in *path*, without a user for the node.
+
+    Raises:
+        BadCredentialsError: the file is there and holds something else.
+    """
+    with held(path) as present:
+        left = {name: secret for name, secret in present.nodes.items() if name != node_id}
+        return _save(path, msgspec.structs.replace(present, nodes=left))
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Generator[Credentials]:
+    """The credentials in *path*, which nobody else changes meanwhile.
+
+    Raises:
+        BadCredentialsError: the file is there and holds something else.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield _load(path)
+    finally:
+        os.close(descriptor)
+
+
+def _load(path: Path) -> Credentials:
     if not path.exists():
-        _create(path)
+        return _save(path, generate())
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
     try:
@@ -73,13 +132,10 @@ def load_or_create(path: Path) -> Credentials:
         ) from error
 
 
-def _create(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    write_private(draft, msgspec.json.format(msgspec.json.encode(generate()), indent=2).decode() + "\n")
-    try:
-        # Unlike a rename, a link never replaces the file of another process that was faster.
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(draft)
-    finally:
-        draft.unlink()
+def _save(path: Path, credentials: Credentials) -> Credentials:
+    write_private(path, msgspec.json.format(msgspec.json.encode(credentials), indent=2).decode() + "\n")
+    return credentials
+
+
+def _secret() -> str:
+    return secrets.token_urlsafe(_SECRET_BYTES)

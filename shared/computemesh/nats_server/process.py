@@ -23,12 +23,13 @@ from urllib.parse import urlsplit
 import msgspec
 
 from computemesh.contracts.base import Role
-from computemesh.nats_server.config import ANY_PORT, ServerConfig, render, users
+from computemesh.nats_server import credentials as files
+from computemesh.nats_server.config import ANY_PORT, ServerConfig, render, render_accounts
 from computemesh.nats_server.credentials import Credentials
 from computemesh.paths import private_folder, write_private
 from computemesh.process import dies_with_parent, end, signal_group
 
-HOST: Final = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
 BINARY: Final = "nats-server"
 
 READY_TIMEOUT_S: Final = 10.0
@@ -40,9 +41,17 @@ STOP_GRACE_S: Final = 10.0
 LOCK_WAIT_S: Final = 2.0
 """How long a start waits for the folder: a server whose parent was just killed is still closing it."""
 
+TAKE_OVER_S: Final = 30.0
+"""How long a running server may take to know a change of its users."""
+
+RELOAD_AGAIN_S: Final = 1.0
+"""After this long a server that shows no change is told again: it may have been about to start."""
+
 LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 """A log above this is set aside at the next start; one older log is kept."""
 
+_ACCOUNTS_FILE: Final = "accounts.conf"
+_ANY_HOST: Final = ("0.0.0.0", "::")  # noqa: S104  # recognised, not bound
 _POLL_S: Final = 0.01
 _LOG_TAIL_BYTES: Final = 4096
 _LOG_TAIL_LINES: Final = 10
@@ -71,6 +80,8 @@ class NatsServer:
 
     Args:
         folder: made when absent, readable by its owner only.
+        credentials_file: read at each start, made when absent.
+        host: address it listens on. Passwords cross the network unencrypted.
         port: 0 takes any free port the first time and the same one from then on, so that clients find the
             server again after a crash.
         ready_timeout_s: raise it for a store that takes long to recover.
@@ -79,16 +90,19 @@ class NatsServer:
     def __init__(
         self,
         folder: Path,
-        credentials: Credentials,
+        credentials_file: Path,
         port: int = 0,
         *,
+        host: str = LOOPBACK,
         sync_always: bool = False,
         max_file_store_bytes: int | None = None,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
         self.folder: Final = folder
         self.log_file: Final = folder / "nats-server.log"
-        self._credentials = credentials
+        self._credentials_file = credentials_file
+        self._credentials: Credentials | None = None
+        self._host = host
         self._wanted_port = port
         self._sync_always = sync_always
         self._max_file_store_bytes = max_file_store_bytes
@@ -111,10 +125,18 @@ class NatsServer:
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    def url(self, role: Role) -> str:
-        """The address with the credentials of *role*."""
-        user, password = self._credentials.user(role), self._credentials.password(role)
-        return f"nats://{user}:{password}@{HOST}:{self.port}"
+    def url(self, role: Role, node_id: str = "") -> str:
+        """The address with the credentials of *role*, or of one node. The server was started.
+
+        Raises:
+            KeyError: the node has no user.
+        """
+        assert self._credentials is not None, "the server was not started"
+        if node_id and node_id not in self._credentials.nodes:
+            self._credentials = files.load_or_create(self._credentials_file)
+        login = self._credentials.login(role, node_id)
+        host = LOOPBACK if self._host in _ANY_HOST else self._host
+        return f"nats://{login}@{host}:{self.port}"
 
     async def start(self) -> None:
         """Starts the server and returns once it answered an authenticated ping. May follow an exit.
@@ -188,14 +210,15 @@ class NatsServer:
             stale.unlink(missing_ok=True)
         self._rotate_log()
         write_private(self._config_file, render(self._config(port)))
+        self._credentials = _write_accounts(self.folder, self._credentials_file)
 
     def _config(self, port: int) -> ServerConfig:
         return ServerConfig(
             store_dir=private_folder(self.folder / "store"),
             ports_file_dir=self._ports_dir,
             pid_file=self._pid_file,
-            users=users(self._credentials),
-            host=HOST,
+            accounts_file=_ACCOUNTS_FILE,
+            host=self._host,
             port=port,
             max_file_store_bytes=self._max_file_store_bytes,
             sync_always=self._sync_always,
@@ -221,27 +244,22 @@ class NatsServer:
 
     async def _ready(self, wanted_port: int) -> int:
         """Waits until the server answers; gives the port it listens on."""
+        assert self._credentials is not None
+        login = self._credentials.login(Role.SERVICES)
         while True:
             if not self.running:
                 raise self._exited(wanted_port)
-            port = self._published_port()
-            if port and await _answers(port, Role.SERVICES, self._credentials):
-                return port
+            for host, port in addresses(self.folder)[:1]:
+                if await _admits(host, port, login):
+                    return port
             await asyncio.sleep(_POLL_S)
-
-    def _published_port(self) -> int | None:
-        file = self._ports_dir / f"{BINARY}_{self.pid}.ports"
-        try:
-            address = msgspec.json.decode(file.read_bytes(), type=_Ports).nats[0]
-        except (FileNotFoundError, ValueError):  # Not there yet, or half written.
-            return None
-        return urlsplit(address).port
 
     # --- what went wrong ---------------------------------------------------------------------------------
 
     def _exited(self, wanted_port: int) -> ServerError:
         if wanted_port != ANY_PORT and "address already in use" in self._last_words():
-            return PortTaken(f"port {wanted_port} on {HOST} is in use; stop what listens there, or choose another")
+            where = f"port {wanted_port} on {self._host}"
+            return PortTaken(f"{where} is in use; stop what listens there, or choose another")
         return self._failed(f"exited with status {self._child.returncode}")
 
     def _failed(self, how: str) -> ServerError:
@@ -257,9 +275,8 @@ class NatsServer:
         return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:])
 
     def _other_pid(self) -> str:
-        with contextlib.suppress(OSError, ValueError):
-            return f" (process {int(self._pid_file.read_text())})"
-        return ""
+        pid = _read_number(self._pid_file)
+        return f" (process {pid})" if pid else ""
 
     # --- files -------------------------------------------------------------------------------------------
 
@@ -285,10 +302,8 @@ class NatsServer:
         return self.folder / "ports"
 
     def _remembered_port(self) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            port = int(self._port_file.read_text())
-            return port if 0 < port < 65_536 else 0
-        return 0
+        port = _read_number(self._port_file)
+        return port if 0 < port < 65_536 else 0
 
     def _rotate_log(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -321,25 +336,120 @@ async def _locked(descriptor: int) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _answers(port: int, role: Role, credentials: Credentials) -> bool:
-    """Whether a server on *port* takes the credentials of *role* and answers a ping."""
-    try:
-        reader, writer = await asyncio.open_connection(HOST, port)
-    except OSError:
+async def admit_node(folder: Path, credentials_file: Path, node_id: str) -> Credentials:
+    """Makes a user for a node, unless it has one, and has the server that runs in *folder*, if any, admit it.
+
+    Raises:
+        BadCredentialsError: the credentials cannot be used.
+        ServerError: the server did not take it over in time.
+    """
+    credentials = files.add_node(credentials_file, node_id)
+    await _take_over(folder, credentials_file, credentials.login(Role.NODE, node_id), admitted=True)
+    return credentials
+
+
+async def expel_node(folder: Path, credentials_file: Path, node_id: str) -> bool:
+    """Removes a node's user; the server that runs in *folder*, if any, closes its connections.
+
+    Returns:
+        Whether there was such a user.
+
+    Raises:
+        BadCredentialsError: the credentials cannot be used.
+        ServerError: the server did not take it over in time.
+    """
+    before = files.load_or_create(credentials_file)
+    files.remove_node(credentials_file, node_id)
+    if node_id not in before.nodes:
         return False
-    login = {
-        "user": credentials.user(role),
-        "pass": credentials.password(role),
-        "verbose": False,
-        "pedantic": False,
-        "name": "readiness",
-    }
+    await _take_over(folder, credentials_file, before.login(Role.NODE, node_id), admitted=False)
+    return True
+
+
+async def _take_over(folder: Path, credentials_file: Path, login: str, *, admitted: bool) -> None:
+    """Has a running server read its users anew, and returns once that shows for *login*.
+
+    The server may be about to start, or to start again, with users that it read before: hence the repetition.
+    """
+    try:
+        async with asyncio.timeout(TAKE_OVER_S):
+            while _is_locked(folder / "lock"):
+                _write_accounts(folder, credentials_file)
+                if pid := _read_number(folder / "pid"):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGHUP)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RELOAD_AGAIN_S):
+                        return await _shows(folder, login, admitted=admitted)
+    except TimeoutError:
+        raise ServerError(
+            f"the NATS server in {folder} did not take over its users within {TAKE_OVER_S:g} s; its log may say why"
+        ) from None
+
+
+async def _shows(folder: Path, login: str, *, admitted: bool) -> None:
+    """Returns once the server of *folder* admits *login*, or does not."""
+    while True:
+        for address in addresses(folder)[:1]:
+            if await _admits(*address, login) is admitted:
+                return
+        await asyncio.sleep(_POLL_S)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a server runs that holds this lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def addresses(folder: Path) -> list[tuple[str, int]]:
+    """Hosts and ports at which the server that runs in *folder* is reached; none when none runs."""
+    file = folder / "ports" / f"{BINARY}_{_read_number(folder / 'pid')}.ports"
+    try:
+        listed = msgspec.json.decode(file.read_bytes(), type=_Ports).nats
+    except (FileNotFoundError, ValueError):  # Not there yet, or half written.
+        return []
+    parts = [urlsplit(address) for address in listed]
+    return [(part.hostname or LOOPBACK, part.port or 0) for part in parts]
+
+
+def _read_number(path: Path) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return 0
+
+
+def _write_accounts(folder: Path, credentials_file: Path) -> Credentials:
+    # While they are held, or an older state of them could be written after a newer one.
+    with files.held(credentials_file) as credentials:
+        write_private(folder / _ACCOUNTS_FILE, render_accounts(credentials))
+        return credentials
+
+
+async def _admits(host: str, port: int, login: str) -> bool | None:
+    """Whether a server takes this ``user:password`` and answers a ping; None when it does not say."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return None
+    user, _, password = login.partition(":")
+    said = {"user": user, "pass": password, "verbose": False, "pedantic": False, "name": "readiness"}
     try:
         await reader.readline()  # INFO
-        writer.write(b"CONNECT " + msgspec.json.encode(login) + b"\r\nPING\r\n")
-        return (await reader.readline()).strip() == b"PONG"
+        writer.write(b"CONNECT " + msgspec.json.encode(said) + b"\r\nPING\r\n")
+        answer = (await reader.readline()).strip()
+        return answer == b"PONG" if answer else None
     except OSError:
-        return False
+        return None
     finally:
         writer.close()
         with contextlib.suppress(OSError):

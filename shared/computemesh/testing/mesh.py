@@ -16,7 +16,7 @@ from computemesh.bus import Bucket, Bus, Where
 from computemesh.cli.services import SERVICES
 from computemesh.contracts import storage
 from computemesh.contracts.base import Role
-from computemesh.nats_server import Credentials, load_or_create
+from computemesh.nats_server import Credentials, add_node, admit_node
 from computemesh.paths import Home
 from computemesh.supervisor import Supervised, Supervisor
 
@@ -66,7 +66,14 @@ class RunningMesh:
         self._connecting = asyncio.Lock()
 
     def url(self, role: Role) -> str:
+        """The bus as *role* reaches it; for the role of nodes, as the node ``n1`` does."""
         return self.supervisor.url(role)
+
+    async def invite(self, node_id: str) -> str:
+        """The bus as another node reaches it, with a user of its own."""
+        await admit_node(self.home.nats, self.home.credentials, node_id)
+        assert self.supervisor.server is not None
+        return self.supervisor.server.url(Role.NODE, node_id)
 
     def http(self, name: str) -> str:
         """The address of a service's HTTP edge."""
@@ -133,7 +140,7 @@ async def running_mesh(
         if spec.name in services
     ]
     home.root.mkdir(parents=True, exist_ok=True)
-    credentials = load_or_create(home.credentials)
+    credentials = add_node(home.credentials, "n1")
     lines: list[str] = []
     supervisor = Supervisor(
         home,

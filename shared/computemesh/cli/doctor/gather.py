@@ -52,6 +52,7 @@ from computemesh.cli.services import CHECKS, SERVICES
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.permissions import identity
 from computemesh.contracts.work import WorkList, WorkState
 from computemesh.findings import Finding, skipped
 from computemesh.nats_server import Credentials
@@ -358,7 +359,8 @@ def _urls(place: Home, status: MeshStatus | None, named: str) -> dict[Role, str]
     if named:
         user = urlsplit(named).username or ""
         # A server that knows no users lets everybody do everything.
-        found[Role(user) if user in set(Role) else Role.CLIENT if user else Role.SERVICES] = named
+        anyone = Role.CLIENT if user else Role.SERVICES
+        found[who.role if (who := identity(user)) else anyone] = named
     once = {url: role for role, url in reversed(found.items())}
     return {role: url for url, role in reversed(once.items())} or _left_behind(place)
 
@@ -372,7 +374,9 @@ def _left_behind(place: Home) -> dict[Role, str]:
             pass
     except (OSError, ValueError):
         return {}
-    return {r: f"nats://{credentials.user(r)}:{credentials.password(r)}@{HOST}:{port}" for r in Role}
+    me = next(iter(credentials.nodes), "")
+    roles = [role for role in Role if role is not Role.NODE or me]
+    return {r: f"nats://{credentials.login(r, me if r is Role.NODE else '')}@{HOST}:{port}" for r in roles}
 
 
 async def _bus_facts(facts: Facts, urls: Mapping[Role, str]) -> Facts:

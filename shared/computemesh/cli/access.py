@@ -1,0 +1,197 @@
+"""Who may connect: ``nodes invite``, ``nodes revoke`` and ``nats-config``."""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+from collections.abc import Coroutine
+from typing import Any, Final, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+from computemesh.bus import Where
+from computemesh.cli import common
+from computemesh.cli.common import Failure, err, out, print_json
+from computemesh.contracts.base import Role
+from computemesh.ids import is_token
+from computemesh.nats_server import (
+    BadCredentialsError,
+    ServerError,
+    addresses,
+    admit_node,
+    expel_node,
+    load_or_create,
+    render_accounts,
+)
+from computemesh.paths import home
+from computemesh.supervisor import MeshStatus, read_status
+
+T = TypeVar("T")
+
+EXTERNAL_HINT: Final = (
+    "The NATS server is not ours: give it what `computemesh nats-config` prints, and have it reload its configuration."
+)
+
+
+class _NodeName(click.ParamType[str]):
+    """A node id, checked."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not is_token(value):
+            self.fail(f"{value!r} is no node id: one token of letters, digits, '_' and '-', 1 to 63 long", param, ctx)
+        return value
+
+
+class _Address(click.ParamType[str]):
+    """Where a NATS server is, without credentials."""
+
+    name = "address"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parts = urlsplit(value if "://" in value else f"nats://{value}")
+            host, port = parts.hostname, parts.port or 4222
+        except ValueError:
+            return self.fail(f"{value!r} is no address of a server: write nats://HOST:PORT", param, ctx)
+        if not host or parts.username is not None or parts.path not in ("", "/"):
+            return self.fail(f"{value!r} is no address of a server: write nats://HOST:PORT", param, ctx)
+        return f"{parts.scheme}://{_bracketed(host)}:{port}"
+
+
+@click.command()
+@click.argument("name", type=_NodeName())
+@click.option("--url", type=_Address(), default="", help="How the node reaches the NATS server, as nats://HOST:PORT.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def invite(name: str, url: str, as_json: bool) -> None:
+    """Let a node connect, and print what its machine needs.
+
+    The node has a user of its own and speaks for itself only. Inviting it again prints the same.
+    """
+    status = read_status(home())
+    address = url or _reached(status)
+    made = _changed(admit_node(home().nats, home().credentials, name))
+    values = exports(Where(url=_with_login(address, made.login(Role.NODE, name)), role=Role.NODE, name=""))
+    print_exports(values | {"COMPUTEMESH_NODE_ID": name}, as_json=as_json)
+    err.print(f"\nNode {name} may connect. Set the above on its machine; computemesh's own node is then two processes:")
+    err.print("  python -m computemesh_services.resource_detector")
+    err.print("  python -m computemesh_services.node_agent")
+    if status is not None and not status.embedded:
+        err.print(EXTERNAL_HINT)
+    elif _is_loopback(urlsplit(address).hostname or ""):
+        err.print("The NATS server listens on this machine only; `computemesh up --nats-host ADDRESS` changes that.")
+
+
+@click.command()
+@click.argument("name", type=_NodeName())
+def revoke(name: str) -> None:
+    """Take a node's leave to connect away, and close its connections."""
+    status = read_status(home())
+    if status is not None and status.node_id == name:
+        raise Failure(f"{name} is this machine's own node", hint="`computemesh down` stops it")
+    if not _changed(expel_node(home().nats, home().credentials, name)):
+        raise Failure(f"no node {name} was invited", hint=f"those that were: {', '.join(_invited()) or 'none'}")
+    out.print(f"Node {name} may connect no more.")
+    if status is not None and not status.embedded:
+        out.print(EXTERNAL_HINT)
+
+
+@click.command(name="nats-config")
+@click.option(
+    "--urls",
+    "address",
+    type=_Address(),
+    default="",
+    help="Print instead what `computemesh up` needs to use the server there, as shell exports.",
+)
+@click.option("--node", "name", type=_NodeName(), default="", help="With --urls: the node that machine is.")
+def nats_config(address: str, name: str) -> None:
+    """Print the accounts and users that a NATS server of your own must have.
+
+    Include it in the configuration of the server, or of each server of a cluster; JetStream must be
+    enabled there. It holds passwords.
+    """
+    try:
+        known = load_or_create(home().credentials)
+    except BadCredentialsError as error:
+        raise Failure(str(error)) from None
+    if not address:
+        click.echo(render_accounts(known), nl=False)
+        return
+    name = name or next(iter(known.nodes), "")
+    if name not in known.nodes:
+        raise Failure(f"no node {name} was invited" if name else "no node was invited yet", hint=_invite_hint(name))
+    urls = {role: _with_login(address, known.login(role, name if role is Role.NODE else "")) for role in Role}
+    print_exports({f"COMPUTEMESH_NATS_URL_{role.value.upper()}": url for role, url in urls.items()}, as_json=False)
+
+
+# --- addresses ---------------------------------------------------------------------------------------------------
+
+
+def exports(where: Where) -> dict[str, str]:
+    """What a program needs to use the bus."""
+    return {"NATS_URL": where.url, "NATS_INBOX_PREFIX": where.inbox_prefix}
+
+
+def print_exports(values: dict[str, str], *, as_json: bool) -> None:
+    """Settings as shell exports, or as JSON."""
+    if as_json:
+        print_json(values)
+        return
+    for name, value in values.items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+
+
+def node_url(status: MeshStatus, name: str) -> str:
+    """The bus as an invited node reaches it from this machine."""
+    known = load_or_create(home().credentials)
+    if name not in known.nodes:
+        raise Failure(f"no node {name} was invited", hint=_invite_hint(name))
+    return _with_login(status.nats_urls[Role.NODE.value], known.login(Role.NODE, name))
+
+
+def not_a_node(role: str) -> NoReturn:
+    raise Failure(f"--node goes with --role node, not with --role {role}")
+
+
+def _reached(status: MeshStatus | None) -> str:
+    """Where others reach the NATS server of this machine's mesh."""
+    if status is None:
+        raise common.no_mesh(f"no mesh runs in {home().root}, so name the server with --url")
+    if status.embedded and (found := addresses(home().nats)):
+        host, port = found[0]
+        return f"nats://{_bracketed(host)}:{port}"
+    return status.nats_urls[Role.NODE.value]
+
+
+def _with_login(url: str, login: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{login}@{rest.rpartition('@')[2]}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _changed(change: Coroutine[Any, Any, T]) -> T:
+    try:
+        return common.run(change)
+    except (BadCredentialsError, ServerError) as error:
+        raise Failure(str(error)) from None
+
+
+def _invited() -> list[str]:
+    return sorted(load_or_create(home().credentials).nodes)
+
+
+def _invite_hint(name: str) -> str:
+    return f"`computemesh nodes invite {name or 'NAME'}` does that"
