@@ -18,12 +18,12 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Final
 
+import nats
 import pytest
 
 from computemesh import __version__
-from computemesh.contracts.base import Role
-from computemesh.testing import running_server
 from computemesh.testing.cli import Cli
+from computemesh.testing.server import bare_server
 
 WAIT_S: Final = 30.0
 
@@ -67,7 +67,7 @@ def test_status_lists_every_service_and_what_there_is_to_do(mesh: Cli) -> None:
     found = mesh.json("status")
     assert (found["ready"], found["embedded"], found["version"]) == (True, True, __version__)
     assert {service["state"] for service in found["services"]} == {"ready"}
-    secrets = json.loads((mesh.home / "credentials.json").read_text()).values()
+    secrets = passwords(mesh)
     assert not [secret for secret in secrets if secret in json.dumps(found) or secret in text]
 
 
@@ -81,23 +81,29 @@ def test_up_again_says_that_it_runs_and_starts_nothing(mesh: Cli) -> None:
     assert {process.pid for process in mesh.processes()} == before
 
 
+def passwords(mesh: Cli) -> list[str]:
+    """Every secret of a mesh."""
+    kept: dict[str, Any] = json.loads((mesh.home / "credentials.json").read_text())
+    return [*kept.pop("nodes").values(), *kept.values()]
+
+
 def test_secrets_lie_in_files_that_only_their_owner_can_read(mesh: Cli) -> None:
     """The home is closed, and so is each file with a password in it."""
     assert mesh.home.stat().st_mode & 0o077 == 0
-    secrets = list(json.loads((mesh.home / "credentials.json").read_text()).values())
+    secrets = passwords(mesh)
     holders = [
         path
         for path in mesh.home.rglob("*")
         if path.is_file() and path.stat().st_size < 1_000_000 and any(s.encode() in path.read_bytes() for s in secrets)
     ]
-    assert {path.name for path in holders} >= {"credentials.json", "mesh.json", "nats-server.conf"}
+    assert {path.name for path in holders} >= {"credentials.json", "mesh.json", "accounts.conf"}
     assert not [path for path in holders if path.stat().st_mode & 0o077]
     assert not [path for path in holders if path.suffix == ".log"]
 
 
 def test_no_password_is_on_a_command_line(mesh: Cli) -> None:
     """Anybody on the machine can list those."""
-    secrets = json.loads((mesh.home / "credentials.json").read_text()).values()
+    secrets = passwords(mesh)
     lines = [" ".join(process.cmdline()) for process in mesh.processes()]
     assert len(lines) >= 6
     assert not [line for line in lines if any(secret in line for secret in secrets)]
@@ -116,7 +122,7 @@ def test_what_env_prints_a_shell_can_evaluate_and_a_program_can_use(mesh: Cli, r
         env=mesh.environment(PY=sys.executable, ROLE=role),
     )  # fmt: skip
     values = json.loads(shell.stdout)
-    assert values["NATS_URL"].startswith(f"nats://{role}:")
+    assert values["NATS_URL"].startswith(f"nats://{role}-" if role == "node" else f"nats://{role}:")
     assert values["COMPUTEMESH_TOKEN"]
     for name in ("NODE_REGISTRY_URL", "WORK_MARSHALING_URL", "RESOURCE_DETECTOR_URL", "NODE_AGENT_URL"):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", values[name])
@@ -320,18 +326,17 @@ def test_in_the_foreground_a_signal_ends_everything(cli: Cli) -> None:
 
 async def test_up_uses_the_server_that_nats_url_names(cli: Cli, tmp_path: Path) -> None:
     """No server of its own; what it keeps is kept there."""
-    async with running_server(tmp_path / "external") as server:
-        url = server.url(Role.SERVICES)
+    async with bare_server(tmp_path / "external") as url:
         assert "NATS (external)" in cli.up(NATS_URL=url)
         status = cli.json("status")
         assert (status["embedded"], status["ready"]) == (False, True)
         assert "nats-server" not in {service["name"] for service in status["services"]}
         assert not (cli.home / "nats").exists()
         assert cli.json("submit", "--prompt", "x", "--work-id", "external")["work_id"] == "external"
-        assert cli.json("work", "show", "external", NATS_URL=server.url(Role.CLIENT))["work_id"] == "external"
+        assert cli.json("work", "show", "external", NATS_URL=url)["work_id"] == "external"
         cli.ok("down")
         assert cli.processes() == []
-        assert server.running
+        await (await nats.connect(url)).close()  # pyright: ignore[reportUnknownMemberType]
 
 
 def test_a_port_that_is_taken_is_named(cli: Cli) -> None:

@@ -128,6 +128,8 @@ class Bus:
         self._closing = False
         self._asked: set[asyncio.Task[Msg]] = set()
         """Requests that wait for their reply."""
+        self._lost = False
+        """There was a connection, and it broke."""
 
     # --- connection --------------------------------------------------------------------------------------
 
@@ -195,9 +197,11 @@ class Bus:
         return str(self._last_error or "no answer")
 
     async def _on_error(self, error: Exception) -> None:
-        # A refusal says more than the reset that follows it.
+        # A refusal says more than the reset that follows it, and stays until there is a connection.
         if self._last_error is None or not _is_refusal(self._last_error):
             self._last_error = error
+            if self._lost and _is_refusal(error):
+                _log.error("NATS refuses our credentials", url=self.where.shown)
         if _is_refusal(error) or (isinstance(error, OSError) and not self._wait_for_server):
             self._refused.set()
         if isinstance(error, nats.errors.Error) and "permissions violation" in str(error).lower():
@@ -209,6 +213,7 @@ class Bus:
     async def _on_disconnect(self) -> None:
         if self.connected.is_set() and not self._closing:
             _log.warning("NATS is gone, reconnecting", url=self.where.shown)
+            self._lost = True
         self.connected.clear()
         self.interrupted.set()
         for request in self._asked:
@@ -217,6 +222,8 @@ class Bus:
     async def _on_reconnect(self) -> None:
         _log.info("NATS is back", url=self.where.shown)
         self.interrupted = asyncio.Event()
+        self._last_error = None
+        self._lost = False
         self.connected.set()
 
     @property

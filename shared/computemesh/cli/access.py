@@ -63,9 +63,9 @@ class _Address(click.ParamType[str]):
 
 @click.command()
 @click.argument("name", type=_NodeName())
-@click.option("--url", type=_Address(), default="", help="How the node reaches the NATS server, as nats://HOST:PORT.")
+@click.option("--url", type=_Address(), help="How the node reaches the NATS server, as nats://HOST:PORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def invite(name: str, url: str, as_json: bool) -> None:
+def invite(name: str, url: str | None, as_json: bool) -> None:
     """Let a node connect, and print what its machine needs.
 
     The node has a user of its own and speaks for itself only. Inviting it again prints the same.
@@ -80,7 +80,7 @@ def invite(name: str, url: str, as_json: bool) -> None:
     err.print("  python -m computemesh_services.node_agent")
     if status is not None and not status.embedded:
         err.print(EXTERNAL_HINT)
-    elif _is_loopback(urlsplit(address).hostname or ""):
+    elif _is_local(urlsplit(address).hostname or ""):
         err.print("The NATS server listens on this machine only; `computemesh up --nats-host ADDRESS` changes that.")
 
 
@@ -103,11 +103,10 @@ def revoke(name: str) -> None:
     "--urls",
     "address",
     type=_Address(),
-    default="",
     help="Print instead what `computemesh up` needs to use the server there, as shell exports.",
 )
-@click.option("--node", "name", type=_NodeName(), default="", help="With --urls: the node that machine is.")
-def nats_config(address: str, name: str) -> None:
+@click.option("--node", "name", type=_NodeName(), help="With --urls: the node that machine is.")
+def nats_config(address: str | None, name: str | None) -> None:
     """Print the accounts and users that a NATS server of your own must have.
 
     Include it in the configuration of the server, or of each server of a cluster; JetStream must be
@@ -160,10 +159,11 @@ def _reached(status: MeshStatus | None) -> str:
     """Where others reach the NATS server of this machine's mesh."""
     if status is None:
         raise common.no_mesh(f"no mesh runs in {home().root}, so name the server with --url")
-    if status.embedded and (found := addresses(home().nats)):
-        host, port = found[0]
-        return f"nats://{_bracketed(host)}:{port}"
-    return status.nats_urls[Role.NODE.value]
+    found = addresses(home().nats) if status.embedded else []
+    if not found:
+        return status.nats_urls[Role.NODE.value]
+    host, port = min(found, key=lambda address: (_is_local(address[0]), ":" in address[0]))
+    return f"nats://{_bracketed(host)}:{port}"
 
 
 def _with_login(url: str, login: str) -> str:
@@ -175,11 +175,13 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _is_loopback(host: str) -> bool:
+def _is_local(host: str) -> bool:
+    """Whether other machines cannot reach this address."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    return address.is_loopback or address.is_link_local
 
 
 def _changed(change: Coroutine[Any, Any, T]) -> T:

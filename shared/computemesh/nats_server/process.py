@@ -260,6 +260,8 @@ class NatsServer:
         if wanted_port != ANY_PORT and "address already in use" in self._last_words():
             where = f"port {wanted_port} on {self._host}"
             return PortTaken(f"{where} is in use; stop what listens there, or choose another")
+        if "cannot assign requested address" in self._last_words():
+            return ServerError(f"{self._host} is no address of this machine, so the NATS server cannot listen there")
         return self._failed(f"exited with status {self._child.returncode}")
 
     def _failed(self, how: str) -> ServerError:
