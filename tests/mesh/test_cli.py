@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import nats
 import pytest
 
 from computemesh import __version__
 from computemesh.testing.cli import Cli
-from computemesh.testing.server import bare_server
+from computemesh.testing.server import bare_server, running_server
 
 WAIT_S: Final = 30.0
 
