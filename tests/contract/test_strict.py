@@ -70,7 +70,7 @@ async def test_services_under_test_refuse_an_unknown_field(tmp_path: Path, monke
         async with httpx.AsyncClient(base_url=mesh.http("node-registry")) as http:
             answer = await http.post("/api/v1/nodes/register", json={"node_id": "n9", **MORE})
         assert (answer.status_code, answer.json()["field"]) == (400, "a_field_of_tomorrow")
-        connection = await nats.connect(mesh.url(Role.NODE), inbox_prefix=inbox_prefix(Role.NODE))
+        connection = await nats.connect(mesh.url(Role.SERVICES), inbox_prefix=inbox_prefix(Role.SERVICES))
         reply = await connection.request(nodes.REGISTER.subject, json.dumps(ANNOUNCEMENT).encode(), timeout=10)
         assert json.loads(reply.data)["code"] == "bad_message"
         await connection.close()
@@ -115,7 +115,7 @@ async def test_services_in_production_ignore_an_unknown_field(tmp_path: Path) ->
         async with httpx.AsyncClient(base_url=mesh.http("node-registry")) as http:
             answer = await http.post("/api/v1/nodes/register", json=ANNOUNCEMENT)
         assert answer.status_code == 200
-        connection = await nats.connect(mesh.url(Role.NODE), inbox_prefix=inbox_prefix(Role.NODE))
+        connection = await nats.connect(mesh.url(Role.SERVICES), inbox_prefix=inbox_prefix(Role.SERVICES))
         reply = await connection.request(nodes.REGISTER.subject, json.dumps(ANNOUNCEMENT).encode(), timeout=10)
         await connection.close()
     for data in (answer.content, reply.data):
