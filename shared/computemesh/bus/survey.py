@@ -1,4 +1,7 @@
-"""A look at what runs on a server and what is stored there: for operators, and read-only."""
+"""A look at what runs on a server and what is stored there: for operators, and read-only.
+
+The replies are the NATS server's, which says more than is read here.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,14 @@ from nats.aio.msg import Msg
 
 from computemesh.bus.connection import ApiError, Bus
 from computemesh.bus.errors import NotStored
-from computemesh.contracts.base import Message
 
 
-class AccountLimits(Message, frozen=True, kw_only=True):
+class AccountLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_storage: int = -1
     """-1 = not bounded."""
 
 
-class AccountInfo(Message, frozen=True, kw_only=True):
+class AccountInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the account uses of JetStream."""
 
     storage: int = 0
@@ -30,23 +32,23 @@ class AccountInfo(Message, frozen=True, kw_only=True):
     error: ApiError | None = None
 
 
-class Replica(Message, frozen=True, kw_only=True):
+class Replica(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     current: bool = False
     offline: bool = False
 
 
-class Cluster(Message, frozen=True, kw_only=True):
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     leader: str = ""
     replicas: list[Replica] = []
 
 
-class StreamState(Message, frozen=True, kw_only=True):
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     messages: int = 0
     bytes: int = 0
 
 
-class StreamInfo(Message, frozen=True, kw_only=True):
+class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A stream as it is."""
 
     config: dict[str, Any] = {}
@@ -57,7 +59,7 @@ class StreamInfo(Message, frozen=True, kw_only=True):
     error: ApiError | None = None
 
 
-class Pong(Message, frozen=True, kw_only=True):
+class Pong(msgspec.Struct, frozen=True, kw_only=True):
     """An answer to ``$SRV.PING``."""
 
     name: str
