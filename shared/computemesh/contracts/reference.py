@@ -17,11 +17,18 @@ from computemesh.contracts import storage
 from computemesh.contracts.base import Event, Refused, Request, Role, ServiceCard
 from computemesh.contracts.catalog import CONVERSATIONS, events, requests
 from computemesh.contracts.openapi import document, subject
-from computemesh.contracts.permissions import inbox_prefix, permissions
+from computemesh.contracts.permissions import (
+    ACCOUNTS,
+    crossings,
+    inbox_prefix,
+    permissions,
+    user_name,
+)
 from computemesh.contracts.schemas import schemas_of
 from computemesh.contracts.services import SERVICES
 
 NOTE: Final = "<!-- Written by `make docs` from shared/computemesh/contracts; edit there. -->\n\n"
+NODE_ID: Final = "<node_id>"
 
 
 def pages() -> dict[str, str]:
@@ -125,14 +132,35 @@ def _limits(stream: storage.Stream) -> str:
 
 
 def granted() -> str:
-    """Every role and what it may publish and hear."""
-    parts = [f"{NOTE}# Permissions\n\nEverything that is not listed is denied.\n"]
+    """Every account, what passes between them, and what their users may publish and hear."""
+    parts = [
+        f"{NOTE}# Permissions\n\nEach role has an account of its own on the NATS server; in that of nodes, each node is a "
+        f"user. `{NODE_ID}`\nstands for a node's id. Everything that is not listed is denied.\n"
+    ]
     for role in Role:
-        allowed = permissions(role)
-        parts.append(f"\n## {role.value}\n\nInbox prefix `{inbox_prefix(role)}`.\n")
+        node_id = NODE_ID if role is Role.NODE else ""
+        allowed = permissions(role, node_id)
+        user, inbox = user_name(role, node_id), inbox_prefix(role, node_id)
+        store = " It alone has JetStream." if role is Role.SERVICES else ""
+        parts.append(
+            f"\n## {role.value}\n\nAccount `{ACCOUNTS[role]}`, user `{user}`, inbox prefix `{inbox}`.{store}\n"
+        )
         for verb, listed in (("May publish", allowed.publish), ("May subscribe", allowed.subscribe)):
             parts.append(f"\n{verb}:\n\n" + "".join(f"- `{subject}`\n" for subject in sorted(listed)))
+    parts.append(
+        "\n## Exports and imports\n\nA stream carries messages out of the exporting account; a service carries requests into "
+        "it, and answers back.\n"
+    )
+    parts.append(_table(("account", "exports", "subject", "imported by"), _export_rows()))
     return "".join(parts)
+
+
+def _export_rows() -> list[tuple[str, ...]]:
+    importers: dict[tuple[str, str, str], list[str]] = {}
+    for crossing in crossings():
+        exported = (ACCOUNTS[crossing.exporter], crossing.kind, _code(crossing.subject))
+        importers.setdefault(exported, []).append(ACCOUNTS[crossing.importer])
+    return [(*exported, ", ".join(accounts)) for exported, accounts in importers.items()]
 
 
 def schemas() -> str:
