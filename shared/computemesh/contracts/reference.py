@@ -30,6 +30,13 @@ from computemesh.contracts.services import SERVICES
 NOTE: Final = "<!-- Written by `make docs` from shared/computemesh/contracts; edit there. -->\n\n"
 NODE_ID: Final = "<node_id>"
 
+_ACCOUNTS_SAY: Final = f"""\
+Each role has an account of its own on the NATS server; in that of nodes, each node is a user. `{NODE_ID}` stands for a
+node's id. Everything that is not listed is denied."""
+
+_CROSSINGS_SAY: Final = """\
+A stream carries messages out of the exporting account; a service carries requests into it, and answers back."""
+
 
 def pages() -> dict[str, str]:
     """Every reference page: file name and contents."""
@@ -133,24 +140,17 @@ def _limits(stream: storage.Stream) -> str:
 
 def granted() -> str:
     """Every account, what passes between them, and what their users may publish and hear."""
-    parts = [
-        f"{NOTE}# Permissions\n\nEach role has an account of its own on the NATS server; in that of nodes, each node is a "
-        f"user. `{NODE_ID}`\nstands for a node's id. Everything that is not listed is denied.\n"
-    ]
+    parts = [f"{NOTE}# Permissions\n\n{_ACCOUNTS_SAY}\n"]
     for role in Role:
         node_id = NODE_ID if role is Role.NODE else ""
         allowed = permissions(role, node_id)
         user, inbox = user_name(role, node_id), inbox_prefix(role, node_id)
         store = " It alone has JetStream." if role is Role.SERVICES else ""
-        parts.append(
-            f"\n## {role.value}\n\nAccount `{ACCOUNTS[role]}`, user `{user}`, inbox prefix `{inbox}`.{store}\n"
-        )
+        account = f"Account `{ACCOUNTS[role]}`, user `{user}`, inbox prefix `{inbox}`.{store}"
+        parts.append(f"\n## {role.value}\n\n{account}\n")
         for verb, listed in (("May publish", allowed.publish), ("May subscribe", allowed.subscribe)):
             parts.append(f"\n{verb}:\n\n" + "".join(f"- `{subject}`\n" for subject in sorted(listed)))
-    parts.append(
-        "\n## Exports and imports\n\nA stream carries messages out of the exporting account; a service carries requests into "
-        "it, and answers back.\n"
-    )
+    parts.append(f"\n## Exports and imports\n\n{_CROSSINGS_SAY}\n")
     parts.append(_table(("account", "exports", "subject", "imported by"), _export_rows()))
     return "".join(parts)
 
