@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 
 from computemesh.contracts.base import Role
+from computemesh.contracts.permissions import identity
 from computemesh.log import LogFormat
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -72,6 +74,22 @@ def nats_urls(environ: Mapping[str, str] | None = None) -> dict[Role, str]:
         if not url:
             raise ConfigError(f"{_url_name(role)} is not set, and NATS_URL neither; each role needs an address")
     return urls
+
+
+def node_of(url: str, named: str) -> str:
+    """The node that a process is: the one whose user is in the bus's address, else the one it was told.
+
+    Raises:
+        ConfigError: these are two.
+    """
+    who = identity(urlsplit(url).username or "")
+    mine = who.node_id if who else ""
+    if mine and named and mine != named:
+        raise ConfigError(
+            f"COMPUTEMESH_NODE_ID is {named}, but the address of the bus has the user of {mine}; "
+            "each node has a user of its own: `computemesh nodes invite NAME` makes one"
+        )
+    return mine or named
 
 
 def _url_name(role: Role) -> str:

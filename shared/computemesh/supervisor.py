@@ -357,7 +357,7 @@ class Supervisor:
 
     def _environment(self, spec: ServiceSpec, name: str, port: int) -> dict[str, str]:
         # A service knows the bus as its own role and no other.
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("NATS_URL", "COMPUTEMESH_NATS_URL"))}
+        inherited = {k: v for k, v in os.environ.items() if "NATS_URL" not in k}
         return {
             **inherited,
             "NATS_URL": self.url(spec.role),

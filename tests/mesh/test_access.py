@@ -362,7 +362,7 @@ async def test_up_refuses_addresses_that_do_not_fit_together(cli: Cli) -> None:
     said = await cli.fails("up", COMPUTEMESH_NATS_URL_NODE=node)
     assert "COMPUTEMESH_NATS_URL_SERVICES is not set, and NATS_URL neither" in said
     said = await cli.fails("up", NATS_URL="nats://127.0.0.1:1", COMPUTEMESH_NATS_URL_NODE=node, COMPUTEMESH_NODE_ID="z")
-    assert "COMPUTEMESH_NODE_ID is z, but the address for nodes has the user of x" in said
+    assert "COMPUTEMESH_NODE_ID is z, but the address of the bus has the user of x" in said
 
 
 async def test_a_cluster_has_the_accounts_on_every_server(tmp_path: Path) -> None:

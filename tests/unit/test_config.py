@@ -9,7 +9,8 @@ from typing import Annotated
 import msgspec
 import pytest
 
-from computemesh.config import ConfigError, ServiceConfig, load
+from computemesh.config import ConfigError, ServiceConfig, load, nats_urls, node_of
+from computemesh.contracts.base import Role
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_registry.config import RegistryConfig
 from computemesh_services.resource_detector.config import DetectorConfig
@@ -142,5 +143,48 @@ def test_each_setting_is_documented_and_no_other() -> None:
     text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
     documented = set(re.findall(r"COMPUTEMESH_[A-Z_]+", text))
     fields = {field.name for kind in KINDS for field in msgspec.structs.fields(kind)} - {"ready_fd"}
-    assert documented <= {f"COMPUTEMESH_{field.upper()}" for field in fields} | {"COMPUTEMESH_HOME"}
+    of_the_command_line = {"COMPUTEMESH_HOME", "COMPUTEMESH_NATS_URL_SERVICES"}
+    assert documented <= {f"COMPUTEMESH_{field.upper()}" for field in fields} | of_the_command_line
     assert {field for field in fields if field.upper() not in text} == set()
+
+
+# --- the bus, as each role reaches it ------------------------------------------------------------------------
+
+
+def test_without_an_address_there_is_no_external_server() -> None:
+    """The embedded one is used."""
+    assert nats_urls({}) == {}
+
+
+def test_a_role_without_an_address_of_its_own_uses_the_common_one() -> None:
+    """One address for all, or all but one."""
+    assert nats_urls({"NATS_URL": "nats://h"}) == dict.fromkeys(Role, "nats://h")
+    found = nats_urls({"NATS_URL": "nats://h", "COMPUTEMESH_NATS_URL_NODE": "nats://n"})
+    assert (found[Role.NODE], found[Role.CLIENT]) == ("nats://n", "nats://h")
+
+
+def test_a_role_without_any_address_is_named() -> None:
+    """A mesh with half of its roles could not run."""
+    with pytest.raises(ConfigError, match="COMPUTEMESH_NATS_URL_NODE is not set, and NATS_URL neither"):
+        nats_urls({"COMPUTEMESH_NATS_URL_SERVICES": "nats://s"})
+
+
+@pytest.mark.parametrize(
+    ("url", "named", "node"),
+    [
+        ("nats://node-a:p@h", "", "a"),
+        ("nats://node-a:p@h", "a", "a"),
+        ("nats://client:p@h", "b", "b"),
+        ("nats://h", "b", "b"),
+        ("nats://h", "", ""),
+    ],
+)
+def test_a_process_is_the_node_whose_user_it_has(url: str, named: str, node: str) -> None:
+    """Else the one that it was told to be."""
+    assert node_of(url, named) == node
+
+
+def test_a_process_cannot_be_two_nodes() -> None:
+    """The server would let it neither hear nor answer what is for the other."""
+    with pytest.raises(ConfigError, match="COMPUTEMESH_NODE_ID is b, but the address of the bus has the user of a"):
+        node_of("nats://node-a:p@h", "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from computemesh.bus import Bus
+from computemesh.config import node_of
 from computemesh.contracts.services import RESOURCE_DETECTOR
 from computemesh.lifecycle import run
 from computemesh_services.resource_detector.config import DetectorConfig
@@ -14,6 +15,7 @@ from computemesh_services.resource_detector.service import ResourceDetector
 
 def main() -> None:
     def make(bus: Bus, config: DetectorConfig, _url: Callable[[], str]) -> ResourceDetector:
+        node_of(config.nats_url, config.node_id)
         return ResourceDetector(bus, config, choose_provider())
 
     run(RESOURCE_DETECTOR, DetectorConfig, make)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -36,11 +35,10 @@ from computemesh.cli.common import (
     table,
 )
 from computemesh.cli.services import SERVICES
-from computemesh.config import nats_urls
+from computemesh.config import nats_urls, node_of
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
-from computemesh.contracts.permissions import identity
 from computemesh.ids import token_from
 from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, ServerError, add_node
 from computemesh.paths import Home, home, private_folder, write_private
@@ -249,16 +247,8 @@ def node_id(place: Home, nats_url: str = "") -> str:
 
     An external NATS server that knows each node by a user of its own decides the name.
     """
-    named = token_from(os.environ.get("COMPUTEMESH_NODE_ID", "")) if os.environ.get("COMPUTEMESH_NODE_ID") else ""
-    who = identity(urlsplit(nats_url).username or "")
-    if who and who.node_id:
-        if named not in ("", who.node_id):
-            raise Failure(
-                f"COMPUTEMESH_NODE_ID is {named}, but the address for nodes has the user of {who.node_id}",
-                hint="each node has a user of its own: `computemesh nodes invite NAME` makes one",
-            )
-        return who.node_id
-    if named:
+    told = os.environ.get("COMPUTEMESH_NODE_ID", "")
+    if named := node_of(nats_url, token_from(told) if told else ""):
         return named
     import secrets
     import socket
