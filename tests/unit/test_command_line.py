@@ -140,7 +140,7 @@ def test_every_event_has_a_line_for_people_and_one_for_programs(event: Any) -> N
     """With every field set, and with only those that must be."""
     payload = example(event.payload)
     heard = events.read(event.at("x1" if event.target else ""), encode(payload), None, 0.0)
-    line = events.as_text(heard).plain
+    line = events.plain(events.as_text(heard))
     assert "\n" not in line
     assert subjects.short(event.subject) in line
     assert "not readable" not in line
@@ -153,7 +153,7 @@ def test_a_line_shows_what_matters() -> None:
     """The item first, its state, and only fields that say something."""
     error = WorkError(reason="no such\nfile", code="bad_payload")
     record = WorkRecord(work_id="w-1", state=WorkState.FAILED, work_type="x", node_id="n1", attempt=2, error=error)
-    line = events.as_text(events.read("compute.work.state.v1.w-1", encode(record), None, 0.0)).plain
+    line = events.plain(events.as_text(events.read("compute.work.state.v1.w-1", encode(record), None, 0.0)))
     shown = "w-1 failed work_type=x node_id=n1 attempt=2 error=no such file (bad_payload)"
     assert line.split("  ", 1)[1].split() == ["work.state", *shown.split()]
 
@@ -168,7 +168,7 @@ def test_a_line_shows_what_matters() -> None:
 def test_what_does_not_decode_is_shown_with_the_reason(data: bytes, says: str) -> None:
     """For people and for programs; nothing raises, and nothing steers the terminal."""
     heard = events.read("compute.work.completed.v1", data, {"traceparent": "00-1"}, 0.0)
-    line = events.as_text(heard).plain
+    line = events.plain(events.as_text(heard))
     assert "not readable: " in line
     assert says in line
     assert "\x1b" not in line
@@ -181,14 +181,14 @@ def test_a_message_outside_the_contracts_is_shown_as_it_is() -> None:
     """As JSON if it is some, else as text."""
     assert json.loads(events.as_json(events.read("orders.new", b'{"a": [1]}', None, 0.0)))["payload"] == {"a": [1]}
     assert json.loads(events.as_json(events.read("orders.new", b"hello", None, 0.0)))["payload"] == "hello"
-    assert events.as_text(events.read("orders.new", b"hello", None, 0.0)).plain.endswith("hello")
+    assert events.plain(events.as_text(events.read("orders.new", b"hello", None, 0.0))).endswith("hello")
 
 
 def test_nothing_that_others_send_steers_the_terminal() -> None:
     """Control characters are spelt out."""
     assert printable("a\x1b[2Jb\rc\x9bd\x07") == "a\\x1b[2Jb\\x0dc\\x9bd\\x07"
     report = work.WorkFailed(work_id="w", error="\x1b]0;owned\x07[bold]x")
-    line = events.as_text(events.read("compute.work.failed.v1", encode(report), None, 0.0)).plain
+    line = events.plain(events.as_text(events.read("compute.work.failed.v1", encode(report), None, 0.0)))
     assert "\x1b" not in line
     assert "[bold]x" in line
 

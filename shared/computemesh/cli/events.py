@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Final
 
 import click
@@ -99,40 +100,52 @@ def as_json(heard: Heard) -> bytes:
     return msgspec.json.encode(line)
 
 
-def as_text(heard: Heard) -> Text:
+Piece = tuple[str, str]
+"""A piece of a line, and its style."""
+
+
+def as_text(heard: Heard) -> list[Piece]:
     """One line for people: when, what, and the fields that matter."""
-    what = subjects.short(heard.subject)
-    if heard.message is not None:
-        event = subjects.event_of(heard.subject)
-        what = subjects.short(event.subject) if event else what
-    line = Text(time.strftime("%H:%M:%S", time.localtime(heard.at)) + f".{int(heard.at * 1000) % 1000:03}", "dim")
-    line.append(f"  {what:18} ", STATE_COLOURS.get(what.rpartition(".")[2], "bold"))
+    event = subjects.event_of(heard.subject) if heard.message is not None else None
+    what = subjects.short(event.subject if event else heard.subject)
+    clock = time.strftime("%H:%M:%S", time.localtime(heard.at)) + f".{int(heard.at * 1000) % 1000:03}"
+    line = [(clock, "dim"), (f"  {what:18}  ", STATE_COLOURS.get(what.rpartition(".")[2], "bold"))]
     if heard.problem is not None:
         where = f"{heard.problem.field}: " if heard.problem.field else ""
-        line.append(one_line(f"not readable: {where}{heard.problem.reason}"), "red")
-        return line.append(f"  {_cut(_compact(heard.payload))}", "default")
+        reason = one_line(f"not readable: {where}{heard.problem.reason}")
+        return [*line, (reason, "red"), (f"  {_cut(_compact(heard.payload))}", "")]
     if heard.message is None:
-        return line.append(_cut(_compact(heard.payload)), "default")
-    for name, value in _fields(heard.message):
+        return [*line, (_cut(_compact(heard.payload)), "")]
+    for number, (name, value) in enumerate(_fields(heard.message)):
+        blank = " " if number else ""
         if name == "state":
-            line.append(f" {value}", STATE_COLOURS.get(value, "default"))
-        elif name in ("work_id", "node_id") and line.plain.endswith("  "):
-            line.append(value, "default")
+            line.append((f"{blank}{value}", STATE_COLOURS.get(value, "")))
+        elif number == 0 and name.endswith("_id"):
+            line.append((value, ""))
         else:
-            line.append(f" {name}=", "dim").append(value, "default")
+            line += [(f"{blank}{name}=", "dim"), (value, "")]
     return line
+
+
+def plain(line: Sequence[Piece]) -> str:
+    return "".join(text for text, _ in line)
 
 
 def _fields(message: Any) -> list[tuple[str, str]]:
     """The fields of a payload worth showing: those of :data:`SHOWN` or all, but none that has its default value."""
-    kind: type[Any] = message.__class__
-    kinds = {field.name: field for field in msgspec.structs.fields(kind)}
+    kind: type[msgspec.Struct] = message.__class__
+    kinds = _kinds(kind)
     found: list[tuple[str, str]] = []
     for name in SHOWN.get(kind, tuple(kinds)):
         value = getattr(message, name)
         if kinds[name].required or value != _default(kinds[name]):
             found.append((name, _cut(_value(value))))
     return found
+
+
+@cache
+def _kinds(kind: type[msgspec.Struct]) -> dict[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
 def _default(field: msgspec.structs.FieldInfo) -> Any:
@@ -288,8 +301,10 @@ class Tail:
     def _print(self, heard: Heard) -> None:
         if self._json_lines:
             sys.stdout.buffer.write(as_json(heard) + b"\n")
+        elif sys.stdout.isatty():
+            common.out.print(Text.assemble(*as_text(heard)), soft_wrap=True)
         else:
-            common.out.print(as_text(heard), soft_wrap=True)
+            sys.stdout.write(plain(as_text(heard)) + "\n")
         sys.stdout.flush()
 
     def note(self, text: str, **more: Any) -> None:

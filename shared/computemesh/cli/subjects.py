@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Final
 
 from computemesh.contracts.base import Event, Request
@@ -67,6 +68,7 @@ def find_request(name: str) -> tuple[Request[Any, Any], str] | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def event_of(subject: str) -> Event[Any] | None:
     """The event that travels on a subject."""
     return next((event for event in events() if covers(pattern(event), subject)), None)
