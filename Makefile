@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast check lint format types bench docs lock wheel clean
+.PHONY: help up down status test test-fast chaos mutants check lint format types bench docs lock wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ test: $(VENV)/.dev $(VENV)/.model ## Run all tests, on real servers, processes a
 
 test-fast: $(VENV)/.dev ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/property
+
+chaos: $(VENV)/.dev ## Kill, stop and restart everything under load, N times (N=20, or SEEDS=7,8 to play those again)
+	@CHAOS_RUNS=$(or $(N),2) CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v --no-header tests/chaos/test_chaos.py \
+	  -k whatever_is_killed_stopped_and_restarted
+
+mutants: $(VENV)/.dev ## Break the code line by line; a test must notice (MUTANTS=--process or --all or a word)
+	@$(BIN)/python .ci/mutants $(MUTANTS)
 
 check: lint types test ## Everything CI checks: lint, types, tests
 

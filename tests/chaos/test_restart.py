@@ -3,7 +3,7 @@
 Goal: watchers, leases, the inbox, endpoints and what waited for an answer recover from a server that was
 killed, that was ended, and that was away for longer than a lease and a request live.
 Method: real processes; each part is asked until it answers rightly, and the time is taken from when the
-server answered again. The promise is 5 s; a machine that has other things to do may stretch it threefold.
+server answered again. The promise is 5 s; a machine that has other things to do may take twice as long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from computemesh.contracts.work import WorkGet, WorkItem, WorkItems, WorkList, W
 from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
 
 WHOLE_S: Final = 5.0
-SLACK: Final = 3.0
+SLACK: Final = 2.0
 
 ALL: Final = ("node-registry", "work-marshaller", "resource-detector", "node-agent")
 
@@ -162,7 +162,7 @@ async def test_everything_is_whole_again_within_5_s_of_a_restart(
             # Asked while the server was away, it is answered, or told that nobody answers; it does not hang.
             with contextlib.suppress(BusError):
                 await asyncio.wait_for(pending, WHOLE_S * SLACK)
-        record_property("slowest, s", {name: round(time_s, 2) for name, time_s in slowest_s.items()})
+        record_property("slowest in s", {name: round(time_s, 2) for name, time_s in slowest_s.items()})
         late = {name: time_s for name, time_s in slowest_s.items() if time_s > WHOLE_S * SLACK}
         assert not late, "\n".join([str(late), *mesh.lines[-40:]])
         await time_until(lambda: _is(mesh, "ran-meanwhile", WorkState.COMPLETED))
@@ -171,6 +171,24 @@ async def test_everything_is_whole_again_within_5_s_of_a_restart(
         assert (record.state, record.attempt, record.losses, record.result) == (WorkState.COMPLETED, 1, 0, "through")
         following.cancel()
         await node.leave()
+
+
+async def test_a_report_that_was_lost_with_the_server_is_sent_again(tmp_path: Path) -> None:
+    """It had been sent to a server that was killed before it read it. The work is not done again."""
+    gate = tmp_path / "gate"
+    environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_MODELS": "/nowhere"}
+    async with running_mesh(tmp_path, ALL, environment=environment) as mesh:
+        item = WorkItem(work_id="w1", work_type="gate", payload={"gate": str(gate)})
+        await (await mesh.bus()).store(work.SUBMIT, item)
+        await time_until(lambda: _is(mesh, "w1", WorkState.RUNNING))
+        mesh.kill("nats-server", signal.SIGSTOP)
+        gate.touch()
+        await until(lambda: any('"event": "ran"' in line for line in mesh.lines), what="the work to end")
+        mesh.kill("nats-server")
+        await time_until(lambda: _is(mesh, "w1", WorkState.COMPLETED))
+        record = await (await mesh.bus()).ask(work.GET, WorkGet(work_id="w1"))
+        assert isinstance(record, WorkRecord)
+        assert (record.state, record.attempt, record.result) == (WorkState.COMPLETED, 1, "through")
 
 
 async def _is(mesh: RunningMesh, work_id: str, state: WorkState) -> bool:

@@ -214,13 +214,20 @@ async def test_a_pull_reads_all_in_order_across_many_batches_and_tells_when_it_i
 
 
 async def test_a_lease_has_one_holder_and_passes_on_when_released_or_silent(bus: Bus) -> None:
-    """The second waits, gets it at once on release, and after the time to live when the first just stops."""
+    """The second waits for as long as the first renews it, gets it at once on release, and after the time to
+    live when the first just stops."""
     waited = asyncio.Event()
     first = await leases.acquire(bus, "svc", "a", on_wait=waited.set)
     second = asyncio.create_task(leases.acquire(bus, "svc", "b", on_wait=waited.set))
     await asyncio.wait_for(waited.wait(), 5)
     assert not second.done()
+    await until_renewed(bus, "svc", times=leases.TTL_S + 1)
+    assert not second.done()
+    assert first.certain
     await first.release()
+    assert not first.certain
+    entry = await Bucket(bus, storage.LEASES).get("svc")
+    assert entry is None or entry.value.holder == "b", "nobody need wait until it expires"
     held = await asyncio.wait_for(second, 5)
     assert held.epoch > first.epoch
     third = asyncio.create_task(leases.acquire(bus, "svc", "c", on_wait=waited.set))
@@ -229,6 +236,17 @@ async def test_a_lease_has_one_holder_and_passes_on_when_released_or_silent(bus:
     taken = await asyncio.wait_for(third, 10)
     assert taken.epoch > held.epoch
     await taken.release()
+
+
+async def until_renewed(bus: Bus, service: str, *, times: int) -> None:
+    """Waits until a lease was written so many times more, which takes as many seconds."""
+    seen: set[int] = set()
+    async with asyncio.timeout(30):
+        while len(seen) <= times:
+            entry = await Bucket(bus, storage.LEASES).get(service)
+            assert entry is not None, "it expired"
+            seen.add(entry.revision)
+            await asyncio.sleep(0.05)
 
 
 async def test_the_next_life_of_a_holder_takes_its_lease_at_once(bus: Bus) -> None:

@@ -13,7 +13,15 @@ from msgspec.structs import replace
 
 from computemesh.contracts.base import Refused
 from computemesh.contracts.nodes import NodeRecord, NodeState
-from computemesh.contracts.work import Requirements, WorkCompleted, WorkError, WorkFailed, WorkRecord, WorkState
+from computemesh.contracts.work import (
+    HANDED_BACK,
+    Requirements,
+    WorkCompleted,
+    WorkError,
+    WorkFailed,
+    WorkRecord,
+    WorkState,
+)
 from computemesh.testing.builders import a_beat, a_node, a_plain_node, a_record, an_item
 from computemesh_services.work_marshaller import scheduler as scheduling
 from computemesh_services.work_marshaller import workitem
@@ -319,6 +327,8 @@ def test_a_resting_node_that_shows_up_gets_work_at_once() -> None:
     for shows_up in ("heartbeat", "registry"):
         scheduler, _ = out()
         scheduler.declined("w1", 1, "nobody listens", NOW)
+        scheduler.place(NOW)
+        assert states(scheduler) == {"w1": "pending"}
         if shows_up == "heartbeat":
             scheduler.heartbeat(a_beat(), NOW + 0.1)
         else:
@@ -591,6 +601,15 @@ def test_a_failed_attempt_is_tried_again_after_its_pause_and_elsewhere_if_possib
     dead = scheduler.failed(WorkFailed(work_id="w1", attempt=2, error="again"), NOW + 5)
     assert dead is not None
     assert (dead.state, dead.failures) == (WorkState.DEAD, 2)
+
+
+def test_an_item_that_its_node_hands_back_is_tried_again_at_once_and_no_failure_is_counted() -> None:
+    """The node ends; the item did nothing wrong."""
+    scheduler, _ = out()
+    record = scheduler.failed(WorkFailed(work_id="w1", attempt=1, code=HANDED_BACK, error="node n1 ended"), NOW)
+    assert record is not None
+    assert (record.state, record.failures, record.losses) == (WorkState.RETRYING, 0, 1)
+    assert advance(scheduler, NOW)[-1].attempt == 2
 
 
 def test_the_works_own_fault_is_not_tried_again() -> None:
