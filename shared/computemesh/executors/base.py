@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from computemesh.contracts.base import Message
+from computemesh.contracts.base import Message, Refused, convert
+
+P = TypeVar("P", bound=Message)
 
 
 class EngineAddress(Message, frozen=True, kw_only=True):
@@ -31,6 +33,18 @@ class Task(Message, frozen=True, kw_only=True):
     """Set when the executor's class says :attr:`Executor.needs_engine`."""
     traceparent: str = ""
     """W3C trace context of the request; also in the environment, as ``TRACEPARENT``."""
+
+    def payload_as(self, kind: type[P]) -> P:
+        """The payload as a message of *kind*.
+
+        Raises:
+            ExecutionError: it is none; the reason names the field, the code is ``bad_payload``.
+        """
+        parsed = convert(self.payload, kind)
+        if isinstance(parsed, Refused):
+            field = ".".join(filter(None, ("payload", parsed.field)))
+            raise ExecutionError(f"{field}: {parsed.reason}", code="bad_payload")
+        return parsed
 
 
 class ExecutionError(Exception):

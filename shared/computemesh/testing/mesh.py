@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from computemesh.bus import Bucket, Bus, Where
 from computemesh.cli.services import SERVICES
-from computemesh.contracts import storage
+from computemesh.contracts import storage, work
 from computemesh.contracts.base import Role
+from computemesh.contracts.work import FINAL, WorkGet, WorkItem, WorkRecord, WorkState
 from computemesh.nats_server import Credentials, add_node, admit_node
 from computemesh.paths import Home
 from computemesh.supervisor import Supervised, Supervisor
@@ -101,6 +102,37 @@ class RunningMesh:
             server = self.supervisor.server
             return server.pid if server is not None and server.running else 0
         return self.service(name).status.pid
+
+    async def submit(self, item: WorkItem) -> WorkRecord:
+        """Submits an item as a client, once the mesh knows its work type: a node may still be announcing it.
+
+        Raises:
+            AssertionError: it is refused for any other reason, or the type stays unknown.
+        """
+        bus = await self.bus()
+        deadline_s = asyncio.get_running_loop().time() + WAIT_S
+        while True:
+            answer = await bus.ask(work.REQUEST, item)
+            if isinstance(answer, WorkRecord):
+                return answer
+            assert answer.code == "unknown_work_type", f"{answer.code}: {answer.reason}"
+            assert asyncio.get_running_loop().time() < deadline_s, answer.reason
+            await asyncio.sleep(0.05)
+
+    async def record(self, work_id: str, states: Collection[WorkState] = FINAL) -> WorkRecord:
+        """What is recorded of an item, once it is in one of *states*; left out, once it has ended.
+
+        Raises:
+            AssertionError: it does not get there.
+        """
+        bus = await self.bus()
+        deadline_s = asyncio.get_running_loop().time() + WAIT_S
+        while True:
+            found = await bus.ask(work.GET, WorkGet(work_id=work_id))
+            if isinstance(found, WorkRecord) and found.state in states:
+                return found
+            assert asyncio.get_running_loop().time() < deadline_s, f"{work_id} is not {', '.join(states)}: {found}"
+            await asyncio.sleep(0.02)
 
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to a service, or to ``nats-server``, if it lives."""
