@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-EXAMPLES: Final = Path(__file__).parents[2] / "docs" / "examples"
+import httpx
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+EXAMPLES: Final = ROOT / "docs" / "examples"
 
 WAIT_S: Final = 180.0
 
@@ -33,3 +40,112 @@ def test_the_executor_installs_from_its_own_package_and_passes_its_own_tests(tmp
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout, done.stdout
+
+
+# --- a new subject --------------------------------------------------------------------------------------------
+
+INSERTS: Final = re.compile(r"(?ms)^<!-- insert: (?P<path>\S+) -->\n```diff\n(?P<lines>.*?)^```$")
+
+
+def insert(file: Path, lines: list[str]) -> None:
+    """Puts the lines marked ``+`` behind the others, which must stand together once in *file*."""
+    where = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+    new = "".join(f"{line[1:]}\n" for line in lines if line.startswith("+"))
+    text = file.read_text()
+    assert text.count(where) == 1, f"{file}: {text.count(where)} times\n{where}"
+    file.write_text(text.replace(where, where + new))
+
+
+class Copy:
+    """A copy of the tree, in which programs run with its modules and not with ours."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\0"):
+            if name and (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, root / name)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs ``python -m`` with these words."""
+        path = os.pathsep.join(str(self.root / folder) for folder in ("shared", "services"))
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+
+    def ok(self, *command: str, **environment: str) -> str:
+        """What a program prints that must go well."""
+        done = self.run(*command, **environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def failures(self, *tests: str) -> set[str]:
+        """The names of the tests that fail, of those in these files."""
+        done = self.run("pytest", "-q", "-p", "no:cacheprovider", *tests)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return set(re.findall(r"(?m)^FAILED \S+::(\w+)", done.stdout))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    """The tree with the files and lines of the page ``docs/contracts.md``, and nothing generated yet."""
+    copy = Copy(tmp_path_factory.mktemp("tree"))
+    shutil.copytree(EXAMPLES / "subject", copy.root, dirs_exist_ok=True)
+    for found in INSERTS.finditer((ROOT / "docs" / "contracts.md").read_text()):
+        insert(copy.root / found["path"], found["lines"].splitlines())
+    copy.ok("ruff", "check", "--fix", ".")
+    copy.ok("ruff", "format", ".")
+    return copy
+
+
+def test_a_new_subject_is_not_done_until_its_pages_and_examples_are_written(copy: Copy) -> None:
+    """The tests name what is stale or missing, and are content after the two commands of the page."""
+    subjects, payloads = (
+        "test_the_reference_page_is_what_the_contracts_say",
+        "test_every_payload_type_has_a_golden_file",
+    )
+    assert {subjects, f"{payloads}_and_every_file_a_type"} <= copy.failures("tests/contract/test_reference.py")
+    copy.ok("computemesh.contracts.reference", "docs/reference")
+    copy.ok("computemesh.testing.golden", "tests/contract/golden")
+    assert copy.failures("tests/contract", "tests/docs/test_tables.py", "tests/docs/test_pages.py") == set()
+    assert "`compute.greetings.greet.v1`" in (copy.root / "docs/reference/subjects.md").read_text()
+    permissions = (copy.root / "docs/reference/permissions.md").read_text()
+    assert permissions.count("`compute.greetings.greet.v1`") == 3, "two roles may ask, one answers"
+
+
+def test_the_new_subject_passes_lint_and_both_type_checkers(copy: Copy) -> None:
+    """Formatting, the rules of the architecture, mypy and pyright as in this tree."""
+    for file in (EXAMPLES / "subject").rglob("*.py"):
+        formatted = copy.root / file.relative_to(EXAMPLES / "subject")
+        assert formatted.read_text() == file.read_text(), f"`make format` changes {file}"
+    copy.ok("ruff", "check", ".")
+    copy.ok("ruff", "format", "--check", ".")
+    copy.ok("importlinter.cli", "lint", "--no-cache")
+    copy.ok("mypy")
+    copy.ok("pyright", "--pythonpath", sys.executable)
+
+
+def test_the_service_of_the_new_subject_passes_its_own_test_and_runs_under_up(copy: Copy, tmp_path: Path) -> None:
+    """A process of the mesh like any other: ready, with its port, and answering."""
+    copy.ok("pytest", "-q", "-p", "no:cacheprovider", "tests/mesh/test_greeter.py")
+    cli = partial(copy.ok, "computemesh.cli", COMPUTEMESH_HOME=str(tmp_path), COMPUTEMESH_MODELS="/nowhere")
+    try:
+        cli("up", "--detach", "--no-demo", "--ports", "any", "--nats-port", "0")
+        (greeter,) = [s for s in json.loads(cli("status", "--json"))["services"] if s["name"] == "greeter"]
+        assert greeter["state"] == "ready"
+        answer = httpx.get(f"{greeter['http']}/api/v1/greetings/Ada", params={"language": "de"})
+        assert answer.json()["text"] == "Guten Tag, Ada!"
+    finally:
+        cli("down")

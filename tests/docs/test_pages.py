@@ -6,7 +6,6 @@ A fenced block under ``<!-- file: PATH -->`` is a quotation of that file.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -22,15 +21,9 @@ HEADING: Final = re.compile(r"(?m)^#+ (.*)$")
 
 
 def pages() -> list[str]:
-    """Every Markdown file that git knows, or would with ``git add``."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    return [name for name in listed if (ROOT / name).is_file()]
+    """Every Markdown file of the tree, but none in hidden folders."""
+    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.md")]
+    return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def anchors(page: Path) -> set[str]:

@@ -8,7 +8,11 @@ from typing import Any, Final
 from computemesh.contracts import nodes, resources, work
 from computemesh.contracts.base import Event, Request
 
-CONVERSATIONS: Final[tuple[ModuleType, ...]] = (nodes, resources, work)
+CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
+    nodes,
+    resources,
+    work,
+)
 
 
 def events() -> list[Event[Any]]:

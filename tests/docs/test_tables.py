@@ -1,0 +1,70 @@
+"""The tables that people keep by hand have a row for everything the code has: services, settings, interfaces."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any, Final, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+
+from computemesh.cli.services import SERVICES
+from computemesh.config import PREFIX, ServiceConfig
+
+ROOT: Final = Path(__file__).parents[2]
+
+GIVEN_BY_THE_SUPERVISOR: Final = frozenset({"ready_fd"})
+
+
+def row(page: str, first: str) -> list[str]:
+    """The cells of the one table row of a page that begins with *first*."""
+    rows = [line for line in (ROOT / page).read_text().splitlines() if re.match(rf"\| \[?{re.escape(first)}\W", line)]
+    assert len(rows) == 1, f"{page}: {len(rows)} rows begin with {first}"
+    return [cell.strip() for cell in rows[0].strip("|").split("|")]
+
+
+def configs() -> list[type[ServiceConfig]]:
+    """The configuration of every service that ``computemesh up`` starts."""
+    found: list[type[ServiceConfig]] = []
+    for spec in SERVICES:
+        module = importlib.import_module(f"{spec.module}.config")
+        found += [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, ServiceConfig) and value.__module__ == module.__name__
+        ]
+    return [ServiceConfig, *found]
+
+
+def names(kind: type[Any], field: msgspec.structs.FieldInfo) -> list[str]:
+    """The variables a field is read from."""
+    hint = get_type_hints(kind, include_extras=True)[field.name]
+    metas = get_args(hint)[1:] if get_origin(hint) is not None else ()
+    others = [name for meta in metas if isinstance(meta, msgspec.Meta) for name in (meta.extra or {}).get("env", [])]
+    return [PREFIX + field.name.upper(), *others]
+
+
+@pytest.mark.parametrize("spec", SERVICES, ids=lambda spec: spec.name)
+def test_a_service_is_in_the_table_of_services_with_its_port(spec: Any) -> None:
+    """``services/README.md`` links to the card of each."""
+    cells = row("services/README.md", spec.name)
+    assert cells[0] == f"[{spec.name}]({spec.module.replace('.', '/')}/__init__.py)"
+    assert cells[2] == str(spec.port)
+
+
+@pytest.mark.parametrize("kind", configs(), ids=lambda kind: kind.__name__)
+def test_every_setting_is_in_the_table_of_settings(kind: type[ServiceConfig]) -> None:
+    """Under one of its names, with its default where that is a number."""
+    for field in msgspec.structs.fields(kind):
+        inherited = kind is not ServiceConfig and field.name in ServiceConfig.__struct_fields__
+        if inherited or field.name in GIVEN_BY_THE_SUPERVISOR:
+            continue
+        page = (ROOT / "docs" / "configuration.md").read_text()
+        shown = [name for name in names(kind, field) if f"| `{name}` |" in page]
+        assert shown, f"docs/configuration.md has no row for {' or '.join(names(kind, field))}"
+        if type(field.default) in (int, float) and field.default:
+            rows = [line for line in page.splitlines() if line.startswith(f"| `{shown[0]}` |")]
+            defaults = {line.split("|")[2].strip() for line in rows}
+            assert defaults & {f"{field.default:g}", str(field.default)}, f"{shown[0]}: {defaults}, {field.default}"
