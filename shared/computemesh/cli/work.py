@@ -165,6 +165,9 @@ class Follower:
         self.on_record(record)
 
     def on_record(self, record: WorkRecord) -> None:
+        # The answer to the submission may come after the outcome of a quick item.
+        if self._done.is_set():
+            return
         self._record = record
         self._show(f"{record.state}" + (f" on {record.node_id}" if record.node_id else ""))
         if record.state in FINAL:
