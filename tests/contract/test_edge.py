@@ -30,7 +30,7 @@ from computemesh import __version__
 from computemesh.bus import Bus, MicroService, Stored, Where
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
-from computemesh.contracts import catalog, nodes, resources, services, work
+from computemesh.contracts import catalog, nodes, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
 from computemesh.contracts.nodes import NodeGet, NodeRecord
 from computemesh.contracts.permissions import inbox_prefix
@@ -52,10 +52,7 @@ SERVICES: Final = tuple(card.name for card in services.SERVICES)
 JSON: Final = {"content-type": "application/json"}
 
 SERVED_BY: Final[dict[str, tuple[Request[Any, Any], ...]]] = {
-    "node-registry": (nodes.REGISTER, nodes.QUERY, nodes.GET),
-    "work-marshaller": (work.REQUEST, work.GET, work.LIST, work.CANCEL, work.EXPLAIN),
-    "resource-detector": (resources.INVENTORY,),
-    "node-agent": (),
+    card.name: tuple(request for request in catalog.requests() if request.service is card) for card in services.SERVICES
 }
 
 ROUTES: Final = [
@@ -124,9 +121,9 @@ def assert_problem(answer: httpx.Response, status: int, code: str, field: str = 
 # --- wrong calls --------------------------------------------------------------------------------------------------
 
 
-async def test_every_route_of_the_contracts_is_tried_here() -> None:
-    """A new contract with a route must be added to the table above."""
-    assert {id(request) for request in catalog.requests() if request.http} == {id(request) for _, request, _ in ROUTES}
+def path_of(route: Http) -> str:
+    """The route's path with some id in each of its places."""
+    return re.sub(r"{\w+}", "a1", route.path)
 
 
 @every_route
@@ -139,8 +136,8 @@ async def test_a_body_that_is_no_message_is_refused(
     edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http, body: bytes
 ) -> None:
     """On every route, those that need no body included."""
-    path = route.path.format(work_id="w1", node_id="n1")
-    assert_problem(await edges[name].request(route.method, path, content=body, headers=JSON), 400, "bad_message")
+    answer = await edges[name].request(route.method, path_of(route), content=body, headers=JSON)
+    assert_problem(answer, 400, "bad_message")
 
 
 @every_route
@@ -148,10 +145,9 @@ async def test_a_body_that_is_not_declared_as_json_is_refused(
     edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
 ) -> None:
     """A browser lets any page send plain text and forms, but asks first before it sends JSON."""
-    path = route.path.format(work_id="w1", node_id="n1")
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json"):
         headers = {"content-type": kind} if kind else {}
-        answer = await edges[name].request(route.method, path, content=b"{}", headers=headers)
+        answer = await edges[name].request(route.method, path_of(route), content=b"{}", headers=headers)
         assert_problem(answer, 415, "bad_content_type")
 
 
@@ -167,7 +163,6 @@ async def test_a_body_above_a_mebibyte_is_refused(
     edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
 ) -> None:
     """Declared in advance or not; the connection serves the next call."""
-    path = route.path.format(work_id="w1", node_id="n1")
     large = b'{"a": "' + b"x" * 1024 * 1024 + b'"}'
 
     async def chunks() -> AsyncGenerator[bytes]:
@@ -175,7 +170,7 @@ async def test_a_body_above_a_mebibyte_is_refused(
             yield large[at : at + 65_536]
 
     for content in (large, chunks()):
-        answer = await edges[name].request(route.method, path, content=content, headers=JSON)
+        answer = await edges[name].request(route.method, path_of(route), content=content, headers=JSON)
         assert_problem(answer, 413, "too_large")
     assert (await edges[name].get("/healthz")).status_code == 200
 
@@ -185,8 +180,8 @@ async def test_an_unknown_query_parameter_is_refused_by_name(
     edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
 ) -> None:
     """A misspelt filter must not look like one that matched everything."""
-    path = route.path.format(work_id="w1", node_id="n1")
-    assert_problem(await edges[name].request(route.method, f"{path}?stauts=x"), 400, "bad_message", "stauts")
+    answer = await edges[name].request(route.method, f"{path_of(route)}?stauts=x")
+    assert_problem(answer, 400, "bad_message", "stauts")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +217,7 @@ async def test_a_method_that_a_path_does_not_have_is_refused(
     edges: Mapping[str, httpx.AsyncClient], name: str, request_: Request[Any, Any], route: Http
 ) -> None:
     """Which ones it has is said in the header."""
-    path = route.path.format(work_id="w1", node_id="n1")
-    answer = await edges[name].request("PUT", path, json={})
+    answer = await edges[name].request("PUT", path_of(route), json={})
     assert_problem(answer, 405, "method_not_allowed")
     assert answer.headers["allow"]
 

@@ -24,18 +24,19 @@ from msgspec import inspect
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from computemesh.contracts import catalog, nodes, resources, storage, work
+from computemesh.contracts import catalog, nodes, resources, services, storage, work
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.ids import ID_PATTERN
 from computemesh.testing import RunningMesh, running_mesh, until
+from computemesh.testing.golden import example
 from computemesh.testing.mesh import CONTROL_PLANE
 
 # pyright: reportUnknownMemberType=false
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ALL: Final = ("node-registry", "work-marshaller", "resource-detector", "node-agent")
+ALL: Final = tuple(card.name for card in services.SERVICES)
 NODE_ID: Final = "n1"
 """The node of the mesh under test, whose agent and detector answer on subjects of their own."""
 
@@ -133,10 +134,8 @@ def pids(mesh: RunningMesh) -> dict[str, int]:
 
 def required(kind: type[Message]) -> dict[str, Any]:
     """The fields without which a message of *kind* is none, filled with what fits."""
-    fitting: dict[str, Any] = {"work_id": "w1", "node_id": "n9", "work_type": "inference", "attempt": 1}
-    info = inspect.type_info(kind)
-    assert isinstance(info, inspect.StructType)
-    return {field.name: fitting.get(field.name, 1) for field in info.fields if field.required}
+    fitting = msgspec.to_builtins(example(kind))
+    return {field.encode_name: fitting[field.encode_name] for field in msgspec.structs.fields(kind) if field.required}
 
 
 @dataclass(frozen=True)

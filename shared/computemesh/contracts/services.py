@@ -19,4 +19,9 @@ NODE_AGENT: Final = ServiceCard(
     name="node-agent", about="Runs engines and work on this machine.", role=Role.NODE, port=8091
 )
 
-SERVICES: Final = (NODE_REGISTRY, WORK_MARSHALLER, RESOURCE_DETECTOR, NODE_AGENT)
+SERVICES: Final = (
+    NODE_REGISTRY,
+    WORK_MARSHALLER,
+    RESOURCE_DETECTOR,
+    NODE_AGENT,
+)

@@ -3,7 +3,7 @@
 from typing import assert_type
 
 from computemesh.contracts import work
-from computemesh.contracts.base import Event, Message, Refused, Request, Role, convert, decode, encode
+from computemesh.contracts.base import Event, Message, Refused, Request, Role, ServiceCard, convert, decode, encode
 from computemesh.contracts.work import WorkGet, WorkItem, WorkProgress, WorkRecord
 
 
@@ -16,8 +16,9 @@ class Pong(Message, frozen=True, kw_only=True):
 
 
 ANY = frozenset(Role)
+TOY = ServiceCard(name="toy", about="A toy.", role=Role.SERVICES, port=8199)
 
-PING = Request(subject="compute.toy.ping.v1", takes=Ping, gives=Pong, asked_by=ANY)
+PING = Request(subject="compute.toy.ping.v1", takes=Ping, gives=Pong, asked_by=ANY, service=TOY)
 PONGED = Event(subject="compute.toy.ponged.v1", payload=Pong, sent_by=ANY, read_by=ANY)
 
 assert_type(PING, Request[Ping, Pong])
@@ -30,8 +31,8 @@ assert_type(decode(b"{}", Ping), Ping | Refused)
 assert_type(convert({"text": "a"}, Ping), Ping | Refused)
 assert_type(encode(Ping(text="a")), bytes)
 
-Request(subject="compute.toy.ping.v1", takes=str, gives=Pong, asked_by=ANY)  # expect: type-var reportArgumentType
-Request(subject="compute.toy.ping.v1", takes=Ping, asked_by=ANY)  # expect: call-arg reportCallIssue
+Request(subject="a.b.v1", takes=str, gives=Pong, asked_by=ANY, service=TOY)  # expect: type-var reportArgumentType
+Request(subject="a.b.v1", takes=Ping, asked_by=ANY, service=TOY)  # expect: call-arg reportCallIssue
 Event(subject="compute.toy.x.v1", payload=Pong, sent_by=["node"], read_by=ANY)  # expect: arg-type reportArgumentType
 Ping("a")  # expect: call-arg reportCallIssue
 Ping(text=1)  # expect: arg-type reportArgumentType

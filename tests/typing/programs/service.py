@@ -6,10 +6,12 @@ from typing import Any, assert_type
 from computemesh.bus import Bus, MicroService
 from computemesh.config import ServiceConfig
 from computemesh.contracts import nodes, work
-from computemesh.contracts.base import AnyBound, Refused, Role, serve
+from computemesh.contracts.base import AnyBound, Refused, Role, ServiceCard, serve
 from computemesh.contracts.work import WorkCancel, WorkGet, WorkItem, WorkRecord
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn, run
+
+TOY = ServiceCard(name="toy", about="A toy.", role=Role.SERVICES, port=8199)
 
 
 class ToyConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -96,6 +98,6 @@ def make_none(bus: Bus, config: ToyConfig, url: Callable[[], str]) -> NoService:
 
 
 def main() -> None:
-    run("toy", "A toy.", Role.SERVICES, ToyConfig, make)
-    run("toy", "A toy.", Role.SERVICES, ToyConfig, make_none)  # expect: arg-type reportArgumentType
-    run("toy", "A toy.", Role.SERVICES, ToyConfig, make_of_another)  # expect: arg-type reportArgumentType
+    run(TOY, ToyConfig, make)
+    run(TOY, ToyConfig, make_none)  # expect: arg-type reportArgumentType
+    run(TOY, ToyConfig, make_of_another)  # expect: arg-type reportArgumentType

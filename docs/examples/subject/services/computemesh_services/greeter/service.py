@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from computemesh import log
 from computemesh.bus import Bus, BusError, MicroService
@@ -14,8 +14,6 @@ from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn
 from computemesh_services.greeter import wording
 from computemesh_services.greeter.config import GreeterConfig
-
-NAME: Final = "greeter"
 
 _log = log.get("service")
 

@@ -10,7 +10,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Request, Role
+from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.services import GREETER
 
 Language = Literal["en", "de", "fr"]
 
@@ -38,7 +39,10 @@ GREET: Final = Request(
     takes=Greet,
     gives=Greeting,
     asked_by=frozenset({Role.CLIENT, Role.SERVICES}),
+    service=GREETER,
     http=(Http(method="GET", path="/api/v1/greetings/{name}"),),
+    refuses=(Refusal(code="tired", status=429, when="it has said as many as it may"),),
+    example=Greet(name="Ada", language="fr"),
     about="A greeting, in one of three languages.",
 )
 GREETED: Final = Event(
