@@ -105,7 +105,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     shutil.copytree(EXAMPLES / "subject", copy.root, dirs_exist_ok=True)
     for found in INSERTS.finditer((ROOT / "docs" / "contracts.md").read_text()):
         insert(copy.root / found["path"], found["lines"].splitlines())
-    copy.ok("ruff", "check", "--fix", ".")
+    copy.ok("ruff", "check", "--fix", "--exit-zero", ".")
     copy.ok("ruff", "format", ".")
     return copy
 

@@ -22,7 +22,6 @@ import nats
 import pytest
 
 from computemesh import __version__
-from computemesh.testing import running_server
 from computemesh.testing.cli import Cli
 from computemesh.testing.server import bare_server, running_server
 
