@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos mutants check lint format types bench docs lock wheel clean
+.PHONY: help up down status test test-fast chaos mutants check lint format types bench docs lock wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,8 +73,12 @@ docs: $(VENV)/.run ## Write docs/reference from the contracts and docs/cli.md fr
 	@$(BIN)/python -m computemesh.contracts.reference docs/reference
 	@$(BIN)/python -m computemesh.cli.reference docs/cli.md
 
-wheel: $(VENV)/.dev ## Build the wheel into dist/
-	@$(BIN)/python -m hatchling build -t wheel
+wheel: $(VENV)/.dev ## Build the wheel and the sdist into dist/
+	@$(BIN)/python -m hatchling build
+
+wheel-test: $(VENV)/.dev ## Build the wheel, install it in a fresh environment, and run a mesh from it
+	$(SAY) "Testing the wheel"
+	@$(BIN)/python -m pytest -m package --durations 3 tests/package
 
 clean: down ## Stop the mesh and remove what make made; work and results stay (see computemesh down --purge)
 	@rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

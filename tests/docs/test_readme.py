@@ -87,7 +87,8 @@ def test_every_command_and_program_of_the_readme_does_what_it_says(reader: Reade
     addresses = json.loads(reader.run("computemesh env --json"))
     script = "\n".join(blocks).replace("http://localhost:8118", addresses["WORK_MARSHALING_URL"])
     assert ":8118" not in script
-    node_environment = json.loads(reader.run("computemesh env --role node --json"))
+    reader.run("computemesh nodes invite my-node")
+    node_environment = json.loads(reader.run("computemesh env --role node --node my-node --json"))
     node = subprocess.Popen(["python", "node.py"], cwd=reader.folder, env={**reader.environment, **node_environment})
     try:
         reader.run("until computemesh nodes | grep -q shout; do sleep 0.1; done")
