@@ -324,9 +324,13 @@ class Reign:
     async def _on_stored(self, before: WorkRecord | None, record: WorkRecord) -> None:
         _MOVED[record.state].inc()
         if record.state in FINAL:
+            if record.state is not WorkState.COMPLETED:
+                self._tell(record)
             _ENDED[record.state].observe(record.changed_at - record.submitted_at)
         elif record.state is WorkState.ASSIGNED and record.attempt == 1:
             WAIT.observe(record.changed_at - record.submitted_at)
+        elif record.state is WorkState.RETRYING:
+            self._tell(record)
         for effect in consequences(before, record):
             match effect:
                 case Deliver():
@@ -334,6 +338,17 @@ class Reign:
                         await self._deliver(record, 1)
                 case Stop():
                     await self._stop(effect)
+
+    def _tell(self, record: WorkRecord) -> None:
+        """Logs what did not go well."""
+        with trace.within(record.traceparent, record.work_id):
+            _log.info(
+                str(record.state),
+                work_id=record.work_id,
+                attempt=record.attempt,
+                node=record.node_id,
+                reason=record.story[-1].reason,
+            )
 
     async def cancel(self, work_id: str, reason: str) -> WorkRecord | None:
         """The item as it then stands, once that is stored; None: not known here.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
 import click
 import msgspec
 
+from computemesh import trace
 from computemesh.bus import BusError, NoResponder
 from computemesh.bus.connection import read_answer
 from computemesh.cli import common, complete, intake, subjects
@@ -179,17 +179,15 @@ async def _call_raw(address: str, data: bytes, role: Role, timeout_s: float, ver
 async def _send(
     address: str, data: bytes, role: Role, timeout_s: float, verbose: bool
 ) -> tuple[bytes, Mapping[str, str]]:
-    trace = secrets.token_hex(16)
+    here = trace.current() or trace.begin()
     denied: list[str] = []
     async with common.connected(role, on_denied=denied.append) as bus:
         if verbose:
-            err.print(f"[dim]{common.escape(f'{address} as {bus.where.role}, trace id {trace}: {data.decode()}')}[/]")
-        headers = {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-01"}
+            what = f"{address} as {bus.where.role}, trace id {here.trace_id}: {data.decode()}"
+            err.print(f"[dim]{common.escape(what)}[/]")
         try:
             # A server that denies a subject says so at once, and the request would wait for nothing.
-            reply = await common.unless(
-                lambda: bool(denied), bus.call(address, data, timeout_s=timeout_s, headers=headers)
-            )
+            reply = await common.unless(lambda: bool(denied), bus.call(address, data, timeout_s=timeout_s))
         except NoResponder:
             raise common.silent(f"{address}: nobody answers there now") from None
         except BusError as error:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from computemesh import trace
 from computemesh.bus import Bus, BusError, NoResponder, NotAdmitted, Unreachable, Where
 from computemesh.config import ConfigError, nats_url
 from computemesh.contracts.base import Message, Refused, Request, Role
@@ -97,9 +98,11 @@ def tell(error: click.ClickException, *, as_json: bool) -> None:
     if not as_json:
         error.show()
         return
-    told = {"error": error.format_message(), "field": "", "code": "usage", "hint": ""}
+    told = {"error": error.format_message(), "field": "", "code": "usage", "hint": "", "trace_id": ""}
     if isinstance(error, Failure):
         told |= {"field": error.field, "code": error.code, "hint": error.hint}
+        if here := trace.current():  # The services' logs have it too.
+            told["trace_id"] = here.trace_id
     elif isinstance(error, click.UsageError) and error.ctx is not None:
         told["hint"] = f"see `{error.ctx.command_path} --help`"
         if isinstance(error, click.BadParameter) and error.param is not None:
@@ -187,7 +190,8 @@ def refusal(answer: Refused, *, where: str = "") -> Failure:
 
 
 def run(command: Coroutine[Any, Any, T]) -> T:
-    """Runs an asynchronous command."""
+    """Runs an asynchronous command, in a trace of its own."""
+    trace.enter(trace.begin())
     try:
         return uvloop.run(command)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import click
 import msgspec
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from computemesh import trace
 from computemesh.bus import Bus, BusError
 from computemesh.cli import common, complete, intake
 from computemesh.cli.common import (
@@ -291,6 +292,8 @@ def show(work_id: str, as_json: bool) -> None:
         return
     what = common.escape(f"{record.work_type} {record.model_name}".strip())
     out.print(f"{record.work_id}  {coloured(record.state)}  {what}")
+    here = trace.parse(record.traceparent) or trace.of_work(record.work_id)
+    out.print(f"[dim]trace {here.trace_id}: in the logs of all that had to do with it[/]")
     if record.state not in FINAL:
         out.print(common.escape(why.summary))
         for verdict in why.nodes:
