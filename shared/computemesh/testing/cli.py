@@ -54,7 +54,7 @@ class Cli:
         assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert done.stdout == ""
         told: dict[str, str] = json.loads(done.stderr)
-        assert set(told) == {"error", "field", "code", "hint"}
+        assert set(told) == {"error", "field", "code", "hint", "trace_id"}
         return told
 
     def start(self, *words: str, **changes: str) -> subprocess.Popen[str]:
