@@ -21,6 +21,10 @@ LONGER_THAN_PATIENCE_S: Final = 5.0
 """A node that is stopped for this long was lost, in a mesh with the settings of tests, when it wakes up."""
 
 
+DEEDS: Final = 11
+"""Steps of a plan."""
+
+
 class Deed(StrEnum):
     KILL = "kill"
     RESTART = "restart"
@@ -68,7 +72,7 @@ def make_plan(seed: int, items: int) -> Plan:
         (Deed.KILL, REGISTRY, 0.0),
         (Deed.KILL, STANDBY, 0.0),
     ]
-    for _ in range(4):
+    while len(deeds) < DEEDS:
         deed = dice.choice(list(Deed))
         deeds.append((deed, dice.choice(VICTIMS), dice.uniform(0.2, 2.5) if deed is Deed.STOP else 0.0))
     dice.shuffle(deeds)

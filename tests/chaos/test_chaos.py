@@ -29,6 +29,7 @@ from tests.chaos.hostile import Hostile
 from tests.chaos.plan import (
     ACTING,
     AGENT,
+    DEEDS,
     LONGER_THAN_A_LEASE_S,
     LONGER_THAN_PATIENCE_S,
     STANDBY,
@@ -49,7 +50,11 @@ from computemesh.testing.builders import a_record
 # pyright: reportUnknownMemberType=false
 
 ALL: Final = ("node-registry", "work-marshaller", "resource-detector", "node-agent")
-ITEMS: Final = 500
+AT_ONCE: Final = 500
+PER_DEED: Final = 10
+"""Items that are submitted at the moment when something is done to the mesh."""
+
+ITEMS: Final = AT_ONCE + PER_DEED * DEEDS
 CANCELLED: Final = range(0, ITEMS, 25)
 """Items that somebody changes their mind about."""
 
@@ -116,12 +121,14 @@ class Run:
         await self._nc.flush()
         await self._mesh.bus(Role.SERVICES)
         asking = asyncio.create_task(self._ask_forever())
-        submitting = [asyncio.create_task(self._submit(number)) for number in range(ITEMS)]
+        submitting = [asyncio.create_task(self._submit(number)) for number in range(AT_ONCE)]
         cancelling = [asyncio.create_task(self._cancel(number)) for number in CANCELLED]
         try:
-            for step in self._plan.steps:
+            for number, step in enumerate(self._plan.steps):
                 await self._moves(lambda goal=step.after: self.history.ended >= goal)  # type: ignore[misc]
                 await self._do(step)
+                first = AT_ONCE + number * PER_DEED
+                submitting += [asyncio.create_task(self._submit(first + more)) for more in range(PER_DEED)]
             await asyncio.gather(*self._waking, *submitting, *cancelling)
             await self._settle()
         finally:
@@ -142,14 +149,16 @@ class Run:
             await asyncio.sleep(0.05)
 
     async def _cancel(self, number: int) -> None:
-        """Asks until somebody answers."""
-        await self._moves(lambda: self.history.ended > number)
+        """Asks until somebody answers. An item that is not found was lost, or is not read yet."""
+        work_id = f"c{number}"
+        await self._moves(lambda: self.history.ended > number and work_id in self.history.accepted)
         client = await self._mesh.bus()
-        while True:
+        deadline_s = asyncio.get_running_loop().time() + QUIET_S
+        while asyncio.get_running_loop().time() < deadline_s:
             with contextlib.suppress(BusError):
-                answer = await client.ask(work.CANCEL, work.WorkCancel(work_id=f"c{number}"), timeout_s=1.0)
+                answer = await client.ask(work.CANCEL, work.WorkCancel(work_id=work_id), timeout_s=1.0)
                 if isinstance(answer, WorkRecord):
-                    self.history.cancelled.add(f"c{number}")
+                    self.history.cancelled.add(work_id)
                     return
                 if answer.code == "already_final":
                     return
@@ -229,7 +238,7 @@ class Run:
 async def test_every_promise_holds_whatever_is_killed_stopped_and_restarted(
     tmp_path: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
-    """500 items, 11 deeds, and a reporter that lies about what is over."""
+    """500 items at once and some more at each deed, and a reporter that lies about what is over."""
     plan = make_plan(seed, ITEMS)
     environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_SLOTS": "3", "COMPUTEMESH_MODELS": "/nowhere"}
     async with (
@@ -247,6 +256,7 @@ async def test_every_promise_holds_whatever_is_killed_stopped_and_restarted(
         found = violations(run.history)
         leaders = [line for line in mesh.lines if line.startswith("work-marshaller")]
         assert not found, "\n".join([str(plan), *found[:20], *leaders[-60:]])
+        assert len(run.history.accepted) == ITEMS
         assert hostile.said > ITEMS / 4, "the reporter had nothing to say"
         await until(lambda: not node.running, what="the second node to have nothing left")
         for status in mesh.supervisor.status().services:
