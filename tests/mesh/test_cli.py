@@ -293,6 +293,13 @@ def test_down_where_nothing_ever_ran_says_so(cli: Cli) -> None:
     assert not cli.home.exists()
 
 
+def test_up_without_a_model_says_so_and_where_to_look(cli: Cli) -> None:
+    """It does not wait for a node that will never come; the mesh is up for other work."""
+    shown = cli.ok("up", "--detach", "--ports", "any", "--nats-port", "0")
+    assert "No node serves a model: see `computemesh doctor`" in shown
+    assert cli.json("status")["ready"]
+
+
 def test_when_the_supervisor_is_killed_its_children_end_and_up_works_again(cli: Cli) -> None:
     """The kernel tells them; nobody has to clean up."""
     cli.up()

@@ -49,6 +49,9 @@ NATS_PORT: Final = 4222
 READY_S: Final = 60.0
 """How long ``up --detach`` waits for the services."""
 
+SEEN_S: Final = 10.0
+"""How long the first work item waits for a node. Services say that they are ready once they have announced theirs."""
+
 NODE_S: Final = 120.0
 """How long the first work item may take: the engine loads its model meanwhile."""
 
@@ -344,7 +347,7 @@ async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRe
         with err.status("Waiting for a node that serves a model …"):
             model = await _first_model(bus)
         if model is None:
-            tell("\nNo node serves a model yet: give one with `computemesh up --models FILE.gguf`.\n")
+            tell("\nNo node serves a model: see `computemesh doctor`, or try `computemesh up --models FILE.gguf`.\n")
             return None
         tell(f"\n[bold]The first work item[/], published to {work_contracts.SUBMIT.subject}:\n")
         tell(f"  model   {model}\n  prompt  {PROMPT}")
@@ -362,7 +365,7 @@ async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRe
 
 async def _first_model(bus: Bus) -> str | None:
     """The first model a direct node offers; waits for a node."""
-    deadline_s = time.monotonic() + NODE_S
+    deadline_s = time.monotonic() + SEEN_S
     while time.monotonic() < deadline_s:
         with contextlib.suppress(BusError):
             found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(online_only=True, work_type="inference"))
