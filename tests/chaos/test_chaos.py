@@ -246,7 +246,7 @@ async def test_every_promise_holds_whatever_is_killed_stopped_and_restarted(
         outsider(mesh, Role.CLIENT) as watcher,
         outsider(mesh, Role.NODE) as liar,
     ):
-        node = DirectNode(await mesh.bus(Role.NODE), "n2", work_types=("square",), slots=3, run=square)
+        node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2", work_types=("square",), slots=3, run=square)
         hostile = Hostile(liar, random.Random(seed))  # replayed, not secret
         await node.join()
         await hostile.start()

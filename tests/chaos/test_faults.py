@@ -29,7 +29,7 @@ from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
 async def mesh_with_node(folder: Path, *, marshallers: int = 1) -> AsyncGenerator[tuple[RunningMesh, DirectNode]]:
     """A control plane, and a node that does what the test says."""
     async with running_mesh(folder, copies={"work-marshaller": marshallers}) as mesh:
-        node = DirectNode(await mesh.bus(Role.NODE), "n2")
+        node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2")
         await node.join()
         yield mesh, node
         await node.leave()
@@ -121,7 +121,7 @@ async def test_an_item_that_waited_when_the_marshaller_died_still_gets_its_turn(
         await until_stored(mesh, "w1", WorkState.PENDING)
         await until_position(mesh, beyond=1)
         mesh.kill("work-marshaller")
-        other = DirectNode(await mesh.bus(Role.NODE), "n3")
+        other = DirectNode(await mesh.bus(Role.NODE, "n3"), "n3")
         await other.join()
         await other.complete(await until_given(other, "w1", 1), "done")
         await until_stored(mesh, "w1", WorkState.COMPLETED)
@@ -260,7 +260,7 @@ async def test_an_attempt_that_nobody_will_report_is_made_again_once_its_node_is
         old = await until_given(node, "w1", 1)
         await until_stored(mesh, "w1", WorkState.RUNNING)
         await node.leave()
-        other = DirectNode(await mesh.bus(Role.NODE), "n3")
+        other = DirectNode(await mesh.bus(Role.NODE, "n3"), "n3")
         await other.join()
         new = await until_given(other, "w1", 2)
         await node.complete(old, "old")

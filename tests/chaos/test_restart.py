@@ -143,7 +143,7 @@ async def test_everything_is_whole_again_within_5_s_of_a_restart(
     environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_MODELS": "/nowhere"}
     async with running_mesh(tmp_path, ALL, copies={"work-marshaller": 2}, environment=environment) as mesh:
         client = await mesh.bus()
-        node = DirectNode(await mesh.bus(Role.NODE), "n2", work_types=("render",), slots=100)
+        node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2", work_types=("render",), slots=100)
         await node.join()
         mirror = Mirror(await mesh.bus(Role.SERVICES), storage.NODES)
         following = asyncio.create_task(mirror.follow())

@@ -63,7 +63,7 @@ class RunningMesh:
         self.credentials = credentials
         self.lines = lines
         """Every log line of every service, with the service's name in front."""
-        self._buses: dict[Role, Bus] = {}
+        self._buses: dict[tuple[Role, str], Bus] = {}
         self._connecting = asyncio.Lock()
 
     def url(self, role: Role) -> str:
@@ -87,14 +87,15 @@ class RunningMesh:
         """What ``computemesh env --role`` would export, added to this process's environment."""
         return {**os.environ, "NATS_URL": self.url(role), "COMPUTEMESH_HOME": str(self.home.root)}
 
-    async def bus(self, role: Role = Role.CLIENT) -> Bus:
-        """The connection of the test in a role; it ends with the mesh."""
+    async def bus(self, role: Role = Role.CLIENT, node_id: str = "") -> Bus:
+        """The connection of the test in a role, or as one node, which is then invited; it ends with the mesh."""
         async with self._connecting:
-            if role not in self._buses:
-                bus = Bus(Where(url=self.url(role), role=role, name=f"test-{role}"))
+            if (role, node_id) not in self._buses:
+                url = await self.invite(node_id) if node_id else self.url(role)
+                bus = Bus(Where(url=url, role=role, name=f"test-{node_id or role}"))
                 await bus.connect(timeout_s=5.0)
-                self._buses[role] = bus
-        return self._buses[role]
+                self._buses[role, node_id] = bus
+        return self._buses[role, node_id]
 
     def pid(self, name: str) -> int:
         """The process of a service, or of ``nats-server``; 0 while it has none."""
