@@ -23,6 +23,13 @@ import nats
 import pytest
 from msgspec.structs import replace
 from nats.aio.client import Client
+
+from computemesh.bus import Bucket, BusError
+from computemesh.contracts import storage, work
+from computemesh.contracts.base import Role
+from computemesh.contracts.work import Assignment, Move, WorkItem, WorkList, WorkRecord, WorkState
+from computemesh.testing import DirectNode, RunningMesh, install_executor, running_mesh, until
+from computemesh.testing.builders import a_record
 from tests.chaos import history as promises
 from tests.chaos.history import Event, History, slowest_take_over_s, violations
 from tests.chaos.hostile import Hostile
@@ -39,13 +46,6 @@ from tests.chaos.plan import (
     Step,
     make_plan,
 )
-
-from computemesh.bus import Bucket, BusError
-from computemesh.contracts import storage, work
-from computemesh.contracts.base import Role
-from computemesh.contracts.work import Assignment, Move, WorkItem, WorkList, WorkRecord, WorkState
-from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
-from computemesh.testing.builders import a_record
 
 # pyright: reportUnknownMemberType=false
 
@@ -67,7 +67,7 @@ EXECUTOR: Final = """
 import time
 from computemesh.executors import Executor
 
-class Square(Executor):
+class Plugin(Executor):
     def run(self, task, out_dir, progress):
         time.sleep(0.02)
         return {"square": task.payload["n"] ** 2}
@@ -79,16 +79,6 @@ def seeds() -> list[int]:
     if named := os.environ.get("CHAOS_SEEDS"):
         return [int(seed) for seed in named.split(",")]
     return [1, *(secrets.randbelow(1_000_000) for _ in range(int(os.environ.get("CHAOS_RUNS", "2")) - 1))]
-
-
-def install_executor(folder: Path) -> dict[str, str]:
-    """A plug-in package with the executor ``square``; gives the environment that finds it."""
-    info = folder / "square-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / "square_plugin.py").write_text(EXECUTOR)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: square\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[computemesh.executors]\nsquare = square_plugin:Square\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
 
 
 @contextlib.asynccontextmanager
@@ -240,7 +230,11 @@ async def test_every_promise_holds_whatever_is_killed_stopped_and_restarted(
 ) -> None:
     """500 items at once and some more at each deed, and a reporter that lies about what is over."""
     plan = make_plan(seed, ITEMS)
-    environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_SLOTS": "3", "COMPUTEMESH_MODELS": "/nowhere"}
+    environment = {
+        **install_executor(tmp_path / "plugin", "square", EXECUTOR),
+        "COMPUTEMESH_SLOTS": "3",
+        "COMPUTEMESH_MODELS": "/nowhere",
+    }
     async with (
         running_mesh(tmp_path, ALL, copies={"work-marshaller": 2}, environment=environment) as mesh,
         outsider(mesh, Role.CLIENT) as watcher,

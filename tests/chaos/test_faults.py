@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.chaos.history import History, told, violations
 
 from computemesh.bus import Bucket
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.work import WorkCancel, WorkItem, WorkRecord, WorkState
 from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
+from tests.chaos.history import History, told, violations
 
 
 @asynccontextmanager
@@ -31,8 +31,10 @@ async def mesh_with_node(folder: Path, *, marshallers: int = 1) -> AsyncGenerato
     async with running_mesh(folder, copies={"work-marshaller": marshallers}) as mesh:
         node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2")
         await node.join()
-        yield mesh, node
-        await node.leave()
+        try:
+            yield mesh, node
+        finally:
+            await node.leave()
 
 
 async def submit(mesh: RunningMesh, work_id: str, **item: Any) -> None:

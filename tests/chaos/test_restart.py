@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import os
 import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +25,7 @@ from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import NodeAnnouncement, NodeGet, NodeRecord, NodeState
 from computemesh.contracts.work import WorkGet, WorkItem, WorkItems, WorkList, WorkRecord, WorkState
-from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
+from computemesh.testing import DirectNode, RunningMesh, install_executor, running_mesh, until
 
 WHOLE_S: Final = 5.0
 SLACK: Final = 2.0
@@ -37,7 +36,7 @@ EXECUTOR: Final = """
 import os, time
 from computemesh.executors import Executor
 
-class Gate(Executor):
+class Plugin(Executor):
     def run(self, task, out_dir, progress):
         while not os.path.exists(task.payload["gate"]):
             time.sleep(0.01)
@@ -45,16 +44,6 @@ class Gate(Executor):
 """
 
 Check = Callable[[], Awaitable[bool]]
-
-
-def install_executor(folder: Path) -> dict[str, str]:
-    """A plug-in with the executor ``gate``, whose work ends when a file appears."""
-    info = folder / "gate-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / "gate_plugin.py").write_text(EXECUTOR)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gate\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[computemesh.executors]\ngate = gate_plugin:Gate\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
 
 
 @asynccontextmanager
@@ -140,7 +129,7 @@ async def test_everything_is_whole_again_within_5_s_of_a_restart(
 ) -> None:
     """Three times in a row. What ran meanwhile is reported by the agent and not made again; no node was lost."""
     gate = tmp_path / "gate"
-    environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_MODELS": "/nowhere"}
+    environment = {**install_executor(tmp_path / "plugin", "gate", EXECUTOR), "COMPUTEMESH_MODELS": "/nowhere"}
     async with running_mesh(tmp_path, ALL, copies={"work-marshaller": 2}, environment=environment) as mesh:
         client = await mesh.bus()
         node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2", work_types=("render",), slots=100)
@@ -176,7 +165,7 @@ async def test_everything_is_whole_again_within_5_s_of_a_restart(
 async def test_a_report_that_was_lost_with_the_server_is_sent_again(tmp_path: Path) -> None:
     """It had been sent to a server that was killed before it read it. The work is not done again."""
     gate = tmp_path / "gate"
-    environment = {**install_executor(tmp_path / "plugin"), "COMPUTEMESH_MODELS": "/nowhere"}
+    environment = {**install_executor(tmp_path / "plugin", "gate", EXECUTOR), "COMPUTEMESH_MODELS": "/nowhere"}
     async with running_mesh(tmp_path, ALL, environment=environment) as mesh:
         item = WorkItem(work_id="w1", work_type="gate", payload={"gate": str(gate)})
         await (await mesh.bus()).store(work.SUBMIT, item)

@@ -2,6 +2,7 @@
 
 from computemesh.testing.mesh import RunningMesh, running_mesh, until
 from computemesh.testing.node import DirectNode
+from computemesh.testing.plugin import install_executor
 from computemesh.testing.server import running_server
 
-__all__ = ["DirectNode", "RunningMesh", "running_mesh", "running_server", "until"]
+__all__ = ["DirectNode", "RunningMesh", "install_executor", "running_mesh", "running_server", "until"]

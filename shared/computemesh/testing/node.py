@@ -13,6 +13,7 @@ from computemesh.contracts.base import Refused, serve
 from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, RunningWork
 from computemesh.contracts.work import Assignment, Delivery, Stopped, WorkCompleted, WorkStop
 from computemesh.ids import new_id
+from computemesh.tasks import end_all
 
 BEAT_S: Final = 0.3
 
@@ -68,15 +69,11 @@ class DirectNode:
     async def leave(self) -> None:
         """Falls silent, as a machine that lost its power."""
         self.answers.set()
-        tasks = [task for task in (self._beating, *self._attempts.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all(task for task in (self._beating, *self._attempts.values()) if task is not None)
 
     async def restart(self) -> None:
         """A new life, which knows nothing of what ran in the old one."""
-        for task in self._attempts.values():
-            task.cancel()
+        await end_all(self._attempts.values())
         self.running.clear()
         self._known.clear()
         self.session = new_id("s")
