@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos mutants check lint format types bench docs lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos mutants check lint format types bench docs golden lock wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ down: ## Stop the mesh
 status: $(VENV)/.run ## Show what runs
 	@$(BIN)/computemesh status
 
-test: $(VENV)/.dev $(VENV)/.model ## Run all tests, on real servers, processes and a real model
+test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes and a real model
 	$(SAY) "Running the tests"
 	@$(BIN)/python -m pytest
 
@@ -72,6 +72,9 @@ bench: $(VENV)/.dev ## Measure the mesh against the raw limit (BENCH="--items 10
 docs: $(VENV)/.run ## Write docs/reference from the contracts and docs/cli.md from the commands
 	@$(BIN)/python -m computemesh.contracts.reference docs/reference
 	@$(BIN)/python -m computemesh.cli.reference docs/cli.md
+
+golden: $(VENV)/.run ## Record an example of each payload that has none yet
+	@$(BIN)/python -m computemesh.testing.golden tests/contract/golden
 
 wheel: $(VENV)/.dev ## Build the wheel and the sdist into dist/
 	@$(BIN)/python -m hatchling build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any, Final, get_args, get_origin, get_type_hints
@@ -10,6 +11,7 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 import msgspec
 import pytest
 
+import computemesh
 from computemesh.cli.services import SERVICES
 from computemesh.config import PREFIX, ServiceConfig
 
@@ -68,3 +70,25 @@ def test_every_setting_is_in_the_table_of_settings(kind: type[ServiceConfig]) ->
             rows = [line for line in page.splitlines() if line.startswith(f"| `{shown[0]}` |")]
             defaults = {line.split("|")[2].strip() for line in rows}
             assert defaults & {f"{field.default:g}", str(field.default)}, f"{shown[0]}: {defaults}, {field.default}"
+
+
+def test_every_module_of_the_sdk_is_in_the_table_of_the_sdk() -> None:
+    """``shared/README.md`` says of each what it is."""
+    listed = re.findall(r"(?m)^\| (`.*?`) \|", (ROOT / "shared" / "README.md").read_text())
+    found = {module.name for module in pkgutil.iter_modules(computemesh.__path__)}
+    assert {name for cell in listed for name in re.findall(r"`(\w+)`", cell)} == found
+
+
+def test_the_public_interface_is_what_its_page_says() -> None:
+    """Every name of ``docs/api.md`` can be imported from its module, and stands in ``__all__`` where there is one."""
+    rows = re.findall(r"(?m)^\| (`computemesh\..*?`) \| .*? \| (.*?) \|$", (ROOT / "docs" / "api.md").read_text())
+    assert len(rows) > 5
+    for modules, names in rows:
+        first, *others = re.findall(r"`(.*?)`", modules)
+        package = first.rpartition(".")[0]
+        for name in (first, *(package + other for other in others)):
+            module = importlib.import_module(name)
+            public = set(re.findall(r"`(\w+)`", names))
+            assert public or names == "all"
+            assert not {one for one in public if not hasattr(module, one)}, name
+            assert public <= set(getattr(module, "__all__", public)), name
