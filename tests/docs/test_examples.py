@@ -61,16 +61,9 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split("\0"):
-            if name and (ROOT / name).is_file():
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, root / name)
+        shutil.copytree(
+            ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist"), dirs_exist_ok=True
+        )
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs ``python -m`` with these words."""
@@ -101,6 +94,8 @@ class Copy:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """The tree with the files and lines of the page ``docs/contracts.md``, and nothing generated yet."""
+    if (ROOT / "services" / "computemesh_services" / "greeter").exists():
+        pytest.skip("somebody has done in this tree what the page says, so it cannot be done again")
     copy = Copy(tmp_path_factory.mktemp("tree"))
     shutil.copytree(EXAMPLES / "subject", copy.root, dirs_exist_ok=True)
     for found in INSERTS.finditer((ROOT / "docs" / "contracts.md").read_text()):
