@@ -65,3 +65,10 @@ def test_every_example_is_quoted_on_a_page_and_every_mark_has_its_quotation() ->
     }
     assert quoted == marked
     assert examples <= quoted
+
+
+def test_every_decision_has_a_number_of_its_own() -> None:
+    """The one in its name is the one in its heading, and none is left out."""
+    decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    headings = [int(path.read_text().removeprefix("# ").partition(".")[0]) for path in decisions]
+    assert headings == [int(path.name.partition("-")[0]) for path in decisions] == list(range(1, len(decisions) + 1))
