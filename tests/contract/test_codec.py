@@ -206,6 +206,18 @@ def test_bad_utf8_in_a_known_string_field_is_refused(kind: Kind) -> None:
             refusal(b'{"%s": "\xff"}' % field.encode_name.encode(), kind)
 
 
+class Lenient(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A message as production reads it."""
+
+    name: str = ""
+
+
+def test_bad_utf8_in_an_unknown_field_is_refused() -> None:
+    """msgspec skips what it does not know without looking, and whoever passes it on would meet it."""
+    assert decode(b'{"unknown": "fine"}', Lenient) == Lenient()
+    assert refusal(b'{"unknown": "\xff"}', Lenient).reason == "not valid UTF-8"
+
+
 @pytest.mark.parametrize(
     "inner", [b"[" * 20_000, b"{" * 100, b'\\"[' * 100, b"\\\\"], ids=["[", "{", "quotes", "slash"]
 )

@@ -117,7 +117,9 @@ def test_a_new_subject_is_not_done_until_its_pages_and_examples_are_written(copy
     assert copy.failures("tests/contract", "tests/docs/test_tables.py", "tests/docs/test_pages.py") == set()
     assert "`compute.greetings.greet.v1`" in (copy.root / "docs/reference/subjects.md").read_text()
     permissions = (copy.root / "docs/reference/permissions.md").read_text()
-    assert permissions.count("`compute.greetings.greet.v1`") == 4, "two roles may ask, one answers, an account imports it"
+    assert permissions.count("`compute.greetings.greet.v1`") == 4, (
+        "two roles may ask, one answers, an account imports it"
+    )
 
 
 def test_the_new_subject_passes_lint_and_both_type_checkers(copy: Copy) -> None:
