@@ -21,6 +21,8 @@ from nats.aio.msg import Msg
 COMPLETED: Final = "compute.work.completed.v1"
 FAILED: Final = "compute.work.failed.v1"
 
+MARK: Final = "Test-Copy"
+
 LATE_S_MAX: Final = 6.0
 """Longer than it takes until an attempt is given up and the next one begins."""
 
@@ -45,28 +47,27 @@ class Hostile:
             await asyncio.wait(self._tasks)
 
     async def _on_report(self, message: Msg) -> None:
-        report = msgspec.json.decode(message.data)
-        if report.get("copy"):  # Its own.
+        if MARK in (message.headers or {}):  # Its own.
             return
-        copy = report | {"copy": True}
+        report = msgspec.json.decode(message.data)
         luck = self._dice.random()
         if luck < 0.2:
-            self._say(COMPLETED, copy, 0.0)
+            self._say(COMPLETED, report, 0.0)
         elif luck < 0.5:
-            self._say(COMPLETED, copy, self._dice.uniform(0.0, LATE_S_MAX))
+            self._say(COMPLETED, report, self._dice.uniform(0.0, LATE_S_MAX))
         elif luck < 0.6:
             failed = {"work_id": report["work_id"], "attempt": report["attempt"], "error": "late", "fault": "node"}
-            self._say(FAILED, failed | {"copy": True}, self._dice.uniform(0.5, LATE_S_MAX))
+            self._say(FAILED, failed, self._dice.uniform(0.5, LATE_S_MAX))
         elif luck < 0.7:
             unknown = f"nothing-{self._dice.randrange(1000)}"
-            self._say(COMPLETED, {"work_id": unknown, "attempt": 1, "copy": True}, 0.0)
+            self._say(COMPLETED, {"work_id": unknown, "attempt": 1}, 0.0)
         elif luck < 0.8:
-            self._say(COMPLETED, {"work_id": report["work_id"], "result": "of no attempt", "copy": True}, 0.0)
+            self._say(COMPLETED, {"work_id": report["work_id"], "result": "of no attempt"}, 0.0)
 
     async def _on_state(self, message: Msg) -> None:
         record = msgspec.json.decode(message.data)
         if record["state"] in ("assigned", "running") and record.get("attempt", 0) > 1:
-            stale = {"work_id": record["work_id"], "attempt": record["attempt"] - 1, "copy": True}
+            stale = {"work_id": record["work_id"], "attempt": record["attempt"] - 1}
             self._say(COMPLETED, stale | {"result": "of an old attempt"}, self._dice.uniform(0.0, 1.0))
             self._say(FAILED, stale | {"error": "of an old attempt", "fault": "work"}, self._dice.uniform(0.0, 1.0))
 
@@ -74,7 +75,7 @@ class Hostile:
         async def say() -> None:
             await asyncio.sleep(later_s)
             with contextlib.suppress(nats.errors.Error):
-                await self._nc.publish(subject, msgspec.json.encode(report))
+                await self._nc.publish(subject, msgspec.json.encode(report), headers={MARK: "yes"})
                 self.said += 1
 
         task = asyncio.create_task(say())

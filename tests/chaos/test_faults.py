@@ -194,7 +194,7 @@ async def test_a_leader_that_wakes_late_stops_nothing_that_runs(tmp_path: Path) 
         await until_stored(mesh, "w1", WorkState.RUNNING)
         mesh.kill(leader, signal.SIGCONT)
         await until(lambda: said(mesh, leader, "stepped down"), what="the old leader to notice")
-        await (await mesh.bus(Role.NODE)).flush()
+        await (await mesh.bus(Role.NODE, node.node_id)).flush()
         assert [stop for stop in node.stops if stop.attempt == 2] == []
         assert ("w1", 2) in node.running
 

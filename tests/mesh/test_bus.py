@@ -12,8 +12,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 
-from computemesh.bus import Bucket, Bus, Conflict, MicroService, Mirror, NotStored, Pipeline, Pull, Reply, Stored, Where
+from computemesh.bus import (
+    Bucket,
+    Bus,
+    Conflict,
+    MicroService,
+    Mirror,
+    NotStored,
+    Pipeline,
+    Posts,
+    Pull,
+    Reply,
+    Stored,
+    Where,
+)
 from computemesh.bus import lease as leases
 from computemesh.bus.connection import read_ack
 from computemesh.bus.errors import NoResponder, TimedOut
@@ -172,6 +186,33 @@ async def test_the_pipeline_answers_each_request_exactly_once(bus: Bus) -> None:
     await asyncio.wait_for(pipeline.empty.wait(), 5)
     await bus.forget(silent)
     await pipeline.stop()
+
+
+async def test_a_post_that_nobody_hears_is_told_and_one_that_is_heard_is_not(bus: Bus) -> None:
+    """Also when the listener answers, which it need not."""
+    unheard: list[tuple[str, int]] = []
+
+    async def on_unheard(name: str, number: int) -> None:
+        unheard.append((name, number))
+
+    posts = Posts(bus)
+    await posts.start(on_unheard)
+    await posts.send(work.ASSIGNED.at(), b"{}", "w1", 7)
+    await until(lambda: unheard == [("w1", 7)], what="word of it")
+
+    async def answer(message: Msg) -> None:
+        await bus.respond(message, b"thanks")
+
+    listening = await bus.listen(work.ASSIGNED.at(), answer)
+    await bus.flush()
+    await posts.send(work.ASSIGNED.at(), b"{}", "w2", 1)
+    await bus.flush()
+    await bus.forget(listening)
+    await bus.flush()
+    await posts.send(work.ASSIGNED.at(), b"{}", "w3", 1)
+    await until(lambda: len(unheard) > 1, what="word of the last")
+    assert unheard == [("w1", 7), ("w3", 1)]
+    await posts.stop()
 
 
 async def _ignore(_: object) -> None:
