@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -366,3 +368,31 @@ async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer,
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     await bus.forget(silent)
+
+
+async def test_an_endpoint_that_ends_with_its_connection_does_not_come_back_with_the_next(
+    server: NatsServer, bus: Bus
+) -> None:
+    """Whether the connection breaks before it is drained or meanwhile; and nobody waits for the server that died."""
+
+    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
+        return node(ask.node_id)
+
+    micro = MicroService(bus, name="svc", description="", metadata={})
+    meanwhile, before = await micro.add(serve(nodes.GET, on_get)), await micro.add(serve(nodes.GET, on_get))
+    await bus.flush()
+    os.kill(server.pid, signal.SIGSTOP)
+    draining = asyncio.create_task(micro.remove(meanwhile))
+    flushing = asyncio.create_task(bus.flush())
+    await asyncio.sleep(0)
+    server.kill()
+    await server.wait()
+    with pytest.raises(TimedOut, match="the connection broke"):
+        await asyncio.wait_for(flushing, 4)
+    await asyncio.wait_for(draining, 4)
+    await until(lambda: not bus.connected.is_set(), what="the loss to be noticed")
+    await asyncio.wait_for(micro.remove(before), 4)
+    await server.start()
+    await asyncio.wait_for(bus.connected.wait(), 10)
+    with pytest.raises(NoResponder):
+        await bus.ask(nodes.GET, NodeGet(node_id="n1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -41,6 +41,7 @@ _BROKE: Final = "the connection broke before the answer came"
 M = TypeVar("M", bound=Message)
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 _log = log.get("bus")
 
@@ -126,8 +127,8 @@ class Bus:
         self._refused = asyncio.Event()
         self._wait_for_server = True
         self._closing = False
-        self._asked: set[asyncio.Task[Msg]] = set()
-        """Requests that wait for their reply."""
+        self._asked: set[asyncio.Task[Any]] = set()
+        """What waits for the server to answer."""
         self._lost = False
         """There was a connection, and it broke."""
 
@@ -216,8 +217,8 @@ class Bus:
             self._lost = True
         self.connected.clear()
         self.interrupted.set()
-        for request in self._asked:
-            request.cancel(_BROKE)
+        for task in self._asked:
+            task.cancel(_BROKE)
 
     async def _on_reconnect(self) -> None:
         _log.info("NATS is back", url=self.where.shown)
@@ -240,7 +241,7 @@ class Bus:
         try:
             # The first PING of nats-py may overtake commands that are still buffered; the second cannot.
             for _ in range(2):
-                await self._nc.flush(timeout=ASK_TIMEOUT_S)  # type: ignore[arg-type]  # any number will do
+                await self._answered("flush", self._nc.flush(timeout=ASK_TIMEOUT_S))  # type: ignore[arg-type]  # any number will do
         except (nats.errors.Error, OSError) as error:
             raise TimedOut(f"flush: {error}") from error
 
@@ -298,22 +299,33 @@ class Bus:
         """
         if len(data) > self.max_payload:
             raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}")
-        request = asyncio.create_task(self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers)))
-        self._asked.add(request)
         try:
-            return await request
-        except asyncio.CancelledError as error:
-            if error.args != (_BROKE,):
-                raise
-            raise TimedOut(f"{subject}: {_BROKE}") from None
+            return await self._answered(
+                subject, self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers))
+            )
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: nobody answers there now") from error
         except (nats.errors.TimeoutError, TimeoutError) as error:
             raise TimedOut(f"{subject}: no answer in {timeout_s:g} s") from error
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {error}") from error
+
+    async def _answered(self, what: str, asking: Coroutine[Any, Any, T]) -> T:
+        """The server's answer; nats-py would wait for it out its time, also when the connection broke.
+
+        Raises:
+            TimedOut: the connection broke.
+        """
+        task = asyncio.create_task(asking)
+        self._asked.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError as error:
+            if error.args != (_BROKE,):
+                raise
+            raise TimedOut(f"{what}: {_BROKE}") from None
         finally:
-            self._asked.discard(request)
+            self._asked.discard(task)
 
     async def listen(
         self, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""
@@ -334,9 +346,16 @@ class Bus:
             await subscription.unsubscribe()
 
     async def drain(self, subscription: Subscription) -> None:
-        """Unsubscribes after handling what was delivered."""
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            await subscription.drain()  # type: ignore[no-untyped-call]
+        """Unsubscribes after handling what was delivered; while the connection is down, at once."""
+        if not self.connected.is_set():
+            await self.forget(subscription)
+            return
+        try:
+            await self._answered("drain", subscription.drain())  # type: ignore[no-untyped-call]
+        except (nats.errors.Error, OSError, TimeoutError, BusError):
+            # nats-py leaves it half closed: it would be subscribed again with the next connection.
+            subscription._stop_processing()  # pyright: ignore[reportPrivateUsage]
+            self._nc._remove_sub(subscription._id)  # pyright: ignore[reportPrivateUsage]
 
     # --- contracts -----------------------------------------------------------------------------------------
 
