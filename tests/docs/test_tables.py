@@ -17,6 +17,7 @@ from computemesh.config import PREFIX, ServiceConfig
 
 ROOT: Final = Path(__file__).parents[2]
 
+OF_THE_COMMAND_LINE: Final = frozenset({"COMPUTEMESH_HOME", "COMPUTEMESH_NATS_URL_SERVICES"})
 GIVEN_BY_THE_SUPERVISOR: Final = frozenset({"ready_fd"})
 
 
@@ -70,6 +71,13 @@ def test_every_setting_is_in_the_table_of_settings(kind: type[ServiceConfig]) ->
             rows = [line for line in page.splitlines() if line.startswith(f"| `{shown[0]}` |")]
             defaults = {line.split("|")[2].strip() for line in rows}
             assert defaults & {f"{field.default:g}", str(field.default)}, f"{shown[0]}: {defaults}, {field.default}"
+
+
+def test_no_setting_is_described_that_there_is_not() -> None:
+    """A renamed setting would silently do nothing for whoever set it."""
+    described = set(re.findall(rf"{PREFIX}[A-Z_]+", (ROOT / "docs" / "configuration.md").read_text()))
+    known = {name for kind in configs() for field in msgspec.structs.fields(kind) for name in names(kind, field)}
+    assert described - known == OF_THE_COMMAND_LINE
 
 
 def test_every_module_of_the_sdk_is_in_the_table_of_the_sdk() -> None:
