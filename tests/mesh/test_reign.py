@@ -30,13 +30,13 @@ def an_attempt(number: int) -> Assignment:
 async def test_a_leader_whose_lease_is_in_doubt_ends_no_attempt(tmp_path: Path) -> None:
     """An attempt it did not make may be its successor's; while its lease is certain there is no successor."""
     async with running_mesh(tmp_path, ("node-registry",)) as mesh:
+        node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2")
         bus = await mesh.bus(Role.SERVICES)
         held = await lease.acquire(bus, WORK_MARSHALLER.name, "a-test", on_wait=lambda: None)
         mirror = Mirror(bus, storage.NODES, lambda name, node: reign.node_changed(name, node))  # noqa: PLW0108  # made next
         reign = Reign(bus, held, mirror, Limits(), keep_s=60)
         draining = asyncio.Event()
         tasks = [asyncio.create_task(mirror.follow()), asyncio.create_task(reign.run(draining))]
-        node = DirectNode(await mesh.bus(Role.NODE, "n2"), "n2")
         await node.join()
 
         await until(lambda: "n2" in reign.scheduler.seats, what="the node to be known")
