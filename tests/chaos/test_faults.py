@@ -177,28 +177,6 @@ async def test_a_leader_that_wakes_late_records_nothing_again(tmp_path: Path) ->
         assert await until_acting(mesh) == successor
 
 
-async def test_a_leader_that_wakes_late_stops_nothing_that_runs(tmp_path: Path) -> None:
-    """What its successor gave to a node it has never heard of, and heartbeats tell it of that first."""
-    async with mesh_with_node(tmp_path, marshallers=2) as (mesh, node):
-        node.answers.clear()
-        await submit(mesh, "w1")
-        await until_given(node, "w1", 1)
-        leader = await until_acting(mesh)
-        mesh.kill(leader, signal.SIGSTOP)
-        await until_acting(mesh, other_than=leader)
-        await until(lambda: len(node.given) > 1, what="the delivery of the successor")
-        # The successor alone hears that the node takes no work now, and takes the attempt back.
-        node.running.clear()
-        await until_given(node, "w1", 2)
-        node.answers.set()
-        await until_stored(mesh, "w1", WorkState.RUNNING)
-        mesh.kill(leader, signal.SIGCONT)
-        await until(lambda: said(mesh, leader, "stepped down"), what="the old leader to notice")
-        await (await mesh.bus(Role.NODE, node.node_id)).flush()
-        assert [stop for stop in node.stops if stop.attempt == 2] == []
-        assert ("w1", 2) in node.running
-
-
 # --- what cannot be stored -------------------------------------------------------------------------------------------
 
 
