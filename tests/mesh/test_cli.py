@@ -13,8 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +21,8 @@ import nats
 import pytest
 
 from computemesh import __version__
-from computemesh.testing.cli import Cli
+from computemesh.testing.cli import Cli, until
 from computemesh.testing.server import bare_server, running_server
-
-WAIT_S: Final = 30.0
 
 
 @pytest.fixture
@@ -45,14 +42,6 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
         yield shared
     finally:
         shared.end()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Waits for a condition."""
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 # --- a mesh that runs ---------------------------------------------------------------------------------------------

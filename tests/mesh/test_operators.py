@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +24,9 @@ import pytest
 from computemesh.contracts.base import Role
 from computemesh.contracts.services import SERVICES
 from computemesh.testing import running_server
-from computemesh.testing.cli import Cli
+from computemesh.testing.cli import WAIT_S, Cli, until
 
 # pyright: reportUnknownMemberType=false
-
-WAIT_S: Final = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,6 @@ def cli(tmp_path: Path) -> Generator[Cli]:
     fresh = Cli(tmp_path / "home")
     yield fresh
     fresh.end()
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    """Waits for a condition."""
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.05)
 
 
 def words_of(part: Any) -> str:

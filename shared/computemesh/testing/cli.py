@@ -7,12 +7,24 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
 
 LEFT_OUT: Final = ("NATS_URL", "COMPUTEMESH_NATS_URL", "COMPUTEMESH_HOME", "COMPUTEMESH_TOKEN")
+
+WAIT_S: Final = 30.0
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    """Waits for a condition, as :func:`computemesh.testing.until` does where there is no event loop."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {WAIT_S:g} s: {what}"
+        time.sleep(0.02)
 
 
 class Cli:
