@@ -81,7 +81,20 @@ class Memory(Message, frozen=True, kw_only=True):
     swap_free_mb: MegaBytes = 0
 
 
+class GpuProcess(Message, frozen=True, kw_only=True):
+    """A process that holds memory of a GPU."""
+
+    pid: Annotated[int, msgspec.Meta(ge=0, le=2**32)]
+    name: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    memory_mb: MegaBytes | None = None
+    """Left out where the driver does not tell it per process."""
+    reservation_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """The GPU reservation it was started under, by its environment variable ``COMPUTEMESH_RESERVATION_ID``."""
+
+
 class Gpu(Message, frozen=True, kw_only=True):
+    """A GPU, or one MIG slice of it: what programs see as one device."""
+
     index: Count = 0
     name: str = ""
     uuid: str = ""
@@ -89,8 +102,67 @@ class Gpu(Message, frozen=True, kw_only=True):
     vram_used_mb: MegaBytes = 0
     compute_capability: str = ""
     """``major.minor``, for CUDA devices."""
+    architecture: str = ""
+    """What code is compiled for, where that is no compute capability: ``gfx942``, ``apple8``."""
+    driver: str = ""
+    """Version of the driver."""
+    pci_bus_id: str = ""
+    pcie_generation: Count = 0
+    """Of the link as it could be; 0 = not told."""
+    pcie_lanes: Count = 0
+    numa_node: Count | None = None
+    unified_memory: bool = False
+    """Its memory is the machine's memory."""
+    mig_parent: str = ""
+    """UUID of the GPU this is a slice of."""
+    mig_profile: str = ""
+    """Size of the slice, as in ``1g.10gb``."""
+    utilization_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    temperature_c: float | None = None
+    power_w: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    processes: Annotated[list[GpuProcess], msgspec.Meta(max_length=1000)] | None = None
+    """Who holds its memory; left out where the driver does not tell."""
     error: str = ""
     """What the driver answered when this device could not be read; the other fields are then what is known."""
+
+
+class GpuUse(Message, frozen=True, kw_only=True):
+    """How much of a GPU is in use now, as heartbeats carry it."""
+
+    index: Count
+    uuid: str = ""
+    vram_used_mb: MegaBytes = 0
+    utilization_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    processes: Annotated[list[GpuProcess], msgspec.Meta(max_length=1000)] | None = None
+    error: str = ""
+
+
+class LinkKind(StrEnum):
+    """How two GPUs reach each other, best first. The PCIe distances have the names that nvidia-smi uses."""
+
+    NVLINK = "NVLINK"
+    XGMI = "XGMI"
+    """AMD Infinity Fabric."""
+    PIX = "PIX"
+    """Through one PCIe switch."""
+    PXB = "PXB"
+    """Through several PCIe switches."""
+    PHB = "PHB"
+    """Through a PCIe host bridge."""
+    NODE = "NODE"
+    """Through several host bridges of one NUMA node."""
+    SYS = "SYS"
+    """Across NUMA nodes."""
+
+
+class GpuLink(Message, frozen=True, kw_only=True):
+    """How the GPUs with these two indices reach each other; each pair stands once, *a* below *b*."""
+
+    a: Count
+    b: Count
+    kind: LinkKind
+    lanes: Count = 0
+    """NVLink or Infinity Fabric links between the two."""
 
 
 def tier_of(gpus: Sequence[Gpu]) -> Tier:

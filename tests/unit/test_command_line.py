@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from computemesh.cli import events, intake, subjects
@@ -12,6 +13,7 @@ from computemesh.cli.common import Failure, printable
 from computemesh.contracts import catalog, nodes, work
 from computemesh.contracts.base import encode
 from computemesh.contracts.work import WorkError, WorkItem, WorkRecord, WorkState
+from computemesh.hardware import Gpu
 from computemesh.testing.golden import example
 
 # --- names of subjects -------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_unknown_fields_are_found_in_lists_and_not_in_free_payloads() -> None:
     """A payload is the executor's business."""
     assert intake.unknown_field({"node_id": "n", "gpus": [{"name": "x"}, {"nam": "y"}]}, nodes.NodeAnnouncement) == (
         "gpus[1].nam",
-        ["index", "name", "uuid", "vram_total_mb", "vram_used_mb", "compute_capability", "error"],
+        [field.name for field in msgspec.structs.fields(Gpu)],
     )
     assert intake.unknown_field({"work_type": "x", "payload": {"any": {"thing": 1}}}, WorkItem) is None
 

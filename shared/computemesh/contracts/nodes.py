@@ -19,7 +19,7 @@ import msgspec
 
 from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
 from computemesh.contracts.services import NODE_REGISTRY
-from computemesh.hardware import Count, Cpu, Gpu, MegaBytes, Memory, Platform, Tier
+from computemesh.hardware import Count, Cpu, Gpu, GpuLink, GpuUse, MegaBytes, Memory, Platform, Tier
 from computemesh.ids import Id
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -48,6 +48,15 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     cpu: Cpu | None = None
     memory: Memory | None = None
     gpus: Annotated[list[Gpu], msgspec.Meta(max_length=256)] = []
+    gpu_links: Annotated[list[GpuLink], msgspec.Meta(max_length=32_640)] = []
+    """How the GPUs reach each other; a pair that is left out is not known."""
+    provider: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """Where the GPU facts come from, as in `Inventory.provider`: `nvml`, or `scripted` for hardware that is
+    made up."""
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """Tells machines apart: two that announce the same node id are a mistake."""
+    version: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """Of the software that announces."""
 
 
 class NodeState(StrEnum):
@@ -92,6 +101,10 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     """Models in memory now: work for them starts without a load."""
     cpu_percent: Annotated[float, msgspec.Meta(ge=0)] | None = None
     memory_available_mb: MegaBytes | None = None
+    gpus: Annotated[list[GpuUse], msgspec.Meta(max_length=256)] = []
+    """What is in use of each GPU; empty = not told."""
+    sent_at: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Unix seconds by the node's own clock, to notice one that is wrong."""
 
 
 class NodeLost(Message, frozen=True, kw_only=True):
