@@ -17,7 +17,7 @@ def asked(attempt: int = 1, work_id: str = "w1", work_type: str = "render") -> A
 
 def a_desk(*running: tuple[str, int], slots: int = 2) -> Desk:
     """A desk at which these attempts run."""
-    desk = Desk(slots)
+    desk = Desk("n1", slots)
     for work_id, attempt in running:
         desk.started(work_id, attempt)
     return desk
@@ -44,6 +44,12 @@ def test_an_attempt_that_runs_or_ran_is_accepted_again_and_not_started_again() -
 def test_a_newer_attempt_replaces_the_one_that_runs_even_when_all_slots_are_taken() -> None:
     """It takes over the slot."""
     assert a_desk(("w1", 1), slots=1).judge(asked(2), OFFERED) == (Verdict.REPLACE, "")
+
+
+def test_an_assignment_for_another_node_is_declined() -> None:
+    """A node runs nothing under a name that is not its own: heartbeats would renew another's lease."""
+    stray = Assignment(work_id="w1", attempt=1, node_id="n2", work_type="render")
+    assert a_desk().judge(stray, OFFERED) == (Verdict.DECLINE, "this is node n1, the assignment is for n2")
 
 
 def test_an_attempt_that_was_overtaken_is_declined() -> None:

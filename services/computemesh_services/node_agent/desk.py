@@ -28,7 +28,8 @@ class Verdict(Enum):
 class Desk:
     """Attempts in hand and attempts done."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, node_id: str, slots: int) -> None:
+        self.node_id = node_id
         self.slots = slots
         self.accepting = True
         self.running: dict[str, int] = {}
@@ -41,6 +42,8 @@ class Desk:
         Args:
             offered: work types this node runs.
         """
+        if asked.node_id != self.node_id:
+            return Verdict.DECLINE, f"this is node {self.node_id}, the assignment is for {asked.node_id}"
         key = (asked.work_id, asked.attempt)
         running = self.running.get(asked.work_id)
         if running == asked.attempt or key in self._finished:

@@ -70,7 +70,7 @@ class NodeAgent:
         self._config = config
         self._home = home
         self._session = new_id("s")
-        self._desk = Desk(config.slots)
+        self._desk = Desk(config.node_id, config.slots)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
         self._offered: dict[str, bool] = {}
