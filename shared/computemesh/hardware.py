@@ -22,6 +22,8 @@ from enum import StrEnum
 from typing import Annotated, Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from computemesh.contracts.base import Message
 
@@ -63,6 +65,8 @@ class Platform(StrEnum):
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 MegaBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40, description="MiB, 1024 × 1024 bytes.")]
+ToldGiB = Annotated[float, msgspec.Meta(ge=0, le=2**30, description="GiB.")]
+ToldMiB = Annotated[float, msgspec.Meta(ge=0, le=2**40, description="MiB.")]
 
 
 class Cpu(Message, frozen=True, kw_only=True):
@@ -79,6 +83,10 @@ class Memory(Message, frozen=True, kw_only=True):
     available_mb: MegaBytes = 0
     swap_total_mb: MegaBytes = 0
     swap_free_mb: MegaBytes = 0
+    total_gb: ToldGiB | UnsetType = UNSET
+    """Another spelling of `total_mb`, which counts where both are given."""
+    available_gb: ToldGiB | UnsetType = UNSET
+    """Another spelling of `available_mb`."""
 
 
 class GpuProcess(Message, frozen=True, kw_only=True):
@@ -124,6 +132,12 @@ class Gpu(Message, frozen=True, kw_only=True):
     """Who holds its memory; left out where the driver does not tell."""
     error: str = ""
     """What the driver answered when this device could not be read; the other fields are then what is known."""
+    vram_gb: ToldGiB | UnsetType = UNSET
+    """Another spelling of `vram_total_mb`, which counts where both are given."""
+    vram_mb: ToldMiB | UnsetType = UNSET
+    """Another spelling of `vram_total_mb`."""
+    total_vram_mb: ToldMiB | UnsetType = UNSET
+    """Another spelling of `vram_total_mb`."""
 
 
 class GpuUse(Message, frozen=True, kw_only=True):
@@ -163,6 +177,41 @@ class GpuLink(Message, frozen=True, kw_only=True):
     kind: LinkKind
     lanes: Count = 0
     """NVLink or Infinity Fabric links between the two."""
+
+
+def canonical(memory: Memory | None, gpus: Sequence[Gpu]) -> tuple[Memory | None, list[Gpu]]:
+    """Hardware as others tell it, in the declared fields alone: sizes in GiB become MiB, other spellings go.
+
+    A declared field that is not 0 counts against any other spelling. GPUs of which none says its index are
+    numbered by their place.
+    """
+    placeless = len(gpus) > 1 and not any(gpu.index for gpu in gpus)
+    return memory and _canonical_memory(memory), [
+        _canonical_gpu(replace(gpu, index=place) if placeless else gpu) for place, gpu in enumerate(gpus)
+    ]
+
+
+def _canonical_memory(told: Memory) -> Memory:
+    if told.total_gb is UNSET and told.available_gb is UNSET:
+        return told
+    return replace(
+        told,
+        total_mb=told.total_mb or _mib(told.total_gb, 1024),
+        available_mb=told.available_mb or _mib(told.available_gb, 1024),
+        total_gb=UNSET,
+        available_gb=UNSET,
+    )
+
+
+def _canonical_gpu(told: Gpu) -> Gpu:
+    if told.vram_gb is UNSET and told.vram_mb is UNSET and told.total_vram_mb is UNSET:
+        return told
+    total_mb = told.vram_total_mb or _mib(told.total_vram_mb) or _mib(told.vram_mb) or _mib(told.vram_gb, 1024)
+    return replace(told, vram_total_mb=total_mb, vram_gb=UNSET, vram_mb=UNSET, total_vram_mb=UNSET)
+
+
+def _mib(value: float | UnsetType, unit: int = 1) -> int:
+    return 0 if value is UNSET else round(value * unit)
 
 
 def tier_of(gpus: Sequence[Gpu]) -> Tier:

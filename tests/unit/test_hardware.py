@@ -5,14 +5,17 @@ Method: a table of real cards with the memory their drivers report, and properti
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from computemesh.contracts.base import Message, Refused, decode
-from computemesh.hardware import Gpu, Platform, Tier, tier_of
+from computemesh.contracts.base import Message, Refused, convert, decode
+from computemesh.hardware import Gpu, Memory, Platform, Tier, canonical, tier_of
 
 WEAKEST_FIRST = [Tier.CPU_ONLY, Tier.GPU_INFRA, Tier.GPU_PEER, Tier.AI_FACTORY]
 
@@ -34,6 +37,11 @@ CARDS = {
 class Wanted(Message, frozen=True, kw_only=True):
     tier: Tier
     platform: Platform = Platform.CPU
+
+
+class Told(Message, frozen=True, kw_only=True):
+    gpus: list[Gpu] = []
+    memory: Memory = Memory()
 
 
 gpus = st.builds(
@@ -102,3 +110,76 @@ def test_a_word_that_is_no_tier_is_refused_and_the_field_is_named(text: str) -> 
     told = decode(b'{"tier": "%s"}' % text.encode(), Wanted)
     assert isinstance(told, Refused)
     assert told.field == "tier"
+
+
+HEARD: list[tuple[dict[str, float], int]] = [
+    ({"vram_gb": 24}, 24_576),
+    ({"vram_gb": 23.5}, 24_064),
+    ({"vram_mb": 24_564.0}, 24_564),
+    ({"total_vram_mb": 24_564}, 24_564),
+    ({"vram_gb": 24, "vram_mb": 24_564}, 24_564),
+    ({"vram_total_mb": 12_282, "vram_gb": 24, "vram_mb": 1, "total_vram_mb": 2}, 12_282),
+    ({"vram_total_mb": 12_282}, 12_282),
+    ({"vram_gb": 0}, 0),
+    ({}, 0),
+]
+
+
+@given(told=st.lists(st.sampled_from(HEARD), max_size=4))
+def test_other_spellings_of_vram_become_the_declared_one_and_leave_the_wire(told: list[tuple[Any, int]]) -> None:
+    """The declared field counts where they contradict each other."""
+    heard = [msgspec.convert(fields, Gpu) for fields, _ in told]
+    _, known = canonical(None, heard)
+    assert [gpu.vram_total_mb for gpu in known] == [vram_mb for _, vram_mb in told]
+    assert b"vram_gb" not in encode_all(known)
+    assert b'"vram_mb"' not in encode_all(known)
+    assert b"total_vram_mb" not in encode_all(known)
+    assert canonical(None, known) == (None, known)
+
+
+@pytest.mark.parametrize(
+    ("told", "total_mb", "available_mb"),
+    [
+        ({"total_gb": 64}, 65_536, 0),
+        ({"total_gb": 63.5, "available_gb": 0.5}, 65_024, 512),
+        ({"total_mb": 64_000, "total_gb": 64, "available_gb": 1}, 64_000, 1024),
+        ({"total_mb": 64_000, "available_mb": 5}, 64_000, 5),
+    ],
+)
+def test_memory_in_gib_becomes_mib_where_the_declared_field_is_not_told(
+    told: dict[str, float], total_mb: int, available_mb: int
+) -> None:
+    """Other programs know no MiB."""
+    known, _ = canonical(msgspec.convert(told, Memory), [])
+    assert known == Memory(total_mb=total_mb, available_mb=available_mb)
+    assert b"_gb" not in msgspec.json.encode(known)
+
+
+@pytest.mark.parametrize("name", ["vram_gb", "vram_mb", "total_vram_mb"])
+@pytest.mark.parametrize("value", ["-1", "1e300", "1e999", '"24"', "null"])
+def test_an_impossible_size_of_a_gpu_is_refused_and_the_field_named(name: str, value: str) -> None:
+    """Whatever it is called."""
+    told = decode(b'{"gpus": [{"%s": %s}]}' % (name.encode(), value.encode()), Told)
+    assert isinstance(told, Refused)
+    assert told.field == f"gpus[0].{name}"
+
+
+@pytest.mark.parametrize("name", ["total_gb", "available_gb"])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_an_impossible_size_of_memory_is_refused_and_the_field_named(name: str, value: float) -> None:
+    """YAML knows infinity and NaN."""
+    told = convert({"memory": {name: value}}, Told)
+    assert isinstance(told, Refused)
+    assert told.field == f"memory.{name}"
+
+
+def test_gpus_without_an_index_are_numbered_by_their_place() -> None:
+    """Else a reservation could not name the second of them."""
+    cards = [Gpu(name="L4"), Gpu(name="L4"), Gpu(name="T4")]
+    assert [gpu.index for gpu in canonical(None, cards)[1]] == [0, 1, 2]
+    numbered = [Gpu(index=3), Gpu(index=0)]
+    assert canonical(None, numbered)[1] == numbered
+
+
+def encode_all(gpus: list[Gpu]) -> bytes:
+    return msgspec.json.encode(gpus)
