@@ -1,18 +1,20 @@
 """What a machine is made of, and the tier that follows from it. Facts only: no probing here.
 
-Tiers are decided by a table of facts (VRAM, compute capability), so a card nobody had heard of when the
-table was written still lands where it belongs:
+Tiers are decided by a table of facts (VRAM, compute capability, architecture), so a card nobody had heard of
+when the table was written still lands where it belongs:
 
-=============  =======================================================  ==============================
-tier           at least one GPU with                                    for example
-=============  =======================================================  ==============================
-``AI_FACTORY``  30 GiB of VRAM and compute capability 8.0 or above      H100, H200, A100 40 GB, RTX 5090
-``GPU_PEER``    20 GiB of VRAM                                          RTX 4090, RTX 3090, L4, A10
-``GPU_INFRA``   any GPU                                                 RTX 4070, RTX 3060
+==============  ========================================================  ==============================
+tier            at least one GPU with                                     for example
+==============  ========================================================  ==============================
+``AI_FACTORY``  30 GiB of VRAM and CUDA compute capability 8.0 or above,  H100, H200, A100 40 GB, RTX 5090
+                or AMD CDNA 2 or above (gfx90a, gfx94x, gfx95x)           MI210, MI300X
+``GPU_PEER``    20 GiB of VRAM                                            RTX 4090, RTX 3090, RX 7900 XTX
+``GPU_INFRA``   any GPU                                                   RTX 4070, RTX 3060
 ``CPU_ONLY``    none
-=============  =======================================================  ==============================
+==============  ========================================================  ==============================
 
-Thresholds sit below the nominal sizes (32, 24 GiB) because drivers report less than the box says.
+Thresholds sit below the nominal sizes (32, 24 GiB) because drivers report less than the box says. Memory that a
+GPU shares with its machine counts as far as the GPU may use it, and a slice of a GPU counts as what it is.
 """
 
 from __future__ import annotations
@@ -76,6 +78,14 @@ class Cpu(Message, frozen=True, kw_only=True):
     threads: Count = 0
     """Logical CPUs; 0 = not told."""
     frequency_mhz: float = 0.0
+    sockets: Count = 0
+    """0 = not told."""
+    numa_nodes: Count = 0
+    """0 = not told."""
+    architecture: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """``x86_64``, ``aarch64``, ``arm64`` …"""
+    features: Annotated[list[Annotated[str, msgspec.Meta(max_length=63)]], msgspec.Meta(max_length=100)] = []
+    """Instructions that inference gains from, such as ``avx2``, ``amx_int8``, ``i8mm``; as the kernel calls them."""
 
 
 class Memory(Message, frozen=True, kw_only=True):
@@ -221,13 +231,50 @@ def tier_of(gpus: Sequence[Gpu]) -> Tier:
 
 
 def _tier_of_one(gpu: Gpu) -> Tier:
-    if gpu.vram_total_mb >= 30 * 1024 and _capability(gpu) >= (8, 0):
+    if gpu.vram_total_mb >= 30 * 1024 and (_capability(gpu) >= (8, 0) or gpu.architecture.startswith(_CDNA)):
         return Tier.AI_FACTORY
     if gpu.vram_total_mb >= 20 * 1024:
         return Tier.GPU_PEER
     return Tier.GPU_INFRA
 
 
+_CDNA: Final = ("gfx90a", "gfx94", "gfx95")
+"""CDNA 2, 3 and 4: AMD's accelerators with bf16 matrix units."""
+
+
 def _capability(gpu: Gpu) -> tuple[int, int]:
     major, _, minor = gpu.compute_capability.partition(".")
     return (int(major), int(minor or 0)) if major.isdecimal() and (minor or "0").isdecimal() else (0, 0)
+
+
+def lasting(gpu: Gpu) -> Gpu:
+    """What stays while a GPU works: everything but its use, its heat and the wording of its error."""
+    return replace(
+        gpu,
+        vram_used_mb=0,
+        utilization_percent=None,
+        temperature_c=None,
+        power_w=None,
+        processes=None,
+        error="broken" if gpu.error else "",
+    )
+
+
+PROCESSES_TOLD_MAX: Final = 64
+"""A node that runs more GPU processes than this keeps them to itself in heartbeats; the inventory has them."""
+
+
+def use_of(gpus: Sequence[Gpu]) -> list[GpuUse]:
+    """What heartbeats say of these GPUs."""
+    few = sum(len(gpu.processes or ()) for gpu in gpus) <= PROCESSES_TOLD_MAX
+    return [
+        GpuUse(
+            index=gpu.index,
+            uuid=gpu.uuid,
+            vram_used_mb=gpu.vram_used_mb,
+            utilization_percent=gpu.utilization_percent,
+            processes=gpu.processes if few else None,
+            error=gpu.error,
+        )
+        for gpu in gpus
+    ]

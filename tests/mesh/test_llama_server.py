@@ -26,7 +26,7 @@ from computemesh_services.node_agent.llama_server import (
     EngineState,
     LlamaServer,
 )
-from computemesh_services.node_agent.models import find_models
+from computemesh.models import find_models
 from computemesh_services.node_agent.runs import Runner
 
 WAIT_S = 120.0

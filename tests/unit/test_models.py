@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from computemesh_services.node_agent import models
+from computemesh import models
 
 
 def gguf(path: Path) -> Path:

@@ -8,8 +8,8 @@ import sys
 
 from computemesh import findings
 from computemesh.findings import Finding
+from computemesh.models import Found, find_models
 from computemesh_services.node_agent.llama_server import EngineError, launcher
-from computemesh_services.node_agent.models import Found, find_models
 
 
 def models(found: Found) -> list[Finding]:

@@ -13,6 +13,8 @@ from computemesh.ids import Id
 class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     node_id: Id
     """The node this machine is."""
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """Tells this machine from others; left out, it follows from the number that the system has for it."""
     models: str = ""
     """GGUF files and folders to serve, separated by commas; left out, the embedded model."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2

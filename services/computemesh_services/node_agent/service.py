@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec.structs import replace
 from prometheus_client import Counter, Gauge
 
-from computemesh import log, trace
+from computemesh import __version__, log, trace
 from computemesh.bus import Bus, BusError, MicroService, NotStored
 from computemesh.contracts import nodes, resources, work
 from computemesh.contracts.base import AnyBound, Refused, serve
@@ -33,14 +34,16 @@ from computemesh.contracts.work import (
 from computemesh.edge import Extra
 from computemesh.executors import Task, registry
 from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready
+from computemesh.hardware import Memory, lasting, use_of
 from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
+from computemesh.models import find_models
 from computemesh.paths import Home
 from computemesh_services.node_agent import llama_server
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
-from computemesh_services.node_agent.models import find_models
+from computemesh_services.node_agent.machine import machine_id
 from computemesh_services.node_agent.runs import Runner
 
 REPORT_AGAIN_S: Final = 0.5
@@ -48,6 +51,12 @@ REPORT_AGAIN_S: Final = 0.5
 
 DETECTOR_S: Final = 1.0
 """How long the first announcement waits for the hardware facts."""
+
+LOAD_OLD_S: Final = 60.0
+"""What the detector said longer ago is not told any more: it is gone, or its machine is stuck."""
+
+DISCOVER_SPREAD_S: Final = 0.5
+"""Over how long the nodes of a mesh spread their answers when all are asked to announce themselves."""
 
 PRUNE_S: Final = 3600.0
 
@@ -93,7 +102,12 @@ class NodeAgent:
         self._labels = config.label_map()
         self._inventory: Inventory | None = None
         self._load: Load | None = None
-        self._announced = False
+        self._load_at_s = 0.0
+        self._machine_id = config.machine_id or machine_id()
+        self._said: NodeAnnouncement | None = None
+        """What this node announced last."""
+        self._answering: asyncio.Task[None] | None = None
+        """Waits before it answers one who asked all nodes."""
         self._beat_now = asyncio.Event()
         self._handing_back = False
 
@@ -142,7 +156,7 @@ class NodeAgent:
         }
 
     def unready(self) -> str:
-        return "" if self._announced or not self._offered else "not announced yet"
+        return "" if self._said or not self._offered else "not announced yet"
 
     # --- what this node offers ---------------------------------------------------------------------------------
 
@@ -177,11 +191,9 @@ class NodeAgent:
                     self._inventory = answer
         await self._announce()
 
-    async def _announce(self) -> None:
-        if not self._offered:
-            return
+    def _announcement(self) -> NodeAnnouncement:
         seen = self._inventory
-        said = NodeAnnouncement(
+        return NodeAnnouncement(
             node_id=self._config.node_id,
             hostname=seen.hostname if seen else socket.gethostname(),
             session=self._session,
@@ -194,29 +206,47 @@ class NodeAgent:
             platform=seen.platform if seen else None,
             cpu=seen.cpu if seen else None,
             memory=seen.memory if seen else None,
-            gpus=seen.gpus if seen else [],
+            # Heartbeats tell of the processes, as they come and go.
+            gpus=[replace(gpu, processes=None) for gpu in seen.gpus] if seen else [],
+            gpu_links=seen.gpu_links if seen else [],
+            provider=seen.provider if seen else "",
+            machine_id=self._machine_id,
+            version=__version__,
         )
+
+    async def _announce(self) -> None:
+        if not self._offered:
+            return
+        said = self._announcement()
         try:
             await self._bus.publish(nodes.ANNOUNCE, said)
         except BusError as error:
             _log.warning("cannot announce", reason=str(error))
             return
-        if not self._announced:
+        if self._said is None:
             _log.info("announced", work_types=said.work_types, models=said.models, slots=said.slots)
-        self._announced = True
+        self._said = said
         await self._heartbeat()
 
     async def _on_inventory(self, found: Inventory) -> None:
-        if found != self._inventory:
-            self._inventory = found
+        """Announces what changed for good; what is merely in use goes with heartbeats."""
+        self._inventory = found
+        if self._said is None or _lasting(self._said) != _lasting(self._announcement()):
             await self._announce()
 
     async def _on_load(self, load: Load) -> None:
-        self._load = load
+        self._load, self._load_at_s = load, time.monotonic()
 
     async def _on_discover(self, ask: Discover) -> None:
-        if not ask.node_ids or self._config.node_id in ask.node_ids:
+        if self._config.node_id in ask.node_ids:
             await self._announce()
+        elif not ask.node_ids and (self._answering is None or self._answering.done()):
+            self._answering = asyncio.create_task(self._announce_soon())
+
+    async def _announce_soon(self) -> None:
+        """All were asked: a fleet that answered at once would drown the one who asked."""
+        await asyncio.sleep(random.uniform(0, DISCOVER_SPREAD_S))  # noqa: S311  # spreads a fleet
+        await self._announce()
 
     # --- heartbeats --------------------------------------------------------------------------------------------
 
@@ -233,16 +263,19 @@ class NodeAgent:
 
     async def _heartbeat(self) -> None:
         RUNNING.set(len(self._desk.running))
-        if not self._announced:
+        if self._said is None:
             return
+        load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
             session=self._session,
             running=[RunningWork(work_id=work_id, attempt=n) for work_id, n in self._desk.running.items()],
             accepting=self._desk.accepting,
             loaded_models=self._engines.loaded(),
-            cpu_percent=self._load.cpu_percent if self._load else None,
-            memory_available_mb=self._load.memory_available_mb if self._load else None,
+            cpu_percent=load.cpu_percent if load else None,
+            memory_available_mb=load.memory_available_mb if load else None,
+            gpus=use_of(load.gpus) if load else [],
+            sent_at=time.time(),
         )
         try:
             await self._bus.publish(nodes.HEARTBEAT, beat)
@@ -418,6 +451,16 @@ class NodeAgent:
         while True:
             await asyncio.to_thread(_prune, self._home.work, time.time() - self._config.work_keep_s)
             await asyncio.sleep(PRUNE_S)
+
+
+def _lasting(said: NodeAnnouncement) -> NodeAnnouncement:
+    """What stays of an announcement while a node works."""
+    return replace(
+        said,
+        cpu=replace(said.cpu, frequency_mhz=0.0) if said.cpu else None,
+        memory=Memory(total_mb=said.memory.total_mb) if said.memory else None,
+        gpus=[lasting(gpu) for gpu in said.gpus],
+    )
 
 
 def _prune(folder: Path, older_than: float) -> None:

@@ -9,14 +9,15 @@ from computemesh.config import node_of
 from computemesh.contracts.services import RESOURCE_DETECTOR
 from computemesh.lifecycle import run
 from computemesh_services.resource_detector.config import DetectorConfig
-from computemesh_services.resource_detector.probes import choose_provider
+from computemesh_services.resource_detector.probes.choice import choose
 from computemesh_services.resource_detector.service import ResourceDetector
 
 
 def main() -> None:
     def make(bus: Bus, config: DetectorConfig, _url: Callable[[], str]) -> ResourceDetector:
         node_of(config.nats_url, config.node_id)
-        return ResourceDetector(bus, config, choose_provider())
+        provider = choose(config.gpu_provider, hardware=config.scripted_hardware, seed=config.node_id)
+        return ResourceDetector(bus, config, provider)
 
     run(RESOURCE_DETECTOR, DetectorConfig, make)
 

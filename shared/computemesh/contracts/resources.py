@@ -7,11 +7,13 @@ resource-detector  --load-->     anyone                            every few sec
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final, Literal
+
+import msgspec
 
 from computemesh.contracts.base import Event, Http, Message, Request, Role
 from computemesh.contracts.services import RESOURCE_DETECTOR
-from computemesh.hardware import Cpu, Gpu, MegaBytes, Memory, Platform, Tier
+from computemesh.hardware import Count, Cpu, Gpu, GpuLink, MegaBytes, Memory, Platform, Tier
 from computemesh.ids import Id
 
 
@@ -19,6 +21,52 @@ class Disk(Message, frozen=True, kw_only=True):
     mount: str
     total_mb: MegaBytes
     free_mb: MegaBytes
+
+
+class Nic(Message, frozen=True, kw_only=True):
+    """A network interface with hardware behind it."""
+
+    name: str
+    up: bool = False
+    speed_mbps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Megabits per second; 0 = not told, as of an interface that is down."""
+    pci_bus_id: str = ""
+    numa_node: Count | None = None
+
+
+class RdmaPort(Message, frozen=True, kw_only=True):
+    """A port of an adapter that reaches the memory of other machines, by InfiniBand or RoCE."""
+
+    device: str
+    """``mlx5_0``"""
+    port: Count
+    state: str = ""
+    """``ACTIVE``, ``DOWN``, ``INIT`` …, as the kernel calls it."""
+    rate_gbps: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Gigabits per second; 0 = not told."""
+    link_layer: str = ""
+    """``InfiniBand`` or ``Ethernet``, which is RoCE."""
+    netdev: str = ""
+    """Its network interface."""
+    pci_bus_id: str = ""
+    numa_node: Count | None = None
+
+
+class EngineFound(Message, frozen=True, kw_only=True):
+    """An inference engine that is installed, whether or not it runs."""
+
+    name: str
+    """``vllm``, ``xllamacpp``, ``llama-server`` …"""
+    version: str = ""
+
+
+class ModelFound(Message, frozen=True, kw_only=True):
+    """A model on the disks of a node, whether or not it is served."""
+
+    name: str
+    form: Literal["gguf", "huggingface"]
+    """A GGUF file, or a repository in the cache of the Hugging Face Hub."""
+    size_mb: MegaBytes = 0
 
 
 class Inventory(Message, frozen=True, kw_only=True):
@@ -31,9 +79,15 @@ class Inventory(Message, frozen=True, kw_only=True):
     cpu: Cpu
     memory: Memory
     gpus: list[Gpu] = []
+    gpu_links: list[GpuLink] = []
+    """How the GPUs reach each other; a pair that is left out is not known."""
     disks: list[Disk] = []
+    nics: list[Nic] = []
+    rdma: list[RdmaPort] = []
+    engines: list[EngineFound] = []
+    models: list[ModelFound] = []
     provider: str
-    """Where the GPU facts come from: `nvml` or `none`."""
+    """Where the GPU facts come from: `nvml`, `rocm`, `metal` or `none`; `scripted` for hardware that is made up."""
     warnings: list[str] = []
     """What a provider could not read, in words."""
 

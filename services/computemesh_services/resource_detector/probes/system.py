@@ -1,4 +1,4 @@
-"""CPU, memory, disks and load of this machine, by psutil.
+"""CPU, memory, disks and load of this machine, by psutil and the kernel's files.
 
 Inside a container psutil sees the whole machine; where the kernel tells what the container may use, that is
 what is reported. What cannot be read is left out, or 0 where the contract says "not told".
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
 import psutil
 
 from computemesh.contracts.resources import Disk, Load
-from computemesh.hardware import Cpu, Gpu, Memory
+from computemesh.hardware import Cpu, Gpu, LinkKind, Memory
 
 BYTES_PER_MB: Final = 1024 * 1024
 
@@ -25,18 +27,40 @@ MEMBERSHIP: Final = Path("/proc/self/cgroup")
 CGROUPS: Final = Path("/sys/fs/cgroup")
 ROOT: Final = "/"
 
+DEVICES: Final = Path("/sys/devices/system")
+
+# fmt: off
+FEATURES: Final = frozenset((
+    # x86
+    "sse4_2", "f16c", "fma", "avx", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl",
+    "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_bitalg", "avx512ifma",
+    "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
+    # Arm
+    "neon", "asimd", "asimddp", "asimdhp", "fphp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16", "sme",
+    "sme2",
+))
+# fmt: on
+"""Instructions that inference engines have code for, as Linux calls them."""
+
 _MODEL_KEYS: Final = ("model name", "hardware", "cpu model", "model")
 """As architectures spell it in cpuinfo, best first; ``model`` alone is a number on x86."""
 
 
-def read_cpu(*, cpuinfo: Path = CPUINFO) -> Cpu:
+def read_cpu(*, cpuinfo: Path = CPUINFO, devices: Path = DEVICES) -> Cpu:
     """The processor, with the threads that this process may run on."""
     threads = _threads()
+    lines = _facts(cpuinfo)
+    packages = {read_text(path) for path in devices.glob("cpu/cpu[0-9]*/topology/physical_package_id")} - {""}
+    flags = {flag for key, value in lines if key in ("flags", "features") for flag in value.split()}
     return Cpu(
-        model=_cpu_model(cpuinfo),
+        model=_cpu_model(lines),
         cores=min(psutil.cpu_count(logical=False) or 0, threads),
         threads=threads,
         frequency_mhz=_frequency_mhz(),
+        sockets=len(packages or {value for key, value in lines if key == "physical id"}),
+        numa_nodes=sum(1 for _ in devices.glob("node/node[0-9]*")),
+        architecture=platform.machine(),
+        features=sorted(flags & FEATURES),
     )
 
 
@@ -46,11 +70,14 @@ def _threads() -> int:
     return psutil.cpu_count() or 0
 
 
-def _cpu_model(cpuinfo: Path) -> str:
-    facts: dict[str, str] = {}
-    for line in _text(cpuinfo).splitlines():
-        key, _, value = line.partition(":")
-        facts.setdefault(key.strip().lower(), value.strip())
+def _facts(cpuinfo: Path) -> list[tuple[str, str]]:
+    """The lines of cpuinfo, names in lower case; each CPU repeats them."""
+    pairs = (line.partition(":") for line in _text(cpuinfo).splitlines())
+    return list(dict.fromkeys((key.strip().lower(), value.strip()) for key, _, value in pairs))
+
+
+def _cpu_model(lines: list[tuple[str, str]]) -> str:
+    facts = dict(reversed(lines))  # The first CPU counts.
     named = (facts[key] for key in _MODEL_KEYS if facts.get(key) and not facts[key].isdecimal())
     return next(named, "") or platform.processor() or platform.machine()
 
@@ -170,6 +197,55 @@ def read_load(node_id: str, gpus: list[Gpu], *, since: CpuTimes) -> tuple[Load, 
         gpus=gpus,
     )
     return load, now
+
+
+PCI: Final = Path("sys/bus/pci/devices")
+
+_PCI_ADDRESS: Final = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_HOST_BRIDGE: Final = re.compile(r"pci[0-9a-f]{4,}:[0-9a-f]{2}")
+
+
+def pci_numa_node(bus_id: str, *, root: Path = Path("/")) -> int | None:
+    """The NUMA node that a PCI device belongs to, by its address such as ``0000:3b:00.0``; None if not told."""
+    return numa_node(root / PCI / bus_id)
+
+
+def numa_node(device: Path) -> int | None:
+    """The NUMA node of a device, by its folder; None if not told."""
+    text = read_text(device / "numa_node")
+    return int(text) if text.isdecimal() else None  # "-1" where the firmware does not tell.
+
+
+def pci_address(device: Path) -> str:
+    """The address of the PCI device behind a device's folder; empty if there is none."""
+    parts = reversed(device.resolve().parts)
+    return next((part for part in parts if _PCI_ADDRESS.fullmatch(part)), "")
+
+
+def pcie_distance(one: str, other: str, *, root: Path = Path("/")) -> LinkKind | None:
+    """How two PCI devices reach each other, by the bridges on the way; None if the kernel does not tell."""
+    a, b = _bridges(root / PCI / one), _bridges(root / PCI / other)
+    if not a or not b:
+        return None
+    if a[0] != b[0]:
+        nodes = pci_numa_node(one, root=root), pci_numa_node(other, root=root)
+        return LinkKind.NODE if nodes[0] == nodes[1] is not None else LinkKind.SYS
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    if common == 1:
+        return LinkKind.PHB
+    return LinkKind.PIX if max(len(a), len(b)) - common <= 1 else LinkKind.PXB
+
+
+def _bridges(device: Path) -> list[str]:
+    """The host bridge above a PCI device and the bridges below that, downwards, without the device."""
+    parts = device.resolve().parts
+    start = next((number for number, part in enumerate(parts) if _HOST_BRIDGE.fullmatch(part)), None)
+    return [] if start is None else list(parts[start:-1])
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of the kernel, without the end of its line; empty when it cannot be read."""
+    return _text(path).strip()
 
 
 def _text(path: Path) -> str:

