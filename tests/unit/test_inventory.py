@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from computemesh.contracts.base import decode, encode
-from computemesh.contracts.resources import Disk, Inventory, Load
-from computemesh.hardware import Cpu, Gpu, Memory, Platform, Tier
-from computemesh_services.resource_detector.inventory import assemble, differs
-from computemesh_services.resource_detector.probes import GpuReading, system
+from computemesh.contracts.resources import Disk, EngineFound, Inventory, Load, ModelFound, Nic, RdmaPort
+from computemesh.hardware import Cpu, Gpu, GpuLink, GpuProcess, LinkKind, Memory, Platform, Tier
+from computemesh_services.resource_detector.inventory import Host, assemble, differs
+from computemesh_services.resource_detector.probes import GpuReading, Machine, system
 
 MIB = 1024 * 1024
 
@@ -29,8 +29,19 @@ CPU = Cpu(model="EPYC", cores=8, threads=16, frequency_mhz=2600.0)
 MEMORY = Memory(total_mb=65536, available_mb=60000, swap_total_mb=2048, swap_free_mb=2048)
 DISK = Disk(mount="/", total_mb=500_000, free_mb=300_000)
 GPU = Gpu(name="RTX 4090", uuid="GPU-a", vram_total_mb=24564, vram_used_mb=10, compute_capability="8.9")
-READING = GpuReading(provider="nvml", platform=Platform.CUDA, gpus=[GPU], warnings=["a warning"])
-BEFORE = assemble("node-7", "host", CPU, MEMORY, [DISK], READING)
+LINK = GpuLink(a=0, b=1, kind=LinkKind.NVLINK, lanes=18)
+READING = GpuReading(provider="nvml", platform=Platform.CUDA, gpus=[GPU], links=[LINK], warnings=["a warning"])
+HOST = Host(
+    hostname="host",
+    cpu=CPU,
+    memory=MEMORY,
+    disks=[DISK],
+    nics=[Nic(name="eth0", up=True, speed_mbps=10_000)],
+    rdma=[RdmaPort(device="mlx5_0", port=1, state="ACTIVE", rate_gbps=400)],
+    engines=[EngineFound(name="vllm", version="0.11.0")],
+    models=[ModelFound(name="a", form="gguf", size_mb=93)],
+)
+BEFORE = assemble("node-7", HOST, READING)
 
 sizes = st.integers(0, 2**40)
 
@@ -46,7 +57,12 @@ def test_an_inventory_holds_what_the_probes_read() -> None:
             cpu=CPU,
             memory=MEMORY,
             gpus=[GPU],
+            gpu_links=[LINK],
             disks=[DISK],
+            nics=HOST.nics,
+            rdma=HOST.rdma,
+            engines=HOST.engines,
+            models=HOST.models,
             provider="nvml",
             warnings=["a warning"],
         )
@@ -58,8 +74,16 @@ def test_an_inventory_holds_what_the_probes_read() -> None:
 @pytest.mark.parametrize("override", Tier)
 def test_a_tier_override_wins_over_the_hardware(override: Tier) -> None:
     """In both directions; the GPUs are still told as they are."""
-    inventory = assemble("node-7", "host", CPU, MEMORY, [DISK], READING, tier_override=override)
+    inventory = assemble("node-7", HOST, READING, tier_override=override)
     assert (inventory.tier, inventory.gpus) == (override, [GPU])
+
+
+def test_scripted_hardware_takes_the_place_of_the_machines_own() -> None:
+    """What the script does not tell stays real, and the provider says that it is made up."""
+    scripted = Machine(cpu=Cpu(model="made up"), memory=Memory(total_mb=7), nics=[])
+    inventory = assemble("node-7", HOST, GpuReading(provider="scripted", machine=scripted), warnings=["first"])
+    assert (inventory.cpu.model, inventory.memory.total_mb, inventory.nics) == ("made up", 7, [])
+    assert (inventory.provider, inventory.disks, inventory.warnings) == ("scripted", [DISK], ["first"])
 
 
 @given(frequency_mhz=st.floats(0, 6000), some=sizes, warnings=st.lists(st.text()))
@@ -69,7 +93,16 @@ def test_use_of_the_same_hardware_is_no_change(frequency_mhz: float, some: int, 
         BEFORE,
         cpu=replace(CPU, frequency_mhz=frequency_mhz),
         memory=replace(MEMORY, available_mb=some, swap_total_mb=some, swap_free_mb=some),
-        gpus=[replace(GPU, vram_used_mb=some)],
+        gpus=[
+            replace(
+                GPU,
+                vram_used_mb=some,
+                utilization_percent=frequency_mhz / 100,
+                temperature_c=frequency_mhz,
+                power_w=frequency_mhz,
+                processes=[GpuProcess(pid=some % 2**32)],
+            )
+        ],
         disks=[replace(DISK, free_mb=some)],
         warnings=warnings,
     )
@@ -88,6 +121,13 @@ CHANGES: dict[str, Callable[[Inventory], Inventory]] = {
     "a disk grew": lambda i: replace(i, disks=[replace(DISK, total_mb=600_000)]),
     "the CPU is another": lambda i: replace(i, cpu=replace(CPU, model="Xeon")),
     "the CPU has fewer threads": lambda i: replace(i, cpu=replace(CPU, threads=8)),
+    "a link between GPUs broke": lambda i: replace(i, gpu_links=[]),
+    "a GPU was cut into slices": lambda i: replace(i, gpus=[replace(GPU, uuid="MIG-a", mig_parent="GPU-a")]),
+    "the driver is another": lambda i: replace(i, gpus=[replace(GPU, driver="560.1")]),
+    "an RDMA port is down": lambda i: replace(i, rdma=[replace(i.rdma[0], state="DOWN")]),
+    "a network interface went": lambda i: replace(i, nics=[]),
+    "an engine was installed": lambda i: replace(i, engines=[*i.engines, EngineFound(name="llama-server")]),
+    "a model was deleted": lambda i: replace(i, models=[]),
     "the tier was overridden": lambda i: replace(i, tier=Tier.GPU_INFRA),
 }
 
@@ -112,7 +152,8 @@ def test_this_machine_is_read_with_plausible_numbers() -> None:
     assert cpu.threads >= 1
     assert 0 < memory.available_mb <= memory.total_mb
     assert all(0 <= disk.free_mb <= disk.total_mb for disk in disks)
-    inventory = assemble("node-7", platform.node(), cpu, memory, disks, GpuReading(provider="none"))
+    assert cpu.architecture
+    inventory = assemble("node-7", Host(cpu=cpu, memory=memory, disks=disks), GpuReading(provider="none"))
     assert inventory.tier is Tier.CPU_ONLY
     assert decode(encode(inventory), Inventory) == inventory
 
@@ -138,6 +179,39 @@ def test_the_cpu_model_is_read_from_cpuinfo_or_else_from_the_platform(
     cpuinfo.write_text(text)
     assert system.read_cpu(cpuinfo=cpuinfo).model == model
     assert system.read_cpu(cpuinfo=tmp_path / "missing").model == "from the platform"
+
+
+EPYC = """processor\t: {0}
+model name\t: AMD EPYC 9654
+physical id\t: {1}
+flags\t\t: fpu sse sse4_2 avx2 fma f16c avx512f avx512_bf16 nopl
+
+"""
+
+
+def test_sockets_numa_nodes_and_features_are_read(tmp_path: Path) -> None:
+    """Features that inference does not gain from are left out."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("".join(EPYC.format(cpu, cpu // 2) for cpu in range(4)))
+    for node in range(3):
+        (tmp_path / f"devices/node/node{node}").mkdir(parents=True)
+    cpu = system.read_cpu(cpuinfo=cpuinfo, devices=tmp_path / "devices")
+    assert (cpu.model, cpu.sockets, cpu.numa_nodes) == ("AMD EPYC 9654", 2, 3)
+    assert cpu.features == ["avx2", "avx512_bf16", "avx512f", "f16c", "fma", "sse4_2"]
+    for number in range(4):
+        package = tmp_path / f"devices/cpu/cpu{number}/topology/physical_package_id"
+        package.parent.mkdir(parents=True)
+        package.write_text(f"{number}\n")
+    assert system.read_cpu(cpuinfo=cpuinfo, devices=tmp_path / "devices").sockets == 4
+
+
+def test_the_features_of_an_arm_cpu_are_read_and_nothing_is_told_where_nothing_is(tmp_path: Path) -> None:
+    """Linux has them under another name there."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp sve i8mm bf16 dcpop\n")
+    cpu = system.read_cpu(cpuinfo=cpuinfo, devices=tmp_path)
+    assert cpu.features == ["asimd", "asimddp", "bf16", "i8mm", "sve"]
+    assert (cpu.sockets, cpu.numa_nodes) == (0, 0)
 
 
 def limit(group: Path, *, max_mb: int | None, used_mb: int = 0, cached_mb: int = 0) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -120,11 +121,9 @@ class _Card:
     def _temperature(self) -> float | None:
         smi = self._smi
         now = smi.AmdSmiTemperatureMetric.CURRENT
-        for sensor in (smi.AmdSmiTemperatureType.HOTSPOT, smi.AmdSmiTemperatureType.EDGE):
-            found = self._maybe(lambda sensor=sensor: smi.amdsmi_get_temp_metric(self._handle, sensor, now))  # type: ignore[misc]
-            if found:
-                return found
-        return None
+        sensors = (smi.AmdSmiTemperatureType.HOTSPOT, smi.AmdSmiTemperatureType.EDGE)
+        found = (self._maybe(partial(smi.amdsmi_get_temp_metric, self._handle, sensor, now)) for sensor in sensors)
+        return next((value for value in found if value), None)
 
     def _power(self) -> float | None:
         told = self._maybe(lambda: self._smi.amdsmi_get_power_info(self._handle)) or {}

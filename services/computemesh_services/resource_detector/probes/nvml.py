@@ -507,8 +507,11 @@ def _distance(nvml: NvmlModule, one: object, other: object) -> LinkKind | None:
 
 def pci_bus_id(told: str) -> str:
     """A PCI address as the kernel writes it: NVML's ``00000000:3B:00.0`` is ``0000:3b:00.0``."""
-    domain, colon, rest = told.strip().lower().partition(":")
-    return f"{domain[-4:].rjust(4, '0')}:{rest}" if colon else ""
+    domain, _, rest = told.strip().lower().partition(":")
+    try:
+        return f"{int(domain, 16):04x}:{rest}"
+    except ValueError:
+        return ""
 
 
 def mig_profile(slice_: Attributes, whole_mb: int) -> str:

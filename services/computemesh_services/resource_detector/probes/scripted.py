@@ -171,7 +171,7 @@ class ScriptedProvider:
         """
         self._path = path
         self._seed = seed
-        self._data: bytes = b""
+        self._data: bytes | None = None
         self._player: _Player | None = None
         self._problem = ""
         self._load()
@@ -316,7 +316,7 @@ class ScriptedNvml:
         self.inits = 0
         """Times it was initialised and not shut down."""
         self._cards = _physical(hardware.gpus)
-        self._faults = hardware.faults
+        self.faults = list(hardware.faults)
         self._switched = hardware.nvlink == "all"
         self._links = {(link.a, link.b): link for link in hardware.links}
         self._names = {p.pid: p.name for gpu in hardware.gpus for p in gpu.processes or ()}
@@ -465,7 +465,7 @@ class ScriptedNvml:
         self._play(call, card)
 
     def _play(self, call: str, card: int | None = None) -> None:
-        for fault in self._faults:
+        for fault in self.faults:
             now = fault.from_read <= self.reads and (fault.until_read is None or self.reads < fault.until_read)
             if now and fault.call == call and (fault.gpu is None or fault.gpu == card):
                 time.sleep(fault.hang_s)
