@@ -14,6 +14,9 @@ import pytest
 import computemesh
 from computemesh.cli.services import SERVICES
 from computemesh.config import PREFIX, ServiceConfig
+from computemesh.hardware import Gpu, Tier, tier_of
+from computemesh_services.resource_detector.probes.choice import Name
+from computemesh_services.resource_detector.probes.scripted import Fault, Hardware
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -100,3 +103,23 @@ def test_the_public_interface_is_what_its_page_says() -> None:
             assert public or names == "all"
             assert not {one for one in public if not hasattr(module, one)}, name
             assert public <= set(getattr(module, "__all__", public)), name
+
+
+def test_every_known_card_lands_in_the_tier_that_its_page_says() -> None:
+    """``docs/hardware.md``, with the nominal memory and with what drivers report of it; no name plays a part."""
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    cards = re.findall(r"(?m)^\| ((?:NVIDIA|AMD) .*?) \| (\d+) \| (\S+) \| `(\w+)` \| (\S.*?) \|$", page)
+    assert len(cards) == len(re.findall(r"(?m)^\| (?:NVIDIA|AMD) ", page)) >= 30
+    for name, vram_gb, told, tier, _ in cards:
+        kind = {"architecture": told} if told.startswith("gfx") else {"compute_capability": told}
+        for vram_mb in (int(vram_gb) * 1024, int(int(vram_gb) * 1024 * 0.95)):
+            assert tier_of([Gpu(vram_total_mb=vram_mb, **kind)]) is Tier(tier), (name, vram_mb)
+
+
+def test_tiers_providers_and_the_fields_of_scripted_hardware_are_on_the_page() -> None:
+    """``docs/hardware.md``"""
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    for word in (*Tier, *get_args(Name)):
+        assert f"\n| `{word}` |" in page
+    for name in (*Hardware.__struct_fields__, *Fault.__struct_fields__):
+        assert f"`{name}`" in page or f'"{name}"' in page, name

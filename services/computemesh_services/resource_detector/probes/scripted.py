@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -88,6 +88,8 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     links: Annotated[list[GpuLink], msgspec.Meta(max_length=32_640)] = []
     nvlink: Literal["all"] | None = None
     """All GPUs reach each other through NVSwitches."""
+    xgmi: Literal["all"] | None = None
+    """Infinity Fabric joins all pairs of GPUs."""
     cpu: Cpu | None = None
     memory: Memory | None = None
     nics: list[Nic] | None = None
@@ -140,6 +142,8 @@ def _check(hardware: Hardware) -> None:
             raise ValueError(f"links[{place}].kind: XGMI joins AMD's GPUs, and the platform is CUDA")
     if hardware.nvlink and (hardware.links or not cuda):
         raise ValueError("nvlink: goes with the platform CUDA, and instead of links")
+    if hardware.xgmi and (hardware.links or hardware.platform is not Platform.ROCM):
+        raise ValueError("xgmi: goes with the platform ROCM, and instead of links")
     for place, gpu in enumerate(hardware.gpus):
         parts = gpu.compute_capability.split(".")
         if gpu.compute_capability and not (len(parts) == 2 and all(part.isdecimal() for part in parts)):
@@ -227,9 +231,13 @@ class _Player:
             provider=NAME,
             platform=self._hardware.platform,
             gpus=[_plain(gpu) for gpu in self._hardware.gpus],
-            links=self._hardware.links,
+            links=_fabric(len(self._hardware.gpus)) if self._hardware.xgmi else self._hardware.links,
             machine=self._machine,
         )
+
+
+def _fabric(count: int) -> list[GpuLink]:
+    return [GpuLink(a=a, b=b, kind=LinkKind.XGMI) for a, b in combinations(range(count), 2)]
 
 
 def _plain(gpu: Gpu) -> Gpu:
