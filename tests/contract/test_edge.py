@@ -32,7 +32,7 @@ from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import catalog, nodes, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
-from computemesh.contracts.nodes import NodeGet, NodeRecord
+from computemesh.contracts.nodes import NodeGet, NodeView
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.contracts.work import Assignment, WorkCompleted, WorkGet, WorkItem, WorkRecord
 from computemesh.edge import application
@@ -512,10 +512,10 @@ TOKEN: Final = "a-token-of-sixteen"
 CARD: Final = ServiceCard(name="test", about="A test.", role=Role.SERVICES, port=0)
 
 
-async def _get(ask: NodeGet) -> NodeRecord | Refused:
+async def _get(ask: NodeGet) -> NodeView | Refused:
     if ask.node_id == "defect":
         raise RuntimeError("a secret of the service")
-    return NodeRecord(node_id=ask.node_id)
+    return NodeView(node_id=ask.node_id)
 
 
 BOUNDS: Final[list[AnyBound]] = [serve(nodes.GET, _get)]

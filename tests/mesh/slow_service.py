@@ -14,7 +14,7 @@ from computemesh.bus import Bus, MicroService
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import nodes
 from computemesh.contracts.base import AnyBound, Refused, Role, ServiceCard, serve
-from computemesh.contracts.nodes import Discover, NodeGet, NodeRecord
+from computemesh.contracts.nodes import Discover, NodeGet, NodeView
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn, run
 
@@ -55,11 +55,11 @@ class SlowService:
     def unready(self) -> str:
         return ""
 
-    async def on_get(self, ask: NodeGet) -> NodeRecord | Refused:
+    async def on_get(self, ask: NodeGet) -> NodeView | Refused:
         self._in_hand += 1
         await self._gate.wait()
         self._in_hand -= 1
-        return NodeRecord(node_id=ask.node_id)
+        return NodeView(node_id=ask.node_id)
 
     async def _on_discover(self, _: Discover) -> None:
         if self._config.fail == "handler":

@@ -36,7 +36,7 @@ from computemesh.bus.errors import NoResponder, TimedOut
 from computemesh.bus.provision import drift, provision
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Refused, Role, serve
-from computemesh.contracts.nodes import NodeGet, NodeRecord
+from computemesh.contracts.nodes import NodeGet, NodeRecord, NodeView
 from computemesh.contracts.storage import Lease
 from computemesh.nats_server import NatsServer
 from computemesh.testing import running_server, until
@@ -306,11 +306,11 @@ async def test_an_endpoint_handles_requests_at_the_same_time_and_drains_what_wai
     gate = asyncio.Event()
     inside = 0
 
-    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
+    async def on_get(ask: NodeGet) -> NodeView | Refused:
         nonlocal inside
         inside += 1
         await gate.wait()
-        return node(ask.node_id)
+        return NodeView(node_id=ask.node_id)
 
     micro = MicroService(bus, name="svc", description="", metadata={})
     await micro.start([serve(nodes.GET, on_get)])
@@ -318,7 +318,7 @@ async def test_an_endpoint_handles_requests_at_the_same_time_and_drains_what_wai
 
     async def ask(number: int) -> str:
         answer = await bus.ask(nodes.GET, NodeGet(node_id=f"n{number}"))
-        return answer.node_id if isinstance(answer, NodeRecord) else answer.reason
+        return answer.node_id if isinstance(answer, NodeView) else answer.reason
 
     asks = [asyncio.create_task(ask(number)) for number in range(100)]
     await until(lambda: inside >= 64, what="as many at once as are allowed")
@@ -334,7 +334,7 @@ async def test_an_endpoint_handles_requests_at_the_same_time_and_drains_what_wai
 async def test_anyone_can_discover_the_service_and_its_counters(bus: Bus) -> None:
     """``$SRV.INFO`` and ``$SRV.STATS`` answer as the NATS micro protocol says."""
 
-    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
+    async def on_get(ask: NodeGet) -> NodeView | Refused:
         return Refused(code="not_found", reason="no such node", status=404)
 
     micro = MicroService(bus, name="svc", description="about", metadata={"http": "x"})
@@ -375,8 +375,8 @@ async def test_an_endpoint_that_ends_with_its_connection_does_not_come_back_with
 ) -> None:
     """Whether the connection breaks before it is drained or meanwhile; and nobody waits for the server that died."""
 
-    async def on_get(ask: NodeGet) -> NodeRecord | Refused:
-        return node(ask.node_id)
+    async def on_get(ask: NodeGet) -> NodeView | Refused:
+        return NodeView(node_id=ask.node_id)
 
     micro = MicroService(bus, name="svc", description="", metadata={})
     meanwhile, before = await micro.add(serve(nodes.GET, on_get)), await micro.add(serve(nodes.GET, on_get))

@@ -405,14 +405,22 @@ class Mesh:
         running = [RunningWork(work_id=work_id, attempt=attempt) for work_id, attempt in sorted(node.running)]
         beat = NodeHeartbeat(node_id=node.node_id, session=node.session, running=running)
         if registry_first:
-            self.known(node, roster.heard(node.record, beat, self.now))
+            self.registry_hears(node, beat)
         stops = self.reign.scheduler.heartbeat(beat, self.now)
         for stop in stops:
             steps["stop by heartbeat"] += 1
             if stops_arrive:
                 self.stop(stop)
         self.reign.advance()
-        self.known(node, roster.heard(node.record, beat, self.now))
+        self.registry_hears(node, beat)
+
+    def registry_hears(self, node: Node, beat: NodeHeartbeat) -> None:
+        """It asks a life that it does not know to announce itself."""
+        assert node.record is not None
+        if roster.of_this_life(node.record, beat):
+            self.known(node, roster.heard(node.record, beat, self.now))
+        else:
+            self.known(node, roster.announced(node.record, node.announcement(), self.now))
 
     def stop(self, stop: Stop) -> None:
         if self.nodes[stop.node_id].direct:

@@ -32,7 +32,7 @@ from computemesh.cli.doctor.facts import (
     Violation,
     Work,
 )
-from computemesh.contracts.nodes import NodeRecord, NodeState
+from computemesh.contracts.nodes import NodeState, NodeView
 from computemesh.contracts.work import WorkError, WorkState, WorkSummary
 from computemesh.findings import Finding, Level, warning
 
@@ -64,11 +64,9 @@ def stream(**changes: Any) -> Stream:
     return replace(Stream(name="COMPUTE_WORK", owner="work-marshaller", bytes=1, bytes_max=100 * MIB), **changes)
 
 
-def node(node_id: str = "n1", **changes: Any) -> NodeRecord:
+def node(node_id: str = "n1", **changes: Any) -> NodeView:
     """A node that is online."""
-    return structs.replace(
-        NodeRecord(node_id=node_id, monitored=True, last_seen=NOW - 3, changed_at=NOW - 60), **changes
-    )
+    return structs.replace(NodeView(node_id=node_id, monitored=True, last_seen=NOW - 3, changed_at=NOW - 60), **changes)
 
 
 def item(state: WorkState, **changes: Any) -> WorkSummary:

@@ -56,6 +56,8 @@ def test_a_node_that_has_everything_fits() -> None:
         (replace(FREE, node=replace(NODE, state=NodeState.SUSPECT)), "suspect"),
         (replace(FREE, node=replace(NODE, state=NodeState.LOST)), "lost"),
         (replace(FREE, accepting=False), "draining"),
+        (replace(FREE, node=replace(NODE, drained=True)), "drained"),
+        (replace(FREE, node=replace(NODE, drained=True, drain_reason="new fans")), "drained: new fans"),
         (replace(FREE, unreachable="nobody listens at the node"), "nobody listens at the node"),
     ],
 )
@@ -87,6 +89,14 @@ def test_a_node_that_is_not_made_for_an_item_never_will_be(record: WorkRecord, r
     (refusal,) = refusals(record, FREE)
     assert (refusal.reason, refusal.may_change) == (reason, False)
     assert choose(record, [FREE]) is None
+
+
+def test_a_node_without_slots_takes_no_work() -> None:
+    """It is there for something else, and is not merely busy."""
+    host = replace(FREE, node=replace(NODE, slots=0))
+    (refusal,) = refusals(needing(), host)
+    assert (refusal.reason, refusal.may_change) == ("takes no work", False)
+    assert choose(needing(), [host]) is None
 
 
 def test_all_reasons_are_told_and_not_only_the_first() -> None:

@@ -440,8 +440,9 @@ def test_a_heartbeat_of_an_unknown_node_is_ignored() -> None:
 
 @pytest.mark.parametrize("told_by", ["heartbeat", "registry"])
 def test_a_new_session_loses_what_was_accepted_and_not_what_is_still_being_delivered(told_by: str) -> None:
-    """The delivery is repeated to the new agent anyway."""
-    scheduler = with_nodes(a_node(slots=3))
+    """The delivery is repeated to the new agent anyway. A heartbeat tells of it when the node announced none."""
+    scheduler = with_nodes(a_node(slots=3, session="" if told_by == "heartbeat" else "s1"))
+    scheduler.heartbeat(a_beat(session="s1"), NOW)
     for seq, work_id in enumerate(("accepted", "undelivered", "again")):
         submit(scheduler, work_id, seq)
     advance(scheduler, NOW)
@@ -458,10 +459,19 @@ def test_a_new_session_loses_what_was_accepted_and_not_what_is_still_being_deliv
 def test_a_running_attempt_is_lost_with_its_session_and_a_report_of_it_comes_too_late() -> None:
     """The item is tried again at once."""
     scheduler, _ = running()
-    scheduler.heartbeat(a_beat(session="s2"), NOW + 1)
+    scheduler.node_changed(a_node(session="s2", changed_at=NOW + 1), NOW + 1)
     record = advance(scheduler, NOW + 1)[-1]
     assert (record.state, record.attempt) == (WorkState.ASSIGNED, 2)
     assert scheduler.completed(WorkCompleted(work_id="w1", attempt=1, result="old"), NOW + 1) is None
+
+
+def test_a_heartbeat_of_another_agent_with_the_same_node_id_does_not_count() -> None:
+    """Two agents that take turns would lose each other's work. It lists nothing, and nothing is missed."""
+    scheduler, record = running()
+    for n in range(3):
+        assert scheduler.heartbeat(a_beat("n1", ("w9", 1), session="s9", accepting=False), NOW + n * MISSED_S) == []
+    assert scheduler.records["w1"] is record
+    assert scheduler.seats["n1"].accepting
 
 
 def test_a_heartbeat_without_a_session_is_not_a_new_life() -> None:

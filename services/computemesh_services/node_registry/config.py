@@ -13,6 +13,8 @@ class RegistryConfig(ServiceConfig, frozen=True, kw_only=True):
     """A node silent for this long is lost: its work is given to others."""
     unmonitored_ttl_s: Seconds = 86_400.0
     """A node that never sent a heartbeat is lost this long after it registered."""
+    forget_after_s: Seconds = 604_800.0
+    """A lost node is forgotten after this long."""
 
     def patience(self) -> Patience:
         if self.suspect_after_s >= self.lost_after_s:

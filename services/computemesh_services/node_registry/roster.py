@@ -1,22 +1,31 @@
 """Who is here and who is alive. Pure: records in, records out, time as a parameter in Unix seconds.
 
-    (announce) --> online --silent--> suspect --silent longer--> lost
+    (announce) --> online --silent--> suspect --silent longer--> lost --long after--> forgotten
                      ^                   |                         |
                      +---- heartbeat ----+------- heartbeat -------+   a new epoch
 
 A node that never sent a heartbeat is unmonitored: silence means nothing, it stays online until
 ``unmonitored_ttl_s`` after its last announcement.
+
+**One node id, two agents.** A session is one life of an agent. Only an announcement brings a new one, and
+an agent whose session was replaced is another one with the same id: neither its announcements nor its
+heartbeats count, so that two of them cannot take turns. While a monitored node is not lost, an agent on
+another machine cannot have its id either. A lost node's id goes to whoever announces it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from computemesh.contracts.base import Message
-from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeRecord, NodesQuery, NodeState
-from computemesh.hardware import tier_of
+from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeRecord, NodeState
+from computemesh.hardware import Cpu, Gpu, Memory, canonical, tier_of
+
+RETIRED_MAX: Final = 8
+"""Sessions that are remembered after they were replaced."""
 
 
 class Patience(Message, frozen=True, kw_only=True):
@@ -27,53 +36,115 @@ class Patience(Message, frozen=True, kw_only=True):
     unmonitored_ttl_s: float = 86_400.0
 
 
+# --- what nodes say ----------------------------------------------------------------------------------------------
+
+
+def why_refused(record: NodeRecord | None, said: NodeAnnouncement) -> str:
+    """Why an announcement does not count: its node id belongs to another agent. Empty when it counts."""
+    if record is None or not record.monitored or record.state is NodeState.LOST:
+        return ""
+    if said.session != "" and said.session == record.session:
+        return ""
+    if _another_machine(record, said):
+        where = record.hostname or "another machine"
+        return f"node id {record.node_id!r} belongs to the agent on {where}, whose heartbeats are heard"
+    if said.session in record.retired:
+        return f"node id {record.node_id!r} was taken over by another agent on this machine, which is alive"
+    return ""
+
+
+def _another_machine(record: NodeRecord, said: NodeAnnouncement) -> bool:
+    if record.machine_id and said.machine_id:
+        return record.machine_id != said.machine_id
+    return record.hostname != said.hostname if record.hostname and said.hostname else False
+
+
 def announced(record: NodeRecord | None, said: NodeAnnouncement, now: float) -> NodeRecord:
-    """The record after an announcement. The same object when nothing changed but the time."""
+    """The record after an announcement that counts. The same object when it changes nothing that lasts."""
     facts = {name: getattr(said, name) for name in NodeAnnouncement.__struct_fields__}
-    facts["tier"] = said.tier or tier_of(said.gpus)
+    facts["memory"], facts["gpus"] = canonical(said.memory, said.gpus)
+    facts["tier"] = said.tier or tier_of(facts["gpus"])
     if record is None:
         return NodeRecord(**facts, registered_at=now, changed_at=now, last_seen=now)
-    back = record.state is NodeState.LOST or (said.session != "" and said.session != record.session)
-    after = msgspec.structs.replace(
-        record, **facts, state=NodeState.ONLINE, epoch=record.epoch + 1 if back else record.epoch
-    )
-    if after == record:
+    new_life = said.session != "" and said.session != record.session
+    if new_life:
+        facts["retired"] = _retired(record, said.session)
+    back = new_life or record.state is NodeState.LOST
+    after = replace(record, **facts, state=NodeState.ONLINE, epoch=record.epoch + 1 if back else record.epoch)
+    # How much is used now is the business of heartbeats, where there are any.
+    if after == record or (record.monitored and _lasting(after) == _lasting(record)):
         return record
-    return msgspec.structs.replace(after, changed_at=now, last_seen=now)
+    return replace(after, changed_at=now, last_seen=now)
+
+
+def _retired(record: NodeRecord, session: str) -> list[str]:
+    before = [old for old in record.retired if old != session]
+    return [*before, record.session][-RETIRED_MAX:] if record.session else before
+
+
+def _lasting(record: NodeRecord) -> NodeRecord:
+    """Without what differs from one look at the machine to the next."""
+    return replace(
+        record,
+        cpu=record.cpu and replace(record.cpu, frequency_mhz=Cpu().frequency_mhz),
+        memory=record.memory and Memory(total_mb=record.memory.total_mb, swap_total_mb=record.memory.swap_total_mb),
+        gpus=[_lasting_gpu(gpu) for gpu in record.gpus],
+    )
+
+
+def _lasting_gpu(gpu: Gpu) -> Gpu:
+    return replace(
+        gpu, vram_used_mb=0, utilization_percent=None, temperature_c=None, power_w=None, processes=None,
+        error="broken" if gpu.error else "",
+    )  # fmt: skip
 
 
 def registered(record: NodeRecord | None, said: NodeAnnouncement, now: float) -> NodeRecord:
     """As :func:`announced`, for a node that asks: it is written even when it says the same again, so that
     a node without heartbeats can show that it is still there."""
-    return msgspec.structs.replace(announced(record, said, now), changed_at=now, last_seen=now)
+    return replace(announced(record, said, now), changed_at=now, last_seen=now)
+
+
+def of_this_life(record: NodeRecord, beat: NodeHeartbeat) -> bool:
+    """Whether a heartbeat is the recorded agent's. One that tells no session is."""
+    return beat.session == record.session or beat.session == "" or record.session == ""
 
 
 def heard(record: NodeRecord, beat: NodeHeartbeat, now: float) -> NodeRecord:
-    """The record after a heartbeat. The same object when it changes nothing."""
-    new_session = beat.session != "" and beat.session != record.session
-    if record.monitored and record.state is NodeState.ONLINE and not new_session:
+    """The record after a heartbeat. The same object when it changes nothing, as when it is another agent's."""
+    if record.monitored and record.state is NodeState.ONLINE and beat.session == record.session:
         return record
-    back = record.state is NodeState.LOST or new_session
-    return msgspec.structs.replace(
+    if not of_this_life(record, beat):
+        return record
+    after = replace(
         record,
         monitored=True,
         state=NodeState.ONLINE,
-        session=beat.session or record.session,
-        epoch=record.epoch + 1 if back else record.epoch,
-        changed_at=now,
-        last_seen=now,
+        session=record.session or beat.session,
+        epoch=record.epoch + 1 if record.state is NodeState.LOST else record.epoch,
     )
+    return record if after == record else replace(after, changed_at=now, last_seen=now)
 
 
-def silent(record: NodeRecord, silent_s: float, now: float, patience: Patience) -> NodeRecord:
-    """The record of a node nobody heard from for *silent_s*. The same object when it changes nothing."""
-    state = _state_after(record, silent_s, patience)
-    if state is record.state or record.state is NodeState.LOST:
+# --- silence -----------------------------------------------------------------------------------------------------
+
+
+def silent(record: NodeRecord, silent_s: float, now: float, patience: Patience, *, seen_at: float = 0.0) -> NodeRecord:
+    """The record of a node nobody heard from for *silent_s*. The same object when it changes nothing.
+
+    Args:
+        seen_at: when its last sign of life came, if it is known.
+    """
+    state = state_after(record, silent_s, patience)
+    if state is record.state:
         return record
-    return msgspec.structs.replace(record, state=state, changed_at=now)
+    return replace(record, state=state, changed_at=now, last_seen=max(record.last_seen, seen_at))
 
 
-def _state_after(record: NodeRecord, silent_s: float, patience: Patience) -> NodeState:
+def state_after(record: NodeRecord, silent_s: float, patience: Patience) -> NodeState:
+    """The state of a node nobody heard from for *silent_s*. Silence never makes one better."""
+    if record.state is NodeState.LOST:
+        return NodeState.LOST
     if not record.monitored:
         return NodeState.LOST if silent_s >= patience.unmonitored_ttl_s else record.state
     if silent_s >= patience.lost_after_s:
@@ -81,16 +152,39 @@ def _state_after(record: NodeRecord, silent_s: float, patience: Patience) -> Nod
     return NodeState.SUSPECT if silent_s >= patience.suspect_after_s else record.state
 
 
-def matching(records: Iterable[NodeRecord], query: NodesQuery) -> list[NodeRecord]:
-    """The nodes a query asks for, by id."""
-    return sorted((record for record in records if _matches(record, query)), key=lambda record: record.node_id)
+def same_life(record: NodeRecord, judged: NodeRecord) -> bool:
+    """Whether what was decided about *judged* still holds for what stands now."""
+    return (record.session, record.epoch, record.state, record.last_seen) == (
+        judged.session, judged.epoch, judged.state, judged.last_seen,
+    )  # fmt: skip
 
 
-def _matches(record: NodeRecord, query: NodesQuery) -> bool:
-    return (
-        (not query.requires_gpu or bool(record.gpus))
-        and (query.min_tier is None or record.tier.at_least(query.min_tier))
-        and (not query.online_only or record.state is NodeState.ONLINE)
-        and (not query.work_type or not record.work_types or query.work_type in record.work_types)
-        and (not query.model_name or not record.models or query.model_name in record.models)
-    )
+# --- what operators say ------------------------------------------------------------------------------------------
+
+
+def drained(record: NodeRecord, reason: str, now: float) -> NodeRecord:
+    """The record of a node that gets no new work. The same object when it was so for the same reason."""
+    if record.drained and record.drain_reason == reason:
+        return record
+    return replace(record, drained=True, drain_reason=reason, changed_at=now)
+
+
+def undrained(record: NodeRecord, now: float) -> NodeRecord:
+    """The record of a node that gets work again. The same object when it was not drained."""
+    return replace(record, drained=False, drain_reason="", changed_at=now) if record.drained else record
+
+
+def may_forget(record: NodeRecord) -> bool:
+    """Whether nobody expects the node any more."""
+    return record.state is NodeState.LOST or not record.monitored
+
+
+def forgotten(record: NodeRecord, now: float, forget_after_s: float) -> bool:
+    """Whether a lost node is to be forgotten by now."""
+    return record.state is NodeState.LOST and now - record.changed_at >= forget_after_s
+
+
+def too_large(said: NodeAnnouncement, bytes_max: int) -> str:
+    """Why an announcement cannot be kept; empty when it can."""
+    size = len(msgspec.json.encode(said))
+    return f"{size} bytes, at most {bytes_max} are kept of a node" if size > bytes_max else ""

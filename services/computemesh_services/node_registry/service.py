@@ -1,156 +1,376 @@
-"""The shell around the roster: announcements and heartbeats in, records and events out."""
+"""The shell around the roster and the fleet: what nodes say comes in; records, events and answers go out."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, cast
 
-import msgspec
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter as Total
+from prometheus_client import Gauge
 
 from computemesh import log
-from computemesh.bus import Bucket, Bus, BusError, MicroService, Mirror, lease
+from computemesh.bus import Bucket, Bus, BusError, Conflict, MicroService, Mirror, Writer, lease
 from computemesh.contracts import nodes, storage
-from computemesh.contracts.base import AnyBound, Refused, serve
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, serve
 from computemesh.contracts.nodes import (
     Discover,
+    NodeAlive,
     NodeAnnouncement,
+    NodeBrief,
+    NodeBriefs,
+    NodeDrain,
+    NodeDrained,
+    NodeForget,
+    NodeForgotten,
     NodeGet,
     NodeHeartbeat,
     NodeList,
-    NodeLost,
     NodeRecord,
+    NodeRefused,
     NodesQuery,
+    NodesStats,
     NodeState,
+    NodeUndrain,
+    NodeView,
+    StatsAsk,
 )
 from computemesh.contracts.services import NODE_REGISTRY
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.config import RegistryConfig
+from computemesh_services.node_registry.fleet import Fleet, Known, Page
+from computemesh_services.node_registry.losses import Losses
 
 SWEEPS: Final = 5
-"""Looks at everyone's silence per time of patience."""
+"""Looks at everyone's silence per time of patience, and one a second at least."""
+
+ASK_S: Final = 0.5
+"""How long unknown nodes are collected before they are asked to announce themselves."""
+
+ASK_AGAIN_S: Final = 10.0
+"""How often one node is asked, and one agent is told that it is refused."""
+
+ASKED_MAX: Final = 1000
+"""Nodes in one question."""
+
+RECORD_BYTES_MAX: Final = 256 * 1024
+"""What is kept of a node; a larger announcement is refused."""
+
+ANSWER_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 16 * 1024
+"""Nodes in one answer, as JSON; the rest is for what stands around them."""
+
+STRIDE: Final = 250
+"""Nodes that are encoded before others get their turn."""
+
+FORGET_LOOK_S: Final = 60.0
+FORGET_AT_ONCE: Final = 1000
+MARKER_S: Final = 3600
+"""How long a forgotten node leaves a marker in the store."""
+
+NEWS_MAX: Final = 8
+"""Nodes whose changes are logged one by one; more of them at the same time get one line."""
 
 Step = Callable[[NodeRecord | None], NodeRecord | None]
 
 _log = log.get("service")
 
 NODES = Gauge("computemesh_nodes", "Nodes by state.", ["state"])
-HEARTBEATS = Counter("computemesh_node_heartbeats_total", "Heartbeats heard.")
+HEARTBEATS = Total("computemesh_node_heartbeats_total", "Heartbeats heard.")
+LOSSES = Total("computemesh_nodes_lost_total", "Losses told by this replica.")
+
+
+class Seldom:
+    """Lets each key pass once in a while."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._passed: dict[str, float] = {}
+
+    def passes(self, key: str, now_s: float) -> bool:
+        if now_s - self._passed.get(key, float("-inf")) < self._every_s:
+            return False
+        self._passed.pop(key, None)
+        while self._passed and now_s - next(iter(self._passed.values())) >= self._every_s:
+            del self._passed[next(iter(self._passed))]  # They stand in the order of their time.
+        self._passed[key] = now_s
+        return True
 
 
 class NodeRegistry:
     """Answers who is here.
 
     Every replica hears everyone and answers from its own mirror of the bucket; the one that holds the lease
-    writes. Liveness is in memory: after a start every node gets its full patience again.
+    writes what follows from announcements, heartbeats and silence. What somebody asks for is written by
+    whoever was asked. Liveness is in memory: after a start every node gets its full patience again.
     """
 
     def __init__(self, bus: Bus, config: RegistryConfig, instance: str) -> None:
         self._bus = bus
         self._instance = instance
         self._patience = config.patience()
+        self._forget_after_s = config.forget_after_s
         self._bucket = Bucket(bus, storage.NODES)
-        self._mirror: Mirror[NodeRecord] = Mirror(bus, storage.NODES)
-        self._heard: dict[str, float] = {}
-        """Monotonic seconds of the last sign of life."""
-        self._started_s = time.monotonic()
+        self._mirror: Mirror[NodeRecord] = Mirror(bus, storage.NODES, self._on_record)
+        self._writer = Writer(bus, storage.NODES, self._mirror)
+        self._fleet = Fleet()
+        self._losses = Losses(bus)
+        self._deaf_s = 0.0
+        """How long this process was halted; that much silence is not the nodes' own."""
+        self._listens_since_s = self._now_s()
+        self._started_at = time.time() - time.monotonic()
+        self._heard_all: Callable[[], Awaitable[bool]] | None = None
+        self._unknown: dict[str, None] = {}
+        self._asked = Seldom(ASK_AGAIN_S)
+        self._refused = Seldom(ASK_AGAIN_S)
+        self._news: list[NodeRecord] = []
         self._held: lease.Held | None = None
         self._draining = False
 
     def endpoints(self) -> list[AnyBound]:
         return [
             serve(nodes.REGISTER, self.on_register),
+            serve(nodes.ALIVE, self.on_alive),
             serve(nodes.QUERY, self.on_query),
+            serve(nodes.LIST, self.on_list),
             serve(nodes.GET, self.on_get),
+            serve(nodes.DRAIN, self.on_drain),
+            serve(nodes.UNDRAIN, self.on_undrain),
+            serve(nodes.STATS, self.on_stats),
+            serve(nodes.FORGET, self.on_forget),
         ]
 
     def extras(self) -> list[Extra]:
         return []
 
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
+        await self._writer.start()
         spawn(self._mirror.follow())
         await self._bus.subscribe(nodes.ANNOUNCE, self.on_announce)
-        await self._bus.subscribe(nodes.HEARTBEAT, self.on_heartbeat)
+        await self._bus.subscribe(nodes.LOST, self._losses.on_lost)
+        beats = await self._bus.subscribe(nodes.HEARTBEAT, self.on_heartbeat)
+        self._heard_all = lambda: self._bus.caught_up(beats, within_s=self._patience.suspect_after_s / SWEEPS)
         spawn(self._act_forever())
         spawn(self._sweep_forever())
+        spawn(self._ask_forever())
 
     async def drain(self) -> None:
         self._draining = True
         if self._held is not None:
             await self._held.release()
+        await self._writer.stop()
 
     def health(self) -> Mapping[str, Any]:
-        return {"acting": self._acting, "nodes": len(self._mirror.entries)}
+        states = {str(state): self._fleet.states[state] for state in NodeState}
+        return {"acting": self._acting, "nodes": len(self._fleet.nodes), **states}
 
     def unready(self) -> str:
         return "" if self._mirror.synced.is_set() else "reading the nodes"
 
     @property
     def _acting(self) -> bool:
-        return self._held is not None and not self._held.lost.is_set()
+        return self._held is not None and self._held.certain
+
+    def _now_s(self) -> float:
+        """Seconds in which nodes could be heard."""
+        return time.monotonic() - self._deaf_s
+
+    def _at(self) -> float:
+        """Unix seconds by a clock that does not jump: for times that are compared with stored ones."""
+        return self._started_at + time.monotonic()
+
+    def _on_record(self, node_id: str, record: NodeRecord | None) -> None:
+        known = self._fleet.get(node_id)
+        before = known.record if known else None
+        if record is None:
+            self._fleet.drop(node_id)
+            self._losses.noticed(node_id, None, 0)
+            return
+        fresh = self._mirror.synced.is_set()
+        self._fleet.take(record, self._now_s(), time.time(), fresh=fresh)
+        self._losses.noticed(node_id, record, self._mirror.entries[node_id].revision)
+        if fresh and (before is None or (before.state, before.epoch) != (record.state, record.epoch)):
+            self._news.append(record)
 
     # --- what nodes say ------------------------------------------------------------------------------------------
 
     async def on_announce(self, said: NodeAnnouncement) -> None:
-        self._heard[said.node_id] = time.monotonic()
+        known = self._fleet.get(said.node_id)
+        if refused := self._why_refused(known.record if known else None, said):
+            await self._tell_refused(said, refused)
+            return
+        if known is not None:
+            known.seen(self._now_s(), time.time())
         if self._acting:
-            await self._write(said.node_id, lambda record: roster.announced(record, said, time.time()))
+            await self._writer.submit(said.node_id, lambda record: self._announced(record, said))
+
+    def _announced(self, record: NodeRecord | None, said: NodeAnnouncement) -> NodeRecord | None:
+        return record if roster.why_refused(record, said) else roster.announced(record, said, self._at())
 
     async def on_heartbeat(self, beat: NodeHeartbeat) -> None:
         HEARTBEATS.inc()
-        self._heard[beat.node_id] = time.monotonic()
-        record = self._mirror.get(beat.node_id)
-        if not self._acting:
+        known = self._fleet.get(beat.node_id)
+        if known is None or not roster.of_this_life(known.record, beat):
+            if self._acting:
+                await self._on_stranger(known, beat)
             return
-        if record is None or (beat.session and beat.session != record.session):
-            await self._bus.publish(nodes.DISCOVER, Discover(node_ids=[beat.node_id]))
-        if record is not None and roster.heard(record, beat, time.time()) is not record:
-            await self._write(beat.node_id, lambda latest: roster.heard(latest, beat, time.time()) if latest else None)
+        now = time.time()
+        known.says(beat, self._now_s(), now)
+        if roster.heard(known.record, beat, now) is not known.record and self._acting:
+            await self._writer.submit(beat.node_id, _of_a_known_node(lambda record: roster.heard(record, beat, now)))
+
+    async def _on_stranger(self, known: Known | None, beat: NodeHeartbeat) -> None:
+        """Somebody is alive who did not announce itself, or whose announcement does not count."""
+        said = NodeAnnouncement(node_id=beat.node_id, session=beat.session)
+        if known is not None and (refused := self._why_refused(known.record, said)):
+            await self._tell_refused(said, refused)
+        elif self._asked.passes(beat.node_id, time.monotonic()):
+            self._unknown[beat.node_id] = None
+
+    def _why_refused(self, record: NodeRecord | None, said: NodeAnnouncement) -> Refused | None:
+        if reason := roster.why_refused(record, said):
+            return Refused(code="duplicate_node", field="node_id", reason=reason, status=409, retry="later")
+        if reason := roster.too_large(said, RECORD_BYTES_MAX):
+            return Refused(code="too_large", reason=reason, status=413)
+        return None
+
+    async def _tell_refused(self, said: NodeAnnouncement, refused: Refused) -> None:
+        if not self._acting or not self._refused.passes(f"{said.node_id} {said.session}", time.monotonic()):
+            return
+        _log.warning("refused", node=said.node_id, hostname=said.hostname, reason=refused.reason)
+        event = NodeRefused(
+            node_id=said.node_id,
+            session=said.session,
+            machine_id=said.machine_id,
+            hostname=said.hostname,
+            code=refused.code,
+            reason=refused.reason,
+        )
+        await self._bus.publish(nodes.REFUSED, event)
 
     async def on_register(self, said: NodeAnnouncement) -> NodeRecord | Refused:
         """Any replica may write this one: the compare-and-set is the fence, and the caller waits for it."""
-        self._heard[said.node_id] = time.monotonic()
-        after = await self._bucket.change(said.node_id, lambda record: roster.registered(record, said, time.time()))
+        refused: Refused | None = None
+
+        def decide(record: NodeRecord | None) -> NodeRecord | None:
+            nonlocal refused
+            refused = self._why_refused(record, said)
+            return record if refused else roster.registered(record, said, self._at())
+
+        after = await self._writer.change(said.node_id, decide)
+        if refused is not None:
+            return refused
         assert after is not None
         _log.info("registered", node=said.node_id, tier=after.tier, delivery=after.delivery)
         return after
 
-    async def _write(self, node_id: str, step: Step) -> None:
-        before: NodeRecord | None = None
-
-        def decide(latest: NodeRecord | None) -> NodeRecord | None:
-            nonlocal before
-            before = latest
-            return step(latest)
-
-        try:
-            after = await self._bucket.change(node_id, decide)
-        except BusError as error:
-            _log.warning("cannot write a node", node=node_id, reason=str(error))
-            return
-        if after and (before is None or before.state is not after.state or before.epoch != after.epoch):
-            _log.info("node", node=node_id, state=after.state, epoch=after.epoch)
+    async def on_alive(self, beat: NodeHeartbeat) -> NodeAlive | Refused:
+        record = await self._record(beat.node_id)
+        if record is None or not roster.of_this_life(record, beat):
+            if record is not None and beat.session in record.retired and record.state is not NodeState.LOST:
+                reason = f"another agent has the node id {beat.node_id!r}"
+                return Refused(code="duplicate_node", field="session", reason=reason, status=409, retry="later")
+            field = "node_id" if record is None else "session"
+            which = f"node {beat.node_id!r}" if record is None else f"session {beat.session!r} of {beat.node_id!r}"
+            reason = f"{which} is not known; announce yourself"
+            return Refused(code="unknown_node", field=field, reason=reason, status=404)
+        await self._bus.publish(nodes.HEARTBEAT, beat)
+        return NodeAlive(node_id=record.node_id, state=record.state, epoch=record.epoch, drained=record.drained)
 
     # --- what others ask -----------------------------------------------------------------------------------------
 
     async def on_query(self, query: NodesQuery) -> NodeList | Refused:
-        found = [self._with_last_seen(r) for r in roster.matching(self._mirror.values(), query)]
-        return NodeList(nodes=found[: query.limit], count=len(found))
+        page = await self._page(query, Known.full)
+        if isinstance(page, Refused):
+            return page
+        return NodeList(nodes=cast("list[NodeView]", page.taken), count=page.count, next=page.next)
 
-    async def on_get(self, ask: NodeGet) -> NodeRecord | Refused:
-        if record := self._mirror.get(ask.node_id):
-            return self._with_last_seen(record)
-        return Refused(code="not_found", reason=f"no node {ask.node_id!r}", field="node_id", status=404)
+    async def on_list(self, query: NodesQuery) -> NodeBriefs | Refused:
+        page = await self._page(query, Known.brief)
+        if isinstance(page, Refused):
+            return page
+        return NodeBriefs(nodes=cast("list[NodeBrief]", page.taken), count=page.count, next=page.next)
 
-    def _with_last_seen(self, record: NodeRecord) -> NodeRecord:
-        heard_s = self._heard.get(record.node_id)
-        if heard_s is None:
-            return record
-        return msgspec.structs.replace(record, last_seen=time.time() - (time.monotonic() - heard_s))
+    async def _page(self, query: NodesQuery, encoded: Callable[[Known], bytes]) -> Page | Refused:
+        page = self._fleet.page(query)
+        if isinstance(page, Refused):
+            return page
+        while not page.fill(encoded, bytes_max=ANSWER_BYTES_MAX, nodes_max=STRIDE):  # noqa: ASYNC110
+            await asyncio.sleep(0)  # Others get their turn.
+        return page
+
+    async def on_get(self, ask: NodeGet) -> NodeView | Refused:
+        record = await self._record(ask.node_id)
+        return self._view(record) if record else _no_node(ask.node_id)
+
+    async def on_stats(self, _: StatsAsk) -> NodesStats | Refused:
+        return self._fleet.stats()
+
+    async def _record(self, node_id: str) -> NodeRecord | None:
+        """A node's record; one that another replica wrote just now too."""
+        if known := self._fleet.get(node_id):
+            return known.record
+        entry = await self._bucket.get(node_id)
+        return entry.value if entry else None
+
+    def _view(self, record: NodeRecord) -> NodeView:
+        known = self._fleet.get(record.node_id)
+        return (known if known is not None else Known(record)).view()
+
+    # --- what operators say --------------------------------------------------------------------------------------
+
+    async def on_drain(self, ask: NodeDrain) -> NodeDrained | Refused:
+        return await self._mark(ask.node_id, lambda record: roster.drained(record, ask.reason, self._at()))
+
+    async def on_undrain(self, ask: NodeUndrain) -> NodeDrained | Refused:
+        return await self._mark(ask.node_id, lambda record: roster.undrained(record, self._at()))
+
+    async def _mark(self, node_id: str, mark: Callable[[NodeRecord], NodeRecord]) -> NodeDrained | Refused:
+        changed = False
+
+        def decide(record: NodeRecord | None) -> NodeRecord | None:
+            nonlocal changed
+            after = mark(record) if record else None
+            changed = after is not record
+            return after
+
+        after = await self._writer.change(node_id, decide)
+        if after is None:
+            # Another replica may have written it this moment.
+            after = await self._writer.change(node_id, decide) if await self._reread(node_id) else None
+        if after is None:
+            return _no_node(node_id)
+        _log.info("drained" if after.drained else "undrained", node=node_id, reason=after.drain_reason, changed=changed)
+        return NodeDrained(node=self._view(after), changed=changed)
+
+    async def _reread(self, node_id: str) -> bool:
+        """Brings the mirror up to date about one node, and says whether there is such a node."""
+        entry = await self._bucket.get(node_id)
+        if entry is not None:
+            self._mirror.wrote(node_id, entry.value, entry.revision)
+        return entry is not None
+
+    async def on_forget(self, ask: NodeForget) -> NodeForgotten | Refused:
+        while True:
+            entry = await self._bucket.get(ask.node_id)
+            if entry is None:
+                return _no_node(ask.node_id)
+            if not ask.force and not roster.may_forget(entry.value):
+                reason = f"{ask.node_id} is {entry.value.state}; it is forgotten once it is lost, or with `force`"
+                return Refused(code="still_here", field="node_id", reason=reason, status=409)
+            try:
+                await self._forget(ask.node_id, entry.revision)
+            except Conflict:
+                continue
+            return NodeForgotten(node_id=ask.node_id)
+
+    async def _forget(self, node_id: str, revision: int) -> None:
+        marker = await self._bucket.purge(node_id, last=revision, marker_ttl_s=MARKER_S)
+        self._mirror.wrote(node_id, None, marker)
+        _log.info("forgotten", node=node_id)
 
     # --- loops ---------------------------------------------------------------------------------------------------
 
@@ -158,43 +378,128 @@ class NodeRegistry:
         """Holds the lease whenever possible. Whoever starts to act asks everyone who they are."""
         while not self._draining:
             await self._bus.connected.wait()
-            self._held = await lease.acquire(self._bus, NODE_REGISTRY.name, self._instance, on_wait=lambda: None)
+            await self._mirror.synced.wait()
+            held = await lease.acquire(self._bus, NODE_REGISTRY.name, self._instance, on_wait=lambda: None)
             try:
+                await self._losses.take_over(self._mirror.entries)
                 await self._bus.publish(nodes.DISCOVER, Discover())
             except BusError as error:
-                _log.warning("cannot ask nodes to announce themselves", reason=str(error))
-            await self._held.lost.wait()
+                _log.warning("cannot begin to act", reason=str(error))
+                await held.release()
+            self._held = held
+            await held.lost.wait()
+
+    async def _ask_forever(self) -> None:
+        """Asks those who are alive and not known to announce themselves."""
+        while True:
+            await asyncio.sleep(ASK_S)
+            unknown, self._unknown = list(self._unknown), {}
+            for at in range(0, len(unknown), ASKED_MAX):
+                try:
+                    await self._bus.publish(nodes.DISCOVER, Discover(node_ids=unknown[at : at + ASKED_MAX]))
+                except BusError as error:
+                    _log.warning("cannot ask nodes to announce themselves", reason=str(error))
 
     async def _sweep_forever(self) -> None:
-        """Notices silence. A pause of our own, or of the bus, is not held against the nodes."""
-        pause_s = self._patience.suspect_after_s / SWEEPS
+        """Notices silence. What was not heard because we were halted, or the bus was away, is not the nodes' fault."""
+        pause_s = min(1.0, self._patience.suspect_after_s / SWEEPS)
         last_s = time.monotonic()
+        bus_up = self._bus.interrupted
+        forget_s = last_s
         while True:
             await asyncio.sleep(pause_s)
             now_s = time.monotonic()
-            if now_s - last_s > 2 * pause_s or not self._bus.up:
-                self._started_s = now_s
+            if now_s - last_s > 2 * pause_s:
+                self._deaf_s += now_s - last_s - pause_s
             last_s = now_s
-            if self._acting and self._bus.up:
-                await self._sweep(now_s)
+            if not self._bus.up or self._bus.interrupted is not bus_up:
+                bus_up = self._bus.interrupted
+                self._listens_since_s = self._now_s()
             for state in NodeState:
-                NODES.labels(state).set(sum(record.state is state for record in self._mirror.values()))
-
-    async def _sweep(self, now_s: float) -> None:
-        for record in self._mirror.values():
-            silent_s = self._silent_s(record, now_s)
-            if roster.silent(record, silent_s, time.time(), self._patience) is record:
+                NODES.labels(state).set(self._fleet.states[state])
+            self._log_news()
+            if not self._acting or not self._bus.up:
                 continue
-            await self._write(record.node_id, self._silencing(silent_s))
-            after = await self._bucket.get(record.node_id)
-            if after and after.value.state is NodeState.LOST and record.state is not NodeState.LOST:
-                lost = NodeLost(node_id=record.node_id, epoch=record.epoch, silent_s=round(silent_s, 1))
-                await self._bus.publish(nodes.LOST, lost)
+            try:
+                await self._sweep()
+                LOSSES.inc(await self._losses.tell())
+                if now_s - forget_s >= FORGET_LOOK_S:
+                    forget_s = now_s
+                    await self._forget_lost()
+            except BusError as error:
+                _log.warning("cannot sweep", reason=str(error))
 
-    def _silencing(self, silent_s: float) -> Step:
-        return lambda latest: roster.silent(latest, silent_s, time.time(), self._patience) if latest else None
+    async def _sweep(self) -> None:
+        if not self._silent() or self._heard_all is None or not await self._heard_all():
+            return
+        waits: list[asyncio.Task[NodeRecord | None]] = []
+        for known, silent_s in self._silent():
+            step = self._silencing(known.record, silent_s, known.seen_at)
+            waits.append(asyncio.create_task(self._writer.change(known.record.node_id, step)))
+        await asyncio.gather(*waits, return_exceptions=True)
 
-    def _silent_s(self, record: NodeRecord, now_s: float) -> float:
-        if not record.monitored:
-            return time.time() - record.changed_at
-        return now_s - max(self._started_s, self._heard.get(record.node_id, 0.0))
+    def _silent(self) -> list[tuple[Known, float]]:
+        """Those whose silence makes a difference, and how long it lasts."""
+        now_s = self._now_s()
+        horizon_s = now_s - min(self._patience.suspect_after_s, self._patience.unmonitored_ttl_s)
+        if self._listens_since_s > horizon_s:
+            return []
+        found: list[tuple[Known, float]] = []
+        for known in self._fleet.nodes.values():
+            if known.heard_s is not None and known.heard_s > horizon_s:
+                continue
+            silent_s = self._silent_s(known, now_s)
+            if roster.state_after(known.record, silent_s, self._patience) is not known.record.state:
+                found.append((known, silent_s))
+        return found
+
+    def _silent_s(self, known: Known, now_s: float) -> float:
+        if known.record.monitored:
+            return now_s - max(self._listens_since_s, known.heard_s or 0.0)
+        if known.heard_s is not None:
+            return now_s - known.heard_s
+        # It was asked to announce itself when somebody began to act, and has time to.
+        if now_s - self._listens_since_s < self._patience.lost_after_s:
+            return 0.0
+        return self._at() - known.record.last_seen
+
+    def _silencing(self, judged: NodeRecord, silent_s: float, seen_at: float) -> Step:
+        def step(latest: NodeRecord) -> NodeRecord:
+            if not roster.same_life(latest, judged):
+                return latest
+            return roster.silent(latest, silent_s, self._at(), self._patience, seen_at=seen_at)
+
+        return _of_a_known_node(step)
+
+    async def _forget_lost(self) -> None:
+        at = self._at()
+        old = [
+            node_id
+            for node_id, entry in self._mirror.entries.items()
+            if roster.forgotten(entry.value, at, self._forget_after_s)
+        ]
+        for node_id in old[:FORGET_AT_ONCE]:
+            if entry := self._mirror.entries.get(node_id):
+                try:
+                    await self._forget(node_id, entry.revision)
+                except Conflict:
+                    continue  # It is back.
+
+    def _log_news(self) -> None:
+        news, self._news = self._news, []
+        if not self._acting:
+            return
+        if len(news) <= NEWS_MAX:
+            for record in news:
+                _log.info("node", node=record.node_id, state=record.state, epoch=record.epoch)
+        else:
+            states = Counter(str(record.state) for record in news)
+            _log.info("nodes", **states, first=news[0].node_id)
+
+
+def _of_a_known_node(step: Callable[[NodeRecord], NodeRecord]) -> Step:
+    return lambda record: step(record) if record is not None else None
+
+
+def _no_node(node_id: str) -> Refused:
+    return Refused(code="not_found", reason=f"no node {node_id!r}", field="node_id", status=404)

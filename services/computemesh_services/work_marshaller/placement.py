@@ -81,10 +81,14 @@ def score(record: WorkRecord, candidate: Candidate) -> float:
 def refusals(record: WorkRecord, candidate: Candidate) -> Iterator[Refusal]:
     """Everything that speaks against a node, what decides fastest first."""
     node = candidate.node
-    if candidate.taken >= node.slots:
+    if node.slots == 0:
+        yield Refusal("takes no work", may_change=False)
+    elif candidate.taken >= node.slots:
         yield Refusal(f"busy: {candidate.taken} of {node.slots} slots taken", may_change=True)
     if node.state is not NodeState.ONLINE:
         yield Refusal(f"{node.state}", may_change=True)
+    if node.drained:
+        yield Refusal(f"drained: {node.drain_reason}" if node.drain_reason else "drained", may_change=True)
     if not candidate.accepting:
         yield Refusal("draining", may_change=True)
     if candidate.unreachable:

@@ -168,7 +168,7 @@ class Scheduler:
                 did at the time.
         """
         if not self._knows(item.work_type):
-            known = sorted({*WORK_TYPES, *(t for s in self.seats.values() for t in s.node.work_types)})
+            known = sorted({*WORK_TYPES, *(t for s in self.seats.values() if s.node.slots for t in s.node.work_types)})
             return Refused(
                 code="unknown_work_type",
                 field="work_type",
@@ -186,7 +186,8 @@ class Scheduler:
     def _knows(self, work_type: str) -> bool:
         if work_type in WORK_TYPES:
             return True
-        return any(not s.node.work_types or work_type in s.node.work_types for s in self.seats.values())
+        seats = (seat.node for seat in self.seats.values() if seat.node.slots)
+        return any(not node.work_types or work_type in node.work_types for node in seats)
 
     def restore(self, record: WorkRecord, now: float) -> None:
         """Takes over a record that is stored already."""
@@ -318,6 +319,8 @@ class Scheduler:
         seat = self.seats.get(beat.node_id)
         if seat is None:
             return []
+        if seat.node.session and beat.session not in ("", seat.node.session):
+            return []  # Another agent with the same node id, or a new life that the registry tells of presently.
         if beat.session and beat.session != seat.session:
             self._new_session(seat, beat.session, now)
         self._changed |= beat.accepting != seat.accepting or seat.rests_until > now

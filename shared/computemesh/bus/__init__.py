@@ -6,6 +6,7 @@ from computemesh.bus.kv import Bucket, Entry, Mirror
 from computemesh.bus.micro import MicroService
 from computemesh.bus.pipeline import Pipeline, Posts, Reply
 from computemesh.bus.pull import Pull, Stored
+from computemesh.bus.writer import Writer
 
 __all__ = [
     "Bucket",
@@ -26,4 +27,5 @@ __all__ = [
     "TimedOut",
     "Unreachable",
     "Where",
+    "Writer",
 ]

@@ -357,6 +357,22 @@ class Bus:
             subscription._stop_processing()  # pyright: ignore[reportPrivateUsage]
             self._nc._remove_sub(subscription._id)  # pyright: ignore[reportPrivateUsage]
 
+    async def caught_up(self, subscription: Subscription, *, within_s: float) -> bool:
+        """Whether all that the server had for *subscription* by now is handled, or is so within that time.
+
+        Raises:
+            TimedOut: the server does not answer.
+        """
+        await self.flush()
+        arrived = subscription.delivered
+        deadline_s = asyncio.get_running_loop().time() + within_s
+        # One more may be in hand than what no longer waits.
+        while subscription.delivered - subscription.pending_msgs < arrived:
+            if asyncio.get_running_loop().time() >= deadline_s:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
     # --- contracts -----------------------------------------------------------------------------------------
 
     async def publish(self, event: Event[M], payload: M, *, target: str = "") -> None:

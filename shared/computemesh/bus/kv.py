@@ -62,13 +62,13 @@ class Bucket(Generic[V]):
         self._decode: Callable[[bytes], V] = msgspec.json.Decoder(spec.value).decode
 
     async def get(self, key: str) -> Entry[V] | None:
-        entry, _ = await self._read(key)
+        entry, _ = await self.read(key)
         return entry
 
     def _entry(self, key: str, data: bytes, revision: int) -> Entry[V] | None:
         return read_entry(self.spec, self._decode, key, data, revision)
 
-    async def _read(self, key: str) -> tuple[Entry[V] | None, int]:
+    async def read(self, key: str) -> tuple[Entry[V] | None, int]:
         """The entry, and the revision a write must name: also that of a marker, 0 when there is nothing."""
         subject = self.spec.subject(key)
         reply = await self._bus.call(f"$JS.API.DIRECT.GET.{self.spec.stream}.{subject}", b"")
@@ -105,21 +105,27 @@ class Bucket(Generic[V]):
         try:
             return await self.update(key, value, last=0, ttl_s=ttl_s)
         except Conflict:
-            entry, revision = await self._read(key)
+            entry, revision = await self.read(key)
             if entry is not None or revision == 0:
                 raise
             return await self.update(key, value, last=revision, ttl_s=ttl_s)
 
-    async def purge(self, key: str, *, last: int) -> None:
-        """Removes a key if its revision is still *last*."""
+    async def purge(self, key: str, *, last: int, marker_ttl_s: int | None = None) -> int:
+        """Removes a key if its revision is still *last*, and gives the revision of the marker left in its place.
+
+        Args:
+            marker_ttl_s: the marker goes after that long; else it stays.
+        """
         subject = self.spec.subject(key)
         headers = {
             "KV-Operation": "PURGE",
             "Nats-Rollup": "sub",
             "Nats-Expected-Last-Subject-Sequence": str(last),
         }
+        if marker_ttl_s is not None:
+            headers["Nats-TTL"] = f"{marker_ttl_s}s"
         reply = await self._bus.call(subject, b"", headers=headers)
-        read_ack(subject, reply.data)
+        return read_ack(subject, reply.data).seq
 
     async def change(self, key: str, decide: Callable[[V | None], V | None]) -> V | None:
         """Moves a key's value by a pure function, which may run again when a race was lost.
@@ -132,7 +138,7 @@ class Bucket(Generic[V]):
             The value that stands afterwards.
         """
         for _ in range(ATTEMPTS_MAX):
-            entry, revision = await self._read(key)
+            entry, revision = await self.read(key)
             before = entry.value if entry else None
             after = decide(before)
             if after is None or after == before:
@@ -182,6 +188,17 @@ class Mirror(Generic[V]):
     def values(self) -> list[V]:
         return [entry.value for entry in self.entries.values()]
 
+    def wrote(self, key: str, value: V | None, revision: int) -> None:
+        """This process had *value* stored under *revision* (None: removed): the mirror need not wait to read it."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.revision >= revision:
+            return
+        self._unseen.discard(key)
+        if value is None:
+            self._drop(key)
+        else:
+            self._take(key, Entry(value, revision))
+
     async def follow(self) -> None:
         """Keeps the mirror equal to the bucket until cancelled. Run it as a background task."""
         while True:
@@ -206,15 +223,16 @@ class Mirror(Generic[V]):
 
     async def _on_stored(self, stored: Stored) -> None:
         key = stored.subject.removeprefix(self._spec.subject(""))
+        known = self.entries.get(key)
+        # A store that was lost and made anew begins its revisions anew.
+        older = known is not None and stored.seq < known.revision and key not in self._unseen
         self._unseen.discard(key)
-        if is_gone(stored.headers):
+        if older or (known is not None and stored.seq == known.revision):
+            pass  # This process wrote it, and perhaps again since.
+        elif is_gone(stored.headers):
             self._drop(key)
-        elif key not in self.entries or self.entries[key].revision < stored.seq:
-            entry = read_entry(self._spec, self._decode, key, stored.data, stored.seq)
-            if entry is not None:
-                self.entries[key] = entry
-                if self._on_change:
-                    self._on_change(key, entry.value)
+        elif entry := read_entry(self._spec, self._decode, key, stored.data, stored.seq):
+            self._take(key, entry)
         if stored.pending == 0 and not self.synced.is_set():
             self._caught_up()
 
@@ -223,6 +241,11 @@ class Mirror(Generic[V]):
             self._drop(key)
         self._unseen = set()
         self.synced.set()
+
+    def _take(self, key: str, entry: Entry[V]) -> None:
+        self.entries[key] = entry
+        if self._on_change:
+            self._on_change(key, entry.value)
 
     def _drop(self, key: str) -> None:
         if self.entries.pop(key, None) is not None and self._on_change:

@@ -3,11 +3,15 @@
     a node          --announce-->   anyone          on change, and when asked by discover
     a node          --heartbeat-->  anyone          small and frequent
     node-registry   --discover-->   every node      "announce yourself"
-    node-registry   --lost-->       anyone          a monitored node went silent
-    anyone          --register / query / get-->     node-registry
+    node-registry   --lost-->       anyone          a node went silent
+    node-registry   --refused-->    anyone          a node may not have the name it announced
+    a node          --register / alive-->                   node-registry   the same as requests
+    anyone          --query / list / get / stats-->         node-registry
+    an operator     --drain / undrain / forget-->           node-registry
 
 A node that announces no work types, or no models, takes any. One whose announcement says
-``delivery: "direct"`` answers assignments on its own subject; all others listen on the shared one.
+``delivery: "direct"`` answers assignments on its own subject; all others listen on the shared one. One
+with no slots takes no work at all.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from computemesh.ids import Id
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 Names = Annotated[list[Name], msgspec.Meta(max_length=1000)]
 Labels = Annotated[dict[Name, Annotated[str, msgspec.Meta(max_length=200)]], msgspec.Meta(max_length=64)]
+Session = Annotated[str, msgspec.Meta(max_length=63)]
+Reason = Annotated[str, msgspec.Meta(max_length=500)]
 
 
 class NodeAnnouncement(Message, frozen=True, kw_only=True):
@@ -32,15 +38,15 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
 
     node_id: Id
     hostname: Annotated[str, msgspec.Meta(max_length=253)] = ""
-    session: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    session: Session = ""
     """One life of the node's agent. A new one means that whatever ran before is gone."""
     delivery: Literal["direct", "plain"] = "plain"
     work_types: Names = []
     """Work this node takes; empty = any."""
     models: Names = []
     """Models this node can serve; empty = any."""
-    slots: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1
-    """Work items it runs at the same time."""
+    slots: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 1
+    """Work items it runs at the same time; 0 for a host that takes none."""
     labels: Labels = {}
     tier: Tier | None = None
     """Left out, it follows from `gpus`."""
@@ -57,6 +63,10 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     """Tells machines apart: two that announce the same node id are a mistake."""
     version: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """Of the software that announces."""
+    base_url: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    """Where it answers HTTP itself, if it does."""
+    roles: Names = []
+    """What a host that answers by itself is there for, such as `chat`."""
 
 
 class NodeState(StrEnum):
@@ -82,6 +92,30 @@ class NodeRecord(NodeAnnouncement, frozen=True, kw_only=True):
     """Unix seconds of the last change of this record."""
     last_seen: float = 0.0
     """Unix seconds of the last sign of life, as precise as the registry that answers knows it."""
+    drained: bool = False
+    """An operator said that it gets no new work."""
+    drain_reason: Reason = ""
+    retired: list[Session] = []
+    """Sessions before the present one, the latest last. An agent that still speaks in the name of one is
+    another one with the same node id."""
+
+
+class NodeView(NodeRecord, frozen=True, kw_only=True):
+    """A node's record, with what its last heartbeat said.
+
+    What is used of each GPU stands in `gpus`. The other fields here are left out (null) until a heartbeat told them
+    to the registry that answers: nothing of this is stored.
+    """
+
+    cpu_percent: float | None = None
+    memory_available_mb: MegaBytes | None = None
+    loaded_models: Names = []
+    running: Count | None = None
+    """Work items it runs."""
+    accepting: bool | None = None
+    """False while the node itself says that it takes nothing new."""
+    clock_skew_s: float | None = None
+    """How far the node's clock is ahead of the registry's, with the time a heartbeat took on its way."""
 
 
 class RunningWork(Message, frozen=True, kw_only=True):
@@ -93,7 +127,7 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     """A sign of life. `running` renews the lease on each item it lists."""
 
     node_id: Id
-    session: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    session: Session = ""
     running: Annotated[list[RunningWork], msgspec.Meta(max_length=100_000)] = []
     accepting: bool = True
     """False while the node drains: it finishes what it has and takes nothing new."""
@@ -107,10 +141,35 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     """Unix seconds by the node's own clock, to notice one that is wrong."""
 
 
+class NodeAlive(Message, frozen=True, kw_only=True):
+    """The registry knows the node that sent a heartbeat."""
+
+    node_id: Id
+    state: NodeState
+    """As recorded before this heartbeat counted."""
+    epoch: int
+    drained: bool
+
+
 class NodeLost(Message, frozen=True, kw_only=True):
+    """A node was recorded as lost. Told once for each loss; after a crash of the registry at that moment perhaps
+    twice, and then with the same epoch."""
+
     node_id: Id
     epoch: int
     silent_s: float
+
+
+class NodeRefused(Message, frozen=True, kw_only=True):
+    """An announcement that does not count: its node id belongs to another agent, or it cannot be stored."""
+
+    node_id: Id
+    session: Session = ""
+    """Of the agent that is refused."""
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    hostname: Annotated[str, msgspec.Meta(max_length=253)] = ""
+    code: str = "duplicate_node"
+    reason: str = ""
 
 
 class Discover(Message, frozen=True, kw_only=True):
@@ -119,30 +178,162 @@ class Discover(Message, frozen=True, kw_only=True):
     node_ids: list[Id] = []
 
 
+class NodeSort(StrEnum):
+    """What nodes are ordered by. Those that do not tell it come last; equals are ordered by id."""
+
+    NODE_ID = "node_id"
+    STATE = "state"
+    TIER = "tier"
+    """The weakest first."""
+    VRAM_TOTAL = "vram_total"
+    """Of all its GPUs together."""
+    VRAM_FREE = "vram_free"
+    """Of all its GPUs together."""
+    MEMORY_AVAILABLE = "memory_available"
+    CPU_PERCENT = "cpu_percent"
+    RUNNING = "running"
+    LAST_SEEN = "last_seen"
+    CHANGED_AT = "changed_at"
+    REGISTERED_AT = "registered_at"
+
+
 class NodesQuery(Message, frozen=True, kw_only=True):
+    """The nodes for which everything that is asked here holds."""
+
     requires_gpu: bool = False
     min_tier: Tier | None = None
     """At least this tier."""
     online_only: bool = False
+    states: Annotated[list[NodeState], msgspec.Meta(max_length=8)] = []
+    """One of these; empty = any."""
+    drained: bool | None = None
+    """Drained by an operator, or not; left out, both."""
+    platform: Platform | None = None
+    labels: Labels = {}
+    """All of these, each with this value."""
     work_type: str = ""
     model_name: str = ""
+    loaded_model: str = ""
+    """It has this model in memory now."""
+    min_gpus: Count = 0
+    """At least so many GPUs for which all that is asked of a GPU here holds; 1 when only that is asked."""
+    min_vram_mb: MegaBytes = 0
+    """A GPU with at least so much."""
+    min_vram_free_mb: MegaBytes = 0
+    """A GPU with at least so much unused, by the last heartbeat or else the announcement."""
+    min_compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}(\.[0-9]{1,3})?)?$(?!\n)")] = ""
+    """A GPU with at least this, such as `8.9`."""
+    min_memory_mb: MegaBytes = 0
+    min_memory_available_mb: MegaBytes = 0
+    """By the last heartbeat or else the announcement."""
+    min_free_slots: Count = 0
+    """Slots without work by the last heartbeat; a node that sent none has not said so."""
+    sort: NodeSort = NodeSort.NODE_ID
+    descending: bool = False
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
+    """Nodes in one answer, which may be fewer: an answer is at most one message."""
+    after: Annotated[str, msgspec.Meta(max_length=1000)] = ""
+    """`next` of the answer before, to go on from there with the same `sort` and `descending`."""
 
 
 class NodeList(Message, frozen=True, kw_only=True):
     """The nodes that match a query."""
 
-    nodes: list[NodeRecord]
+    nodes: list[NodeView]
     count: Count
-    """Nodes that match, also those beyond `limit`."""
+    """Nodes that match, also those in other answers."""
+    next: str = ""
+    """For `after`, to get those that follow; empty when these are the last."""
+
+
+class NodeBrief(Message, frozen=True, kw_only=True):
+    """A node in a line."""
+
+    node_id: Id
+    state: NodeState
+    tier: Tier
+    drained: bool = False
+    gpus: Count = 0
+    vram_total_mb: MegaBytes = 0
+    """Of all its GPUs together."""
+    vram_used_mb: MegaBytes = 0
+    slots: Count = 0
+    running: Count | None = None
+    cpu_percent: float | None = None
+    memory_available_mb: MegaBytes | None = None
+    last_seen: float = 0.0
+
+
+class NodeBriefs(Message, frozen=True, kw_only=True):
+    """The nodes that match a query, in a line each."""
+
+    nodes: list[NodeBrief]
+    count: Count
+    """Nodes that match, also those in other answers."""
+    next: str = ""
+    """For `after`, to get those that follow; empty when these are the last."""
 
 
 class NodeGet(Message, frozen=True, kw_only=True):
     node_id: Id
 
 
+class NodeDrain(Message, frozen=True, kw_only=True):
+    node_id: Id
+    reason: Reason = ""
+
+
+class NodeUndrain(Message, frozen=True, kw_only=True):
+    node_id: Id
+    reason: Reason = ""
+
+
+class NodeDrained(Message, frozen=True, kw_only=True):
+    """Whether a node is drained now."""
+
+    node: NodeView
+    changed: bool
+    """False when it was so before, for the same reason."""
+
+
+class NodeForget(Message, frozen=True, kw_only=True):
+    node_id: Id
+    force: bool = False
+    """Also one whose heartbeats are heard. If its agent still runs, it comes back as a new node."""
+
+
+class NodeForgotten(Message, frozen=True, kw_only=True):
+    node_id: Id
+
+
+class StatsAsk(Message, frozen=True, kw_only=True):
+    pass
+
+
+class NodesStats(Message, frozen=True, kw_only=True):
+    """The mesh in numbers. Sizes and work are of the nodes that are not lost."""
+
+    nodes: Count
+    states: dict[str, Count]
+    tiers: dict[str, Count]
+    platforms: dict[str, Count]
+    """Without those that do not say theirs."""
+    drained: Count
+    cpus: Count
+    """Logical ones."""
+    memory_total_mb: int
+    memory_available_mb: int
+    gpus: Count
+    vram_total_mb: int
+    vram_used_mb: int
+    slots: int
+    running: int
+    """Work items, by the last heartbeats."""
+
+
 _EVERYONE: Final = frozenset(Role)
 _SERVICES: Final = frozenset({Role.SERVICES})
+_NOT_FOUND: Final = Refusal(code="not_found", status=404, when="there is no such node")
 
 ANNOUNCE: Final = Event(
     subject="compute.nodes.announce.v1",
@@ -154,8 +345,9 @@ ANNOUNCE: Final = Event(
 HEARTBEAT: Final = Event(
     subject="compute.nodes.heartbeat.v1",
     payload=NodeHeartbeat,
-    sent_by=frozenset({Role.NODE}),
-    read_by=_EVERYONE,
+    # Services pass on what came as a request. Between two accounts a subject crosses in one direction.
+    sent_by=frozenset({Role.NODE, Role.SERVICES}),
+    read_by=_EVERYONE - {Role.NODE},
     about="A sign of life, with load and running work.",
 )
 DISCOVER: Final = Event(
@@ -172,6 +364,13 @@ LOST: Final = Event(
     read_by=_EVERYONE,
     about="A node went silent; its work is given to others.",
 )
+REFUSED: Final = Event(
+    subject="compute.nodes.refused.v1",
+    payload=NodeRefused,
+    sent_by=_SERVICES,
+    read_by=_EVERYONE,
+    about="An announcement that does not count, and why.",
+)
 REGISTER: Final = Request(
     subject="compute.nodes.register.v1",
     takes=NodeAnnouncement,
@@ -179,6 +378,10 @@ REGISTER: Final = Request(
     asked_by=frozenset({Role.NODE, Role.SERVICES}),
     service=NODE_REGISTRY,
     http=(Http(method="POST", path="/api/v1/nodes/register"),),
+    refuses=(
+        Refusal(code="duplicate_node", status=409, when="another agent has that node id, and is alive"),
+        Refusal(code="too_large", status=413, when="the announcement is larger than is kept"),
+    ),
     example=NodeAnnouncement(
         node_id="render-01",
         hostname="render-01.example",
@@ -189,6 +392,20 @@ REGISTER: Final = Request(
     ),
     about="Announces a node and waits until that is stored.",
 )
+ALIVE: Final = Request(
+    subject="compute.nodes.alive.v1",
+    takes=NodeHeartbeat,
+    gives=NodeAlive,
+    asked_by=frozenset({Role.NODE, Role.SERVICES}),
+    service=NODE_REGISTRY,
+    http=(Http(method="POST", path="/api/v1/nodes/heartbeat"),),
+    refuses=(
+        Refusal(code="unknown_node", status=404, when="no such node, or no such life of it, was announced"),
+        Refusal(code="duplicate_node", status=409, when="another agent has that node id"),
+    ),
+    example=NodeHeartbeat(node_id="render-01", cpu_percent=12.5),
+    about="A heartbeat that is answered; everyone hears it as the event.",
+)
 QUERY: Final = Request(
     subject="compute.nodes.query.v1",
     takes=NodesQuery,
@@ -196,17 +413,73 @@ QUERY: Final = Request(
     asked_by=_EVERYONE,
     http=(Http(method="POST", path="/api/v1/nodes/query"), Http(method="GET", path="/api/v1/nodes")),
     service=NODE_REGISTRY,
-    example=NodesQuery(min_tier=Tier.GPU_PEER, work_type="render", limit=10),
+    example=NodesQuery(min_tier=Tier.GPU_PEER, work_type="render", labels={"zone": "a"}, limit=10),
     about="The nodes that match a filter.",
+)
+LIST: Final = Request(
+    subject="compute.nodes.list.v1",
+    takes=NodesQuery,
+    gives=NodeBriefs,
+    asked_by=_EVERYONE,
+    http=(Http(method="POST", path="/api/v1/nodes/list"),),
+    service=NODE_REGISTRY,
+    example=NodesQuery(states=[NodeState.ONLINE], sort=NodeSort.VRAM_FREE, descending=True),
+    about="The nodes that match a filter, in a line each.",
 )
 GET: Final = Request(
     subject="compute.nodes.get.v1",
     takes=NodeGet,
-    gives=NodeRecord,
+    gives=NodeView,
     asked_by=_EVERYONE,
     http=(Http(method="GET", path="/api/v1/nodes/{node_id}"),),
     service=NODE_REGISTRY,
-    refuses=(Refusal(code="not_found", status=404, when="there is no such node"),),
+    refuses=(_NOT_FOUND,),
     example=NodeGet(node_id="render-01"),
     about="One node.",
+)
+DRAIN: Final = Request(
+    subject="compute.nodes.drain.v1",
+    takes=NodeDrain,
+    gives=NodeDrained,
+    asked_by=_SERVICES,
+    http=(Http(method="POST", path="/api/v1/nodes/{node_id}/drain"),),
+    service=NODE_REGISTRY,
+    refuses=(_NOT_FOUND,),
+    example=NodeDrain(node_id="render-01", reason="new power supply"),
+    about="No new work for a node; what runs goes on. Holds until undrain, also when the node comes back.",
+)
+UNDRAIN: Final = Request(
+    subject="compute.nodes.undrain.v1",
+    takes=NodeUndrain,
+    gives=NodeDrained,
+    asked_by=_SERVICES,
+    http=(Http(method="POST", path="/api/v1/nodes/{node_id}/undrain"),),
+    service=NODE_REGISTRY,
+    refuses=(_NOT_FOUND,),
+    example=NodeUndrain(node_id="render-01"),
+    about="Gives a drained node work again.",
+)
+STATS: Final = Request(
+    subject="compute.nodes.stats.v1",
+    takes=StatsAsk,
+    gives=NodesStats,
+    asked_by=_EVERYONE,
+    http=(Http(method="GET", path="/api/v1/stats"),),
+    service=NODE_REGISTRY,
+    example=StatsAsk(),
+    about="The mesh in numbers.",
+)
+FORGET: Final = Request(
+    subject="compute.nodes.forget.v1",
+    takes=NodeForget,
+    gives=NodeForgotten,
+    asked_by=_SERVICES,
+    http=(Http(method="DELETE", path="/api/v1/nodes/{node_id}"),),
+    service=NODE_REGISTRY,
+    refuses=(
+        _NOT_FOUND,
+        Refusal(code="still_here", status=409, when="it is not lost, and `force` is not set"),
+    ),
+    example=NodeForget(node_id="render-01", force=True),
+    about="Removes a node that is gone for good: one that is lost, or that never sent heartbeats.",
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
-from computemesh.contracts.nodes import NodeRecord, NodeState
+from computemesh.contracts.nodes import NodeState, NodeView
 from computemesh.findings import Finding, ok, problem, skipped, warning
 
 Check = Callable[[Facts], Iterator[Finding]]
@@ -23,6 +23,8 @@ DISK_PROBLEM_BYTES: Final = 512 * MIB
 
 SKEW_WARNING_S: Final = 1.0
 SKEW_PROBLEM_S: Final = 30.0
+NODE_SKEW_S: Final = 3.0
+"""For nodes, whose heartbeats take a while to arrive on a busy mesh."""
 """Clocks further apart spoil the ages and times that are shown, and the latter also retries and expiry."""
 
 STUCK_S: Final = 60.0
@@ -409,6 +411,11 @@ def nodes(facts: Facts) -> Iterator[Finding]:
                 node.node_id, f"lost, silent for {_silent(node, facts)}: its work was given to others",
                 f"is {node.hostname or 'that machine'} up, and its node-agent running with the address of this bus?",
             )  # fmt: skip
+        elif node.clock_skew_s is not None and abs(node.clock_skew_s) > NODE_SKEW_S:
+            where = "ahead of" if node.clock_skew_s > 0 else "behind"
+            yield warning(
+                node.node_id, f"its clock is {abs(node.clock_skew_s):.1f} s {where} the registry's", "run NTP on both"
+            )  # fmt: skip
     online = sum(node.state is NodeState.ONLINE for node in facts.nodes)
     lost = sum(node.state is NodeState.LOST for node in facts.nodes)
     if not online:
@@ -417,7 +424,7 @@ def nodes(facts: Facts) -> Iterator[Finding]:
         yield ok("nodes", f"{online} of {len(facts.nodes)} online" + (f", {lost} lost" if lost else ""))
 
 
-def _silent(node: NodeRecord, facts: Facts) -> str:
+def _silent(node: NodeView, facts: Facts) -> str:
     return age(facts.now - node.last_seen) if node.last_seen else "longer than anybody here remembers"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.nodes import NodeView
 from computemesh.contracts.work import WorkSummary
 from computemesh.findings import Finding
 
@@ -226,7 +226,7 @@ class Facts:
     leases: Mapping[str, str] | None = None
     """Holder by service."""
     clocks: Sequence[Clock] = ()
-    nodes: Sequence[NodeRecord] | None = None
+    nodes: Sequence[NodeView] | None = None
     work: Work | None = None
     violations: Sequence[Violation] = ()
     complaints: Sequence[Complaint] = ()

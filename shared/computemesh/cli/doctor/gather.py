@@ -51,7 +51,7 @@ from computemesh.cli.doctor.facts import (
 from computemesh.cli.services import CHECKS, SERVICES
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Message, Refused, Request, Role
-from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.nodes import NodeView
 from computemesh.contracts.permissions import identity
 from computemesh.contracts.work import WorkList, WorkState
 from computemesh.findings import Finding, skipped
@@ -520,9 +520,14 @@ async def _clocks(bus: Bus) -> list[Clock]:
     return [Clock(whose="the NATS server", ahead_s=compared[0], within_s=compared[1])] if compared else []
 
 
-async def _nodes(bus: Bus) -> list[NodeRecord]:
-    found: nodes.NodeList = await _ask(bus, nodes.QUERY, nodes.NodesQuery(limit=10_000))
-    return found.nodes
+async def _nodes(bus: Bus) -> list[NodeView]:
+    found: list[NodeView] = []
+    after = ""
+    while True:
+        page: nodes.NodeList = await _ask(bus, nodes.QUERY, nodes.NodesQuery(limit=10_000, after=after))
+        found += page.nodes
+        if not (after := page.next):
+            return found
 
 
 async def _work(bus: Bus) -> Work:
