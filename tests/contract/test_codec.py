@@ -130,6 +130,8 @@ def _least(info: inspect.Type) -> Any:
             return next(iter(cls)).value
         case inspect.ListType():
             return []
+        case inspect.DictType():
+            return {}
         case inspect.StructType(cls=cls):
             return sample(cls)
         case other:

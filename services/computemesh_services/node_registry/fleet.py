@@ -231,6 +231,9 @@ class Fleet:
         cursor = read_cursor(query)
         if isinstance(cursor, Refused):
             return cursor
+        if query.min_compute_capability and not capability(query.min_compute_capability):
+            reason = f"{query.min_compute_capability!r} is no compute capability such as 8.9"
+            return Refused(code="bad_message", field="min_compute_capability", reason=reason)
         found = self._order
         for holds in conditions(query):
             found = [known for known in found if holds(known)]

@@ -136,10 +136,10 @@ class NodeRegistry:
             serve(nodes.ALIVE, self.on_alive),
             serve(nodes.QUERY, self.on_query),
             serve(nodes.LIST, self.on_list),
-            serve(nodes.GET, self.on_get),
             serve(nodes.DRAIN, self.on_drain),
             serve(nodes.UNDRAIN, self.on_undrain),
             serve(nodes.STATS, self.on_stats),
+            serve(nodes.GET, self.on_get),
             serve(nodes.FORGET, self.on_forget),
         ]
 

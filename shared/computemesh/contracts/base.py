@@ -97,7 +97,8 @@ class Http:
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
-    """``{name}`` segments and the query string fill fields of the request of the same name."""
+    """``{name}`` segments and the query string fill fields of the request of the same name. In the query string a
+    list is repeated, ``states=online&states=lost``, and a mapping names its keys, ``labels[zone]=a``."""
     status: int = 200
 
 

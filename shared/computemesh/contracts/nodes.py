@@ -221,7 +221,7 @@ class NodesQuery(Message, frozen=True, kw_only=True):
     """A GPU with at least so much."""
     min_vram_free_mb: MegaBytes = 0
     """A GPU with at least so much unused, by the last heartbeat or else the announcement."""
-    min_compute_capability: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}(\.[0-9]{1,3})?)?$(?!\n)")] = ""
+    min_compute_capability: Annotated[str, msgspec.Meta(max_length=20)] = ""
     """A GPU with at least this, such as `8.9`."""
     min_memory_mb: MegaBytes = 0
     min_memory_available_mb: MegaBytes = 0
@@ -426,17 +426,6 @@ LIST: Final = Request(
     example=NodesQuery(states=[NodeState.ONLINE], sort=NodeSort.VRAM_FREE, descending=True),
     about="The nodes that match a filter, in a line each.",
 )
-GET: Final = Request(
-    subject="compute.nodes.get.v1",
-    takes=NodeGet,
-    gives=NodeView,
-    asked_by=_EVERYONE,
-    http=(Http(method="GET", path="/api/v1/nodes/{node_id}"),),
-    service=NODE_REGISTRY,
-    refuses=(_NOT_FOUND,),
-    example=NodeGet(node_id="render-01"),
-    about="One node.",
-)
 DRAIN: Final = Request(
     subject="compute.nodes.drain.v1",
     takes=NodeDrain,
@@ -468,6 +457,17 @@ STATS: Final = Request(
     service=NODE_REGISTRY,
     example=StatsAsk(),
     about="The mesh in numbers.",
+)
+GET: Final = Request(
+    subject="compute.nodes.get.v1",
+    takes=NodeGet,
+    gives=NodeView,
+    asked_by=_EVERYONE,
+    http=(Http(method="GET", path="/api/v1/nodes/{node_id}"),),
+    service=NODE_REGISTRY,
+    refuses=(_NOT_FOUND,),
+    example=NodeGet(node_id="render-01"),
+    about="One node.",
 )
 FORGET: Final = Request(
     subject="compute.nodes.forget.v1",

@@ -181,6 +181,8 @@ def _parameter(name: str, where: str, schema: dict[str, Any], example: dict[str,
     if about := schema.pop("description", ""):
         parameter["description"] = about
     parameter["schema"] = schema
+    if schema.get("type") == "object":
+        parameter |= {"style": "deepObject", "explode": True}  # labels[zone]=a
     if name in example:
         parameter["example"] = example[name]
     return parameter

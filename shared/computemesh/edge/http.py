@@ -189,18 +189,42 @@ def _parse_object(body: bytes) -> dict[str, Any] | Refused:
 def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
     """Path segments and query parameters, turned from text into what their fields hold."""
     types = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    given = {**dict(request.query_params), **request.path_params}
-    found: dict[str, Any] = {}
-    for name, text in given.items():
-        if name not in types:
+    given: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        base, bracket, key = name.partition("[")
+        shape = _shape(types[base]) if base in types else None
+        if shape is dict and key.endswith("]"):
+            given.setdefault(base, {})[key[:-1]] = text
+        elif shape is list and not bracket:
+            given.setdefault(base, []).append(text)
+        elif shape is None or bracket:
             known = ", ".join(sorted(types)) or "none"
             return Refused(code="bad_message", field=name, reason=f"unknown parameter; known: {known}")
+        elif shape is dict:
+            return Refused(code="bad_message", field=name, reason=f"name a key: {name}[key]=value")
+        elif name in given:
+            return Refused(code="bad_message", field=name, reason="given twice")
+        else:
+            given[name] = text
+    found: dict[str, Any] = {}
+    for name, text in {**given, **request.path_params}.items():
         try:
             value = msgspec.convert(text, types[name], strict=False)
         except ValueError as error:
             return msgspec.structs.replace(refused(error), field=name)
         found[name] = msgspec.to_builtins(value)
     return found
+
+
+@cache
+def _shape(kind: Any) -> type[Any]:
+    """Whether a field holds a list, a mapping or one value."""
+    info = msgspec.inspect.type_info(kind)
+    while isinstance(info, msgspec.inspect.Metadata):
+        info = info.type
+    if isinstance(info, msgspec.inspect.ListType):
+        return list
+    return dict if isinstance(info, msgspec.inspect.DictType) else str
 
 
 def problem(answer: Refused) -> Response:

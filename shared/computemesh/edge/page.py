@@ -181,20 +181,34 @@ def _example_of(operation: Json) -> dict[str, Any]:
 
 def _curl(method: str, path: str, operation: Json, base_url: str, token: bool) -> str:
     """The request's example as a command for a shell."""
-    given: dict[str, dict[str, str]] = {"path": {}, "query": {}}
+    query: list[tuple[str, str]] = []
     for parameter in operation.get("parameters", ()):
         if "example" in parameter:
-            value = parameter["example"]
-            given[parameter["in"]][parameter["name"]] = value if isinstance(value, str) else json.dumps(value)
-    for name, value in given["path"].items():
-        path = path.replace(f"{{{name}}}", quote(value, safe=""))
-    url = base_url + path + (f"?{urlencode(given['query'])}" if given["query"] else "")
+            name, value = parameter["name"], parameter["example"]
+            if parameter["in"] == "path":
+                path = path.replace(f"{{{name}}}", quote(_text(value), safe=""))
+            else:
+                query += _in_query(name, value)
+    url = base_url + path + (f"?{urlencode(query)}" if query else "")
     command = ["curl", "-s"] + ([] if method == "get" else ["-X", method.upper()]) + [shlex.quote(url)]
     if token and operation.get("security") != []:
         command += ["-H", '"Authorization: Bearer $COMPUTEMESH_TOKEN"']
     if "requestBody" in operation:
         command += ["-H", "'Content-Type: application/json'", "-d", _quoted(_example_of(operation))]
     return " ".join(command)
+
+
+def _in_query(name: str, value: Any) -> list[tuple[str, str]]:
+    """A value as parameters: once for each item of a list, and ``name[key]`` for those of an object."""
+    if isinstance(value, list):
+        return [(name, _text(item)) for item in value]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, dict):
+        return [(f"{name}[{key}]", _text(item)) for key, item in value.items()]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return [(name, _text(value))]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _quoted(message: dict[str, Any]) -> str:
