@@ -48,6 +48,9 @@ from computemesh_services.node_registry.losses import Losses
 SWEEPS: Final = 5
 """Looks at everyone's silence per time of patience, and one a second at least."""
 
+ECHO_S: Final = 1.0
+"""When the server takes longer to answer, silence is the bus's fault."""
+
 ASK_S: Final = 0.5
 """How long unknown nodes are collected before they are asked to announce themselves."""
 
@@ -121,6 +124,8 @@ class NodeRegistry:
         self._deaf_s = 0.0
         """How long this process was halted; that much silence is not the nodes' own."""
         self._listens_since_s = self._now_s()
+        self._connection = bus.interrupted
+        """Stands for the connection that was looked at last."""
         self._started_at = time.time() - time.monotonic()
         self._heard_all: Callable[[], Awaitable[bool]] | None = None
         self._unknown: dict[str, None] = {}
@@ -403,31 +408,44 @@ class NodeRegistry:
     async def _sweep_forever(self) -> None:
         """Notices silence. What was not heard because we were halted, or the bus was away, is not the nodes' fault."""
         pause_s = min(1.0, self._patience.suspect_after_s / SWEEPS)
-        last_s = time.monotonic()
-        bus_up = self._bus.interrupted
-        forget_s = last_s
+        forget_s = time.monotonic()
         while True:
+            asleep_s = time.monotonic()
             await asyncio.sleep(pause_s)
-            now_s = time.monotonic()
-            if now_s - last_s > 2 * pause_s:
-                self._deaf_s += now_s - last_s - pause_s
-            last_s = now_s
-            if not self._bus.up or self._bus.interrupted is not bus_up:
-                bus_up = self._bus.interrupted
+            halted_s = time.monotonic() - asleep_s - pause_s
+            if halted_s > pause_s:
+                self._deaf_s += halted_s
+            if not await self._bus_delivers():
                 self._listens_since_s = self._now_s()
             for state in NodeState:
                 NODES.labels(state).set(self._fleet.states[state])
             self._log_news()
-            if not self._acting or not self._bus.up:
+            if not self._acting:
                 continue
             try:
                 await self._sweep()
                 LOSSES.inc(await self._losses.tell())
-                if now_s - forget_s >= FORGET_LOOK_S:
-                    forget_s = now_s
+                if time.monotonic() - forget_s >= FORGET_LOOK_S:
+                    forget_s = time.monotonic()
                     await self._forget_lost()
             except BusError as error:
                 _log.warning("cannot sweep", reason=str(error))
+
+    async def _bus_delivers(self) -> bool:
+        """Whether the connection stood since the last time, and what goes through the server does so at once.
+
+        A server that is halted, or a network that holds everything back, keeps the connection up; and when it goes
+        on, what we send may be done before what nodes sent long ago is delivered.
+        """
+        connection, self._connection = self._connection, self._bus.interrupted
+        if not self._bus.up or self._bus.interrupted is not connection:
+            return False
+        asked_s = time.monotonic()
+        try:
+            await self._bus.flush()
+        except BusError:
+            return False
+        return time.monotonic() - asked_s < ECHO_S
 
     async def _sweep(self) -> None:
         if not self._silent() or self._heard_all is None or not await self._heard_all():
