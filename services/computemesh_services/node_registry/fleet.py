@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -316,6 +317,8 @@ class Page:
 
 Condition = Callable[[Known], bool]
 
+_CAPABILITY: Final = re.compile(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?")
+
 
 def conditions(query: NodesQuery) -> list[Condition]:
     """What a query asks of a node, one test for each thing asked; the cheap ones first."""
@@ -381,8 +384,8 @@ def _of_a_gpu(query: NodesQuery) -> Callable[[Gpu], bool] | None:
 
 def capability(text: str) -> tuple[int, ...]:
     """``8.9`` as (8, 9); empty for what is none."""
-    major, _, minor = text.partition(".")
-    return (int(major), int(minor or 0)) if major.isdecimal() and (minor or "0").isdecimal() else ()
+    found = _CAPABILITY.fullmatch(text)
+    return (int(found[1]), int(found[2] or 0)) if found else ()
 
 
 # --- order and cursors -------------------------------------------------------------------------------------------
