@@ -28,12 +28,21 @@ class Told(Message, frozen=True, kw_only=True):
     revision: int
 
 
+NOTES: Final = storage.Bucket(
+    name=storage.NODES.name,
+    value=Told,
+    owner=storage.NODES.owner,
+    max_bytes=storage.NODES.max_bytes,
+    about="The same bucket, for what it holds beside nodes.",
+)
+
+
 class Losses:
     """The losses that are stored, and which of them were told."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._notes: Bucket[Told] = Bucket(bus, storage.Bucket(**{**vars(storage.NODES), "value": Told}))
+        self._notes = Bucket(bus, NOTES)
         self._told = 0
         """Losses up to this revision were told, as noted in the bucket."""
         self._seen = 0

@@ -44,6 +44,7 @@ from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.config import RegistryConfig
 from computemesh_services.node_registry.fleet import Fleet, Known, Page
 from computemesh_services.node_registry.losses import Losses
+from computemesh_services.node_registry.rolemesh_door import RoleMeshDoor
 
 SWEEPS: Final = 5
 """Looks at everyone's silence per time of patience, and one a second at least."""
@@ -149,7 +150,7 @@ class NodeRegistry:
         ]
 
     def extras(self) -> list[Extra]:
-        return []
+        return RoleMeshDoor(self, stale_after_s=self._patience.suspect_after_s).routes()
 
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         await self._writer.start()
@@ -273,7 +274,7 @@ class NodeRegistry:
         return after
 
     async def on_alive(self, beat: NodeHeartbeat) -> NodeAlive | Refused:
-        record = await self._record(beat.node_id)
+        record = await self.record(beat.node_id)
         if record is None or not roster.of_this_life(record, beat):
             if record is not None and beat.session in record.retired and record.state is not NodeState.LOST:
                 reason = f"another agent has the node id {beat.node_id!r}"
@@ -308,13 +309,13 @@ class NodeRegistry:
         return page
 
     async def on_get(self, ask: NodeGet) -> NodeView | Refused:
-        record = await self._record(ask.node_id)
+        record = await self.record(ask.node_id)
         return self._view(record) if record else _no_node(ask.node_id)
 
     async def on_stats(self, _: StatsAsk) -> NodesStats | Refused:
         return self._fleet.stats()
 
-    async def _record(self, node_id: str) -> NodeRecord | None:
+    async def record(self, node_id: str) -> NodeRecord | None:
         """A node's record; one that another replica wrote just now too."""
         if known := self._fleet.get(node_id):
             return known.record

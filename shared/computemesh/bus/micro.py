@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -127,15 +128,19 @@ async def call(bound: AnyBound, data: bytes) -> Message:
 
 async def run(bound: AnyBound, question: Any) -> Message:
     """The handler's answer. A defect in it is logged with its trace and answered without one."""
+    return await guarded(bound.subject, bound.handler(question))
+
+
+async def guarded(subject: str, answering: Awaitable[Message]) -> Message:
+    """An answer, or the refusal that stands for what went wrong."""
     try:
-        answer: Message = await bound.handler(question)
+        return await answering
     except BusError as error:
-        _log.warning("no answer from the bus", subject=bound.subject, reason=str(error))
+        _log.warning("no answer from the bus", subject=subject, reason=str(error))
         return Refused(code="unavailable", reason=str(error), status=503, retry="later")
     except Exception:
-        _log.exception("handler failed", subject=bound.subject)
+        _log.exception("handler failed", subject=subject)
         return Refused(code="internal", reason="the service failed on this request; its log says why", status=500)
-    return answer
 
 
 def _error_headers(answer: Message) -> dict[str, str] | None:

@@ -66,6 +66,7 @@ class Role(StrEnum):
 M = TypeVar("M", bound=Message)
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+S = TypeVar("S", bound=msgspec.Struct)
 
 Handler = Callable[[Q], Awaitable[R | Refused]]
 
@@ -186,11 +187,11 @@ encode: Final = msgspec.json.Encoder(enc_hook=str).encode
 
 
 @cache
-def _decoder(kind: type[M]) -> msgspec.json.Decoder[M]:
+def _decoder(kind: type[S]) -> msgspec.json.Decoder[S]:
     return msgspec.json.Decoder(kind)
 
 
-def decode(data: bytes, kind: type[M]) -> M | Refused:
+def decode(data: bytes, kind: type[S]) -> S | Refused:
     """The message in *data*, or why it is none. The only place where foreign bytes become values.
 
     Bad UTF-8 raises ``UnicodeDecodeError`` and deep nesting ``RecursionError`` in msgspec, so catching
@@ -201,7 +202,7 @@ def decode(data: bytes, kind: type[M]) -> M | Refused:
     try:
         if not data.isascii():
             data.decode()  # msgspec checks only the strings of fields it knows.
-        message: M = _decoder(kind).decode(data or b"{}")
+        message: S = _decoder(kind).decode(data or b"{}")
         return message
     except (ValueError, RecursionError) as error:
         return refused(error)

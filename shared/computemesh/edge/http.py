@@ -45,6 +45,9 @@ from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
 from computemesh.edge.observe import Observed
 
+NODE_KEY: Final = b"x-rolemesh-node-key"
+"""Where RoleMesh's node agents show the token."""
+
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 """Answered to anybody: they tell nothing but how this process is."""
 
@@ -284,6 +287,8 @@ class Gate:
         if scope["path"] in OPEN_PATHS or self._loopback or not self._token:
             return None
         scheme, _, shown = headers.get(b"authorization", "").partition(" ")
+        if NODE_KEY in headers and not scheme:
+            scheme, shown = "bearer", headers[NODE_KEY]
         if scheme.lower() != "bearer":
             return Refused(code="no_token", reason="send Authorization: Bearer <COMPUTEMESH_TOKEN>", status=401)
         if not hmac.compare_digest(shown.strip().encode(), self._token):
