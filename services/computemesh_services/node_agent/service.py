@@ -17,9 +17,10 @@ from prometheus_client import Counter, Gauge
 
 from computemesh import __version__, log, trace
 from computemesh.bus import Bus, BusError, MicroService, NotStored
+from computemesh.bus.micro import Endpoint
 from computemesh.contracts import nodes, resources, work
 from computemesh.contracts.base import AnyBound, Refused, serve
-from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, RunningWork
+from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, NodeRefused, RunningWork
 from computemesh.contracts.resources import Inventory, InventoryGet, Load
 from computemesh.contracts.work import (
     HANDED_BACK,
@@ -57,6 +58,9 @@ LOAD_OLD_S: Final = 60.0
 
 DISCOVER_SPREAD_S: Final = 0.5
 """Over how long the nodes of a mesh spread their answers when all are asked to announce themselves."""
+
+ASK_AGAIN_BEATS: Final = 3
+"""Heartbeat intervals after which a node that was refused asks again to be taken."""
 
 PRUNE_S: Final = 3600.0
 
@@ -106,15 +110,22 @@ class NodeAgent:
         self._machine_id = config.machine_id or machine_id()
         self._said: NodeAnnouncement | None = None
         """What this node announced last."""
+        self._micro: MicroService | None = None
+        self._doors: list[Endpoint] = []
+        """What it answers on the bus, while the registry takes it."""
+        self._asking: asyncio.Task[None] | None = None
+        """Asks the registry again after it refused this node."""
         self._answering: asyncio.Task[None] | None = None
         """Waits before it answers one who asked all nodes."""
+        self._refused = ""
+        """Why the registry does not take this node; another agent has its id, for example."""
         self._beat_now = asyncio.Event()
         self._handing_back = False
 
     def endpoints(self) -> list[AnyBound]:
         return [
-            serve(work.DELIVER, self.on_deliver, target=self._config.node_id),
-            serve(work.STOP, self.on_stop, target=self._config.node_id),
+            serve(work.DELIVER, self.on_deliver, target=self._config.node_id, acting=True),
+            serve(work.STOP, self.on_stop, target=self._config.node_id, acting=True),
         ]
 
     def extras(self) -> list[Extra]:
@@ -125,7 +136,10 @@ class NodeAgent:
         await self._bus.subscribe(resources.CHANGED, self._on_inventory, target=node_id)
         await self._bus.subscribe(resources.LOAD, self._on_load, target=node_id)
         await self._bus.subscribe(nodes.DISCOVER, self._on_discover)
+        await self._bus.subscribe(nodes.REFUSED, self._on_refused)
         await self._find_executors()
+        self._micro = micro
+        await self._open()
         spawn(self._say_hello())
         spawn(self._heartbeat_forever())
         spawn(self._preload())
@@ -153,6 +167,7 @@ class NodeAgent:
             "models": sorted(self._engines.models),
             "loaded_models": self._engines.loaded(),
             "running": len(self._desk.running),
+            "problem": f"refused: {self._refused}" if self._refused else "",
         }
 
     def unready(self) -> str:
@@ -215,7 +230,7 @@ class NodeAgent:
         )
 
     async def _announce(self) -> None:
-        if not self._offered:
+        if not self._offered or self._refused:
             return
         said = self._announcement()
         try:
@@ -243,6 +258,41 @@ class NodeAgent:
         elif not ask.node_ids and (self._answering is None or self._answering.done()):
             self._answering = asyncio.create_task(self._announce_soon())
 
+    async def _open(self) -> None:
+        assert self._micro is not None
+        self._doors = [await self._micro.add(bound) for bound in self.endpoints()]
+
+    async def _close(self) -> None:
+        assert self._micro is not None
+        doors, self._doors = self._doors, []
+        for door in doors:
+            await self._micro.remove(door)
+
+    async def _on_refused(self, told: NodeRefused) -> None:
+        """While it is refused this agent leaves the name to the other: it says and takes nothing, and finishes what
+        it has in hand."""
+        if told.node_id != self._config.node_id or told.session != self._session or self._refused:
+            return
+        self._refused = told.reason
+        _log.error("the registry refuses this node", node=told.node_id, reason=told.reason)
+        self._asking = asyncio.create_task(self._ask_again())
+        await self._close()
+
+    async def _ask_again(self) -> None:
+        """Asks from time to time, until it is taken."""
+        while self._refused:
+            pause_s = ASK_AGAIN_BEATS * self._config.heartbeat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311
+            await asyncio.sleep(pause_s)
+            try:
+                answer = await self._bus.ask(nodes.REGISTER, self._announcement())
+            except BusError as error:
+                _log.debug("cannot ask the registry again", reason=str(error))
+                continue
+            self._refused = answer.reason if isinstance(answer, Refused) else ""
+        _log.info("the registry takes this node now", node=self._config.node_id)
+        await self._open()
+        await self._heartbeat()
+
     async def _announce_soon(self) -> None:
         """All were asked: a fleet that answered at once would drown the one who asked."""
         await asyncio.sleep(random.uniform(0, DISCOVER_SPREAD_S))  # noqa: S311  # spreads a fleet
@@ -263,7 +313,7 @@ class NodeAgent:
 
     async def _heartbeat(self) -> None:
         RUNNING.set(len(self._desk.running))
-        if self._said is None:
+        if self._said is None or self._refused:
             return
         load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
         beat = NodeHeartbeat(

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from computemesh.contracts.base import Message
 from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeRecord, NodeState
-from computemesh.hardware import Cpu, Gpu, Memory, canonical, tier_of
+from computemesh.hardware import Cpu, Memory, canonical, lasting, tier_of
 
 RETIRED_MAX: Final = 8
 """Sessions that are remembered after they were replaced."""
@@ -88,15 +88,8 @@ def _lasting(record: NodeRecord) -> NodeRecord:
         record,
         cpu=record.cpu and replace(record.cpu, frequency_mhz=Cpu().frequency_mhz),
         memory=record.memory and Memory(total_mb=record.memory.total_mb, swap_total_mb=record.memory.swap_total_mb),
-        gpus=[_lasting_gpu(gpu) for gpu in record.gpus],
+        gpus=[lasting(gpu) for gpu in record.gpus],
     )
-
-
-def _lasting_gpu(gpu: Gpu) -> Gpu:
-    return replace(
-        gpu, vram_used_mb=0, utilization_percent=None, temperature_c=None, power_w=None, processes=None,
-        error="broken" if gpu.error else "",
-    )  # fmt: skip
 
 
 def registered(record: NodeRecord | None, said: NodeAnnouncement, now: float) -> NodeRecord:
