@@ -337,8 +337,7 @@ async def test_a_registry_that_was_killed_tells_no_loss_again(tmp_path: Path) ->
     """What was told is noted, so the next life of the only registry knows it."""
     async with running_mesh(tmp_path, ["node-registry"]) as mesh:
         node = await mesh.bus(Role.NODE, "n2")
-        await node.ask(nodes.REGISTER, NodeAnnouncement(node_id="n2"))
-        await node.publish(nodes.HEARTBEAT, NodeHeartbeat(node_id="n2"))
+        await _lives_and_falls_silent(mesh, node, "n2")
         told: list[NodeLost] = await heard(await mesh.bus(Role.OBSERVER), nodes.LOST)
         await until(lambda: len(told) == 1, what="the loss")
         await _noted(mesh)
@@ -347,9 +346,15 @@ async def test_a_registry_that_was_killed_tells_no_loss_again(tmp_path: Path) ->
         await until(lambda: mesh.pid("node-registry") not in (0, before), what="the next life")
         # One that is lost after it shows that it acts, and that what came before it would have been told by now.
         await becomes(mesh, "n2", state=NodeState.LOST)
-        await node.ask(nodes.REGISTER, NodeAnnouncement(node_id="n3"))
-        await node.publish(nodes.HEARTBEAT, NodeHeartbeat(node_id="n3"))
+        await _lives_and_falls_silent(mesh, node, "n3")
         await until(lambda: [lost.node_id for lost in told] == ["n2", "n3"], what="the second loss alone")
+
+
+async def _lives_and_falls_silent(mesh: RunningMesh, bus: Bus, node_id: str) -> None:
+    await bus.ask(nodes.REGISTER, NodeAnnouncement(node_id=node_id))
+    beats = await beating(bus, NodeHeartbeat(node_id=node_id))
+    await becomes(mesh, node_id, monitored=True)
+    beats.cancel()
 
 
 async def _noted(mesh: RunningMesh) -> None:

@@ -1,8 +1,19 @@
 """node-registry (8115): who is here, what they can do, who is alive.
 
-Owns       the bucket ``compute-nodes``
-Answers    ``compute.nodes.{register,query,get}.v1`` and their HTTP routes
-Publishes  ``compute.nodes.discover.v1``, ``compute.nodes.lost.v1``
-Promises   a node is never called lost because the registry, or the bus, was away; a node that comes back
-           has a higher epoch
+Owns       the bucket ``compute-nodes``: a record for each node, and up to where losses were told
+Answers    ``compute.nodes.{register,alive,query,list,get,drain,undrain,forget,stats}.v1`` and their HTTP routes;
+           ``POST /v1/nodes/register`` and ``/v1/nodes/heartbeat`` as RoleMesh's node agents post them
+Publishes  ``compute.nodes.{discover,lost,refused}.v1``; ``compute.nodes.heartbeat.v1`` for those that come as requests
+Promises   - Any replica answers, and at once what it or another one wrote when asked for that node. Lists come from
+             memory, which lags behind what other replicas write by milliseconds.
+           - A node is never called suspect or lost because a registry, or the bus, was away, halted or behind, or
+             because a clock jumped. Whoever starts, or hears of the bus again, gives everyone full patience: a node
+             that died just before that is found one patience later.
+           - A node that comes back from being lost, or with a new session, has a higher epoch, until it is forgotten.
+           - Each loss that is stored is told, once; twice only when the last registry that lived ended between telling
+             it and noting that; not, when the node was back before anybody could tell it.
+           - Of two agents with one node id one has it, and they do not take turns: while its heartbeats are heard, the
+             one on its machine; on the same machine, the one that came last.
+           - An answer is at most one message; pages taken together have each node once.
+           - A heartbeat is never stored; lost nodes are forgotten after ``forget_after_s``.
 """
