@@ -118,6 +118,15 @@ def test_a_submission_repeated_after_the_end_does_not_start_again() -> None:
     assert states(scheduler) == {"w1": "completed"}
 
 
+def test_a_host_that_takes_no_work_makes_no_work_type_known() -> None:
+    """It names no work types, which elsewhere means any."""
+    scheduler = with_nodes(a_node("host", slots=0), a_node("odd", slots=0, work_types=["pop"]))
+    refusal = scheduler.refusal(an_item(work_type="pop"))
+    assert isinstance(refusal, Refused)
+    assert "'pop';" in refusal.reason
+    assert not refusal.reason.endswith("pop")
+
+
 def test_a_work_type_that_nobody_announced_is_refused_with_those_that_are_known() -> None:
     """The submitter sees what it could have meant."""
     refusal = with_nodes(a_node(work_types=["ppo"])).refusal(an_item(work_type="pop"))

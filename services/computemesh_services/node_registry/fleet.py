@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
+from heapq import nsmallest
 from typing import Final
 
 import msgspec
@@ -35,6 +36,9 @@ from computemesh.hardware import Gpu, GpuUse, Tier
 Raw = msgspec.Raw
 RANK: Final = {tier: rank for rank, tier in enumerate(reversed(Tier))}
 ORDER: Final = {state: rank for rank, state in enumerate(NodeState)}
+FOUND_MAX: Final = 64
+"""Queries whose matches are remembered."""
+
 VIEW_BYTES_MAX: Final = 512 * 1024
 """Above this the processes on its GPUs are left out of a node's view."""
 
@@ -42,7 +46,9 @@ VIEW_BYTES_MAX: Final = 512 * 1024
 class Known:
     """One node: its record, and what was heard of it since."""
 
-    __slots__ = ("_brief", "_full", "_gpus", "beat", "heard_s", "record", "seen_at", "skew_s", "vram_total_mb")
+    __slots__ = (
+        "_brief", "_full", "_gpus", "_used_mb", "beat", "heard_s", "record", "seen_at", "skew_s", "vram_total_mb",
+    )  # fmt: skip
 
     def __init__(self, record: NodeRecord) -> None:
         self.heard_s: float | None = None
@@ -79,6 +85,7 @@ class Known:
         self._full: bytes | None = None
         self._brief: bytes | None = None
         self._gpus: list[Gpu] | None = None
+        self._used_mb = 0
 
     # --- what it is like now ---------------------------------------------------------------------------------
 
@@ -88,11 +95,12 @@ class Known:
         if self._gpus is None:
             used = self.beat.gpus if self.beat else []
             self._gpus = with_use(self.record.gpus, used) if used else self.record.gpus
+            self._used_mb = sum(gpu.vram_used_mb for gpu in self._gpus)
         return self._gpus
 
     @property
     def vram_used_mb(self) -> int:
-        return sum(gpu.vram_used_mb for gpu in self.gpus)
+        return self._used_mb if self.gpus else 0
 
     @property
     def memory_available_mb(self) -> int | None:
@@ -131,7 +139,7 @@ class Known:
                     drained=record.drained,
                     gpus=len(record.gpus),
                     vram_total_mb=self.vram_total_mb,
-                    vram_used_mb=self.vram_used_mb if record.gpus else 0,
+                    vram_used_mb=self.vram_used_mb,
                     slots=record.slots,
                     running=self.running,
                     cpu_percent=self.beat.cpu_percent if self.beat else None,
@@ -189,6 +197,8 @@ class Fleet:
         """How many are in each state."""
         self._order: list[Known] = []
         """By id."""
+        self._found: dict[bytes, list[Known]] = {}
+        """What matched the recorded part of recent queries, until any record changes."""
 
     def get(self, node_id: str) -> Known | None:
         return self.nodes.get(node_id)
@@ -201,6 +211,7 @@ class Fleet:
             at: the same moment in Unix seconds.
             fresh: it was written just now; when not, it was read from the store after a start.
         """
+        self._found.clear()
         known = self.nodes.get(record.node_id)
         if known is None:
             known = self.nodes[record.node_id] = Known(record)
@@ -216,6 +227,7 @@ class Fleet:
 
     def drop(self, node_id: str) -> None:
         """A record was removed."""
+        self._found.clear()
         known = self.nodes.pop(node_id, None)
         if known is not None:
             self.states[known.record.state] -= 1
@@ -235,11 +247,27 @@ class Fleet:
         if query.min_compute_capability and not capability(query.min_compute_capability):
             reason = f"{query.min_compute_capability!r} is no compute capability such as 8.9"
             return Refused(code="bad_message", field="min_compute_capability", reason=reason)
-        found = self._order
-        for holds in conditions(query):
+        found = self._recorded(query)
+        for holds in of_heartbeats(query):
             found = [known for known in found if holds(known)]
         ordered = _from_id if query.sort is NodeSort.NODE_ID else _from_value
         return Page(len(found), ordered(found, query, cursor), query)
+
+    def _recorded(self, query: NodesQuery) -> list[Known]:
+        """The nodes whose records match, by id. A query that is repeated does not look at all of them again."""
+        passes = of_records(query)
+        if not passes:
+            return self._order
+        key = encode({name: getattr(query, name) for name in OF_RECORDS})
+        found = self._found.get(key)
+        if found is None:
+            found = self._order
+            for holds in passes:
+                found = [known for known in found if holds(known)]
+            if len(self._found) >= FOUND_MAX:
+                self._found.clear()
+            self._found[key] = found
+        return found
 
     def stats(self) -> NodesStats:
         """The mesh in numbers."""
@@ -320,8 +348,8 @@ Condition = Callable[[Known], bool]
 _CAPABILITY: Final = re.compile(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?")
 
 
-def conditions(query: NodesQuery) -> list[Condition]:
-    """What a query asks of a node, one test for each thing asked; the cheap ones first."""
+def of_records(query: NodesQuery) -> list[Condition]:
+    """What a query asks of what is recorded, one test for each thing asked; the cheap ones first."""
     found: list[Condition] = []
     if query.online_only or query.states:
         wanted = set(query.states or NodeState) & ({NodeState.ONLINE} if query.online_only else set(NodeState))
@@ -346,27 +374,37 @@ def conditions(query: NodesQuery) -> list[Condition]:
     if query.labels:
         labels = query.labels.items()
         found.append(lambda known: known.record.labels.items() >= labels)
-    if query.loaded_model:
-        loaded = query.loaded_model
-        found.append(lambda known: known.beat is not None and loaded in known.beat.loaded_models)
-    found += _of_sizes(query)
+    if memory_mb := query.min_memory_mb:
+        found.append(lambda known: known.record.memory is not None and known.record.memory.total_mb >= memory_mb)
+    if query.min_gpus or query.min_vram_mb or query.min_vram_free_mb or query.min_compute_capability:
+        gpus = max(1, query.min_gpus)
+        found.append(lambda known: len(known.record.gpus) >= gpus)
     return found
 
 
-def _of_sizes(query: NodesQuery) -> list[Condition]:
+OF_RECORDS: Final = (
+    "requires_gpu", "min_tier", "online_only", "states", "drained", "platform", "labels", "work_type", "model_name",
+    "min_memory_mb", "min_gpus", "min_vram_mb", "min_vram_free_mb", "min_compute_capability",
+)  # fmt: skip
+"""The fields that :func:`of_records` looks at."""
+
+
+def of_heartbeats(query: NodesQuery) -> list[Condition]:
+    """What a query asks that changes with every heartbeat."""
     found: list[Condition] = []
-    if memory_mb := query.min_memory_mb:
-        found.append(lambda known: known.record.memory is not None and known.record.memory.total_mb >= memory_mb)
+    if query.loaded_model:
+        loaded = query.loaded_model
+        found.append(lambda known: known.beat is not None and loaded in known.beat.loaded_models)
     if available_mb := query.min_memory_available_mb:
         found.append(lambda known: (known.memory_available_mb or 0) >= available_mb)
     if slots := query.min_free_slots:
         found.append(lambda known: known.beat is not None and known.record.slots - len(known.beat.running) >= slots)
-    if query.min_gpus or query.min_vram_mb or query.min_vram_free_mb or query.min_compute_capability:
-        gpus = max(1, query.min_gpus)
-        found.append(lambda known: len(known.record.gpus) >= gpus)
-        holds = _of_a_gpu(query)
-        if holds is not None:
-            found.append(lambda known: sum(map(holds, known.gpus)) >= gpus)
+    gpus = max(1, query.min_gpus)
+    # Most nodes have too little in all, which is seen at once.
+    if free_mb := query.min_vram_free_mb * gpus:
+        found.append(lambda known: known.vram_total_mb - known.vram_used_mb >= free_mb)
+    if (holds := _of_a_gpu(query)) is not None:
+        found.append(lambda known: sum(map(holds, known.gpus)) >= gpus)
     return found
 
 
@@ -423,7 +461,7 @@ def write_cursor(query: NodesQuery, last: Known) -> str:
     """The cursor behind a node."""
     value = None
     if query.sort is not NodeSort.NODE_ID:
-        value = sort_value(last, query.sort)
+        value = VALUES[query.sort](last)
     cursor = Cursor(query.sort, query.descending, value, last.record.node_id)
     return base64.urlsafe_b64encode(msgspec.json.encode(cursor)).decode().rstrip("=")
 
@@ -442,46 +480,28 @@ def _from_id(found: list[Known], query: NodesQuery, cursor: Cursor | None) -> li
 
 def _from_value(found: list[Known], query: NodesQuery, cursor: Cursor | None) -> list[Known]:
     sign = -1.0 if query.descending else 1.0
-
-    def place(value: float | None) -> float:
-        return math.inf if value is None else sign * value
-
-    keyed = [(place(sort_value(known, query.sort)), known) for known in found]
-    if cursor is not None:
-        behind = place(cursor.value)
-        keyed = [
-            (key, known)
-            for key, known in keyed
-            if key > behind or (key == behind and known.record.node_id > cursor.node_id)
-        ]
+    value_of = VALUES[query.sort]
     # They come in the order of their ids, and equals stay in it.
-    keyed.sort(key=lambda pair: pair[0])
-    return [known for _, known in keyed[: query.limit + 1]]
+    places = [(math.inf if value is None else sign * value, at) for at, value in enumerate(map(value_of, found))]
+    if cursor is not None:
+        behind = math.inf if cursor.value is None else sign * cursor.value
+        first = bisect_right(found, cursor.node_id, key=_node_id)
+        places = [place for place in places if place[0] > behind or (place[0] == behind and place[1] >= first)]
+    many = (query.limit + 1) * 8 > len(places)
+    taken = sorted(places)[: query.limit + 1] if many else nsmallest(query.limit + 1, places)
+    return [found[at] for _, at in taken]
 
 
-def sort_value(known: Known, sort: NodeSort) -> float | None:
-    """What a node is ordered by; None when it does not tell."""
-    record = known.record
-    match sort:
-        case NodeSort.STATE:
-            return ORDER[record.state]
-        case NodeSort.TIER:
-            return RANK[record.tier]
-        case NodeSort.VRAM_TOTAL:
-            return known.vram_total_mb
-        case NodeSort.VRAM_FREE:
-            return known.vram_total_mb - (known.vram_used_mb if record.gpus else 0)
-        case NodeSort.MEMORY_AVAILABLE:
-            return known.memory_available_mb
-        case NodeSort.CPU_PERCENT:
-            return known.beat.cpu_percent if known.beat else None
-        case NodeSort.RUNNING:
-            return known.running
-        case NodeSort.LAST_SEEN:
-            return known.last_seen
-        case NodeSort.CHANGED_AT:
-            return record.changed_at
-        case NodeSort.REGISTERED_AT:
-            return record.registered_at
-        case NodeSort.NODE_ID:
-            raise AssertionError("ordered by id, not by a number")
+VALUES: Final[dict[NodeSort, Callable[[Known], float | None]]] = {
+    NodeSort.STATE: lambda known: ORDER[known.record.state],
+    NodeSort.TIER: lambda known: RANK[known.record.tier],
+    NodeSort.VRAM_TOTAL: lambda known: known.vram_total_mb,
+    NodeSort.VRAM_FREE: lambda known: known.vram_total_mb - known.vram_used_mb,
+    NodeSort.MEMORY_AVAILABLE: lambda known: known.memory_available_mb,
+    NodeSort.CPU_PERCENT: lambda known: known.beat.cpu_percent if known.beat else None,
+    NodeSort.RUNNING: lambda known: known.running,
+    NodeSort.LAST_SEEN: lambda known: known.last_seen,
+    NodeSort.CHANGED_AT: lambda known: known.record.changed_at,
+    NodeSort.REGISTERED_AT: lambda known: known.record.registered_at,
+}
+"""What nodes are ordered by, other than their ids; None when a node does not tell."""

@@ -129,7 +129,8 @@ class NodeRegistry:
         """Stands for the connection that was looked at last."""
         self._started_at = time.time() - time.monotonic()
         self._heard_all: Callable[[], Awaitable[bool]] | None = None
-        self._unknown: dict[str, None] = {}
+        self._unknown: dict[str, NodeHeartbeat] = {}
+        """Heartbeats of those who are to be asked to announce themselves."""
         self._asked = Seldom(ASK_AGAIN_S)
         self._refused = Seldom(ASK_AGAIN_S)
         self._news: list[NodeRecord] = []
@@ -233,8 +234,13 @@ class NodeRegistry:
         said = NodeAnnouncement(node_id=beat.node_id, session=beat.session)
         if known is not None and (refused := self._why_refused(known.record, said)):
             await self._tell_refused(said, refused)
-        elif self._asked.passes(beat.node_id, time.monotonic()):
-            self._unknown[beat.node_id] = None
+        elif beat.node_id in self._unknown or self._asked.passes(beat.node_id, time.monotonic()):
+            self._unknown[beat.node_id] = beat
+
+    def _is_strange(self, beat: NodeHeartbeat) -> bool:
+        """Whether the sender is still not known; its announcement may have been on its way."""
+        known = self._fleet.get(beat.node_id)
+        return known is None or not roster.of_this_life(known.record, beat)
 
     def _why_refused(self, record: NodeRecord | None, said: NodeAnnouncement) -> Refused | None:
         if reason := roster.why_refused(record, said):
@@ -399,7 +405,8 @@ class NodeRegistry:
         """Asks those who are alive and not known to announce themselves."""
         while True:
             await asyncio.sleep(ASK_S)
-            unknown, self._unknown = list(self._unknown), {}
+            beats, self._unknown = self._unknown, {}
+            unknown = [node_id for node_id, beat in beats.items() if self._is_strange(beat)]
             for at in range(0, len(unknown), ASKED_MAX):
                 try:
                     await self._bus.publish(nodes.DISCOVER, Discover(node_ids=unknown[at : at + ASKED_MAX]))

@@ -23,7 +23,7 @@ from computemesh.contracts import storage
 from computemesh.contracts.base import encode
 from computemesh.tasks import end_all
 
-IN_FLIGHT_MAX: Final = 512
+IN_FLIGHT_MAX: Final = 2048
 """Keys that are written at the same time; whoever wants more waits."""
 
 TIMEOUT_S: Final = 5.0
