@@ -196,6 +196,15 @@ async def test_an_unknown_query_parameter_is_refused_by_name(
         ("work-marshaller", "/api/v1/work/%ff", "work_id"),
         ("node-registry", "/api/v1/nodes?min_tier=BEST", "min_tier"),
         ("node-registry", "/api/v1/nodes?requires_gpu=perhaps", "requires_gpu"),
+        ("node-registry", "/api/v1/nodes?min_vram_mb=NaN", "min_vram_mb"),
+        ("node-registry", "/api/v1/nodes?min_vram_mb=-1", "min_vram_mb"),
+        ("node-registry", "/api/v1/nodes?sort=size", "sort"),
+        ("node-registry", "/api/v1/nodes?states=online&states=gone", "states"),
+        ("node-registry", "/api/v1/nodes?labels=a", "labels"),
+        ("node-registry", "/api/v1/nodes?labels[a=1", "labels[a"),
+        ("node-registry", "/api/v1/nodes?limit[a]=1", "limit[a]"),
+        ("node-registry", "/api/v1/nodes?limit=1&limit=2", "limit"),
+        ("node-registry", "/api/v1/nodes?after=nowhere", "after"),
         ("node-registry", "/api/v1/nodes/%3E", "node_id"),
     ],
 )
@@ -539,6 +548,11 @@ async def test_beyond_loopback_the_token_decides() -> None:
         for shown in ("Bearer wrong", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer \xe4"):
             answer = await client.get("/api/v1/nodes/n1", headers=[(b"authorization", shown.encode("latin-1"))])
             assert_problem(answer, 403, "bad_token")
+        key = "x-rolemesh-node-key"
+        assert_problem(await client.get("/api/v1/nodes/n1", headers={key: "wrong"}), 403, "bad_token")
+        assert (await client.get("/api/v1/nodes/n1", headers={key: TOKEN})).status_code == 200
+        both = {key: TOKEN, "authorization": "Bearer wrong"}
+        assert_problem(await client.get("/api/v1/nodes/n1", headers=both), 403, "bad_token")
         for shown in (f"Bearer {TOKEN}", f"bearer  {TOKEN} "):
             answer = await client.get("/api/v1/nodes/n1", headers={"authorization": shown})
             assert (answer.status_code, answer.json()["node_id"]) == (200, "n1")
