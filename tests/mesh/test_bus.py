@@ -29,14 +29,16 @@ from computemesh.bus import (
     Reply,
     Stored,
     Where,
+    Writer,
 )
 from computemesh.bus import lease as leases
 from computemesh.bus.connection import read_ack
 from computemesh.bus.errors import NoResponder, TimedOut
 from computemesh.bus.provision import drift, provision
+from computemesh.bus.writer import IN_FLIGHT_MAX
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Refused, Role, serve
-from computemesh.contracts.nodes import NodeGet, NodeRecord, NodeView
+from computemesh.contracts.nodes import Discover, NodeGet, NodeRecord, NodeView
 from computemesh.contracts.storage import Lease
 from computemesh.nats_server import NatsServer
 from computemesh.testing import running_server, until
@@ -188,6 +190,121 @@ async def test_the_pipeline_answers_each_request_exactly_once(bus: Bus) -> None:
     await asyncio.wait_for(pipeline.empty.wait(), 5)
     await bus.forget(silent)
     await pipeline.stop()
+
+
+# --- many writes at once --------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def writing(bus: Bus, *, mirrored: bool = True) -> AsyncGenerator[tuple[Writer[NodeRecord], Mirror[NodeRecord]]]:
+    """A writer of nodes; its mirror follows the bucket or, left blind, knows only what the writer tells it."""
+    mirror: Mirror[NodeRecord] = Mirror(bus, storage.NODES)
+    writer = Writer(bus, storage.NODES, mirror)
+    following = asyncio.create_task(mirror.follow()) if mirrored else None
+    await writer.start()
+    yield writer, mirror
+    await writer.stop()
+    if following is not None:
+        following.cancel()
+
+
+def counted(before: NodeRecord | None) -> NodeRecord:
+    """One more than before."""
+    return node("n", str(int(before.hostname) + 1 if before else 1))
+
+
+async def test_writes_of_many_keys_at_once_all_stand_and_are_known_at_once(bus: Bus) -> None:
+    """More of them than may be in flight; the writer's own mirror has each as soon as it is acknowledged."""
+    bucket = Bucket(bus, storage.NODES)
+    async with writing(bus, mirrored=False) as (writer, mirror):
+        names = [f"n{n}" for n in range(IN_FLIGHT_MAX + 500)]
+
+        async def change(name: str) -> None:
+            assert await writer.change(name, lambda _: node(name)) == node(name)
+            assert mirror.get(name) == node(name)
+
+        await asyncio.gather(*map(change, names))
+        assert writer.in_flight == 0
+    assert sorted(await bucket.load()) == sorted(names)
+
+
+async def test_decisions_about_one_key_are_made_in_order_on_what_stands(bus: Bus) -> None:
+    """None gets lost, whoever else writes meanwhile; those that wait become one write."""
+    bucket = Bucket(bus, storage.NODES)
+    first = await bucket.create("n", node("n", "0"))
+    async with writing(bus, mirrored=False) as (blind, _), writing(bus) as (other, _):
+        results = await asyncio.gather(*((blind if n % 2 else other).change("n", counted) for n in range(100)))
+        entry = await bucket.get("n")
+        assert entry is not None
+        assert entry.value.hostname == "100"
+        assert len({result.hostname for result in results if result}) == 100
+        assert entry.revision - first < 100
+
+
+async def test_a_decision_that_changes_nothing_writes_nothing(bus: Bus) -> None:
+    """Nor does one about a key that is not there and is not to be."""
+    bucket = Bucket(bus, storage.NODES)
+    async with writing(bus) as (writer, _):
+        assert await writer.change("n", lambda _: None) is None
+        assert await writer.change("n", lambda _: node("n")) == node("n")
+        before = await bucket.get("n")
+        assert await writer.change("n", lambda value: value) == node("n")
+        assert await writer.change("n", lambda _: node("n")) == node("n")
+        assert await bucket.get("n") == before
+
+
+async def test_a_key_that_was_removed_can_be_written_again(bus: Bus) -> None:
+    """The mirror does not know the marker that stands there; the lost race tells."""
+    bucket = Bucket(bus, storage.NODES)
+    async with writing(bus) as (writer, mirror):
+        await writer.change("n", lambda _: node("n"))
+        marker = await bucket.purge("n", last=mirror.entries["n"].revision, marker_ttl_s=60)
+        mirror.wrote("n", None, marker)
+        assert mirror.get("n") is None
+        assert await writer.change("n", counted) == node("n", "1")
+
+
+async def test_what_cannot_be_written_is_told_and_holds_up_nothing_else(bus: Bus) -> None:
+    """Too large for the server; the next one about the same key is written."""
+    async with writing(bus) as (writer, _):
+        large = node("n", "x" * (bus.max_payload + 1))
+        results = await asyncio.gather(
+            writer.change("n", lambda _: large), writer.change("other", counted), return_exceptions=True
+        )
+        assert isinstance(results[0], NotStored)
+        assert results[1] == node("n", "1")
+        assert await writer.change("n", counted) == node("n", "1")
+
+
+async def test_writes_that_meet_a_restart_of_the_server_are_made_all_the_same(server: NatsServer, bus: Bus) -> None:
+    """They are decided again once it is back."""
+    async with writing(bus) as (writer, _):
+        await writer.change("n", counted)
+        server.kill()
+        await server.wait()
+        waiting = [asyncio.create_task(writer.change(name, counted)) for name in ("n", "m")]
+        await asyncio.sleep(0)
+        await server.start()
+        assert await asyncio.wait_for(asyncio.gather(*waiting), 60) == [node("n", "2"), node("n", "1")]
+
+
+async def test_all_that_arrived_before_is_handled_once_one_has_caught_up(bus: Bus) -> None:
+    """Or one is told that it is not so yet."""
+    gate = asyncio.Event()
+    handled = 0
+
+    async def slow(_: Discover) -> None:
+        nonlocal handled
+        await gate.wait()
+        handled += 1
+
+    subscription = await bus.subscribe(nodes.DISCOVER, slow)
+    for _ in range(50):
+        await bus.publish(nodes.DISCOVER, Discover())
+    assert not await bus.caught_up(subscription, within_s=0.05)
+    gate.set()
+    assert await bus.caught_up(subscription, within_s=10)
+    assert handled >= 49
 
 
 async def test_a_post_that_nobody_hears_is_told_and_one_that_is_heard_is_not(bus: Bus) -> None:

@@ -78,7 +78,7 @@ class Writer(Generic[V]):
 
         Args:
             decide: from the present value (None: not there) to the new one; None or the same value writes nothing.
-                It may run again when a race was lost.
+                It runs again when a race was lost, or an acknowledgement: then perhaps on its own outcome.
         """
         await self._begin(key, Turn(decide, None))
 
