@@ -117,6 +117,18 @@ def test_what_is_asked_of_a_gpu_must_hold_of_one_and_the_same() -> None:
     assert ids(of, min_vram_mb=24, min_compute_capability="8.0") == ["one"]
 
 
+def test_a_query_that_is_repeated_is_answered_from_what_is_there_now() -> None:
+    """Nodes that came, changed and went since; and another query is not taken for it."""
+    of = fleet(a_node("a"), a_node("b", drained=True))
+    assert (ids(of, drained=False), ids(of, drained=True), ids(of, labels={"x": "1"})) == (["a"], ["b"], [])
+    of.take(a_node("b"), 0.0, 0.0, fresh=True)
+    assert (ids(of, drained=False), ids(of, drained=True)) == (["a", "b"], [])
+    of.take(a_node("c", labels={"x": "1"}), 0.0, 0.0, fresh=True)
+    assert (ids(of, drained=False), ids(of, labels={"x": "1"})) == (["a", "b", "c"], ["c"])
+    of.drop("a")
+    assert ids(of, drained=False) == ["b", "c"]
+
+
 def test_filters_add_up() -> None:
     """All of them hold of every node that is given."""
     of = fleet(a_node("a", drained=True, labels={"x": "1"}), a_node("b", labels={"x": "1"}), a_node("c"))
