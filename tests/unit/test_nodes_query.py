@@ -212,9 +212,10 @@ def test_nodes_that_do_not_tell_come_last_in_any_direction(descending: bool) -> 
 
 def all_pages(of: Fleet, **query: Any) -> list[str]:
     """Every page, one after the other."""
-    found, _, after = page(of, **query)
+    found, count, after = page(of, **query)
     while after:
-        more, _, after = page(of, **{**query, "after": after})
+        more, still, after = page(of, **{**query, "after": after})
+        assert still == count, "all that match are counted on every page"
         assert more, "a page with a cursor to it is empty"
         found += more
     return found
