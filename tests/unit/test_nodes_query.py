@@ -214,7 +214,8 @@ def all_pages(of: Fleet, **query: Any) -> list[str]:
     """Every page, one after the other."""
     found, count, after = page(of, **query)
     while after:
-        more, still, after = page(of, **{**query, "after": after})
+        following: dict[str, Any] = {**query, "after": after}
+        more, still, after = page(of, **following)
         assert still == count, "all that match are counted on every page"
         assert more, "a page with a cursor to it is empty"
         found += more
