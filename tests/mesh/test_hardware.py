@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +25,12 @@ import pytest
 from computemesh import __version__
 from computemesh.contracts import nodes, resources
 from computemesh.contracts.base import Role
-from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat
+from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, NodeList, NodesQuery
 from computemesh.contracts.resources import Inventory, InventoryGet
 from computemesh.hardware import LinkKind, Platform, Tier
 from computemesh.lifecycle import EXIT_CONFIG
 from computemesh.testing import RunningMesh, install_executor, running_mesh, until
+from computemesh.testing.mesh import QUICK, STRICT
 from computemesh_services.node_agent.machine import machine_id
 
 EXAMPLES: Final = Path(__file__).parents[2] / "docs/examples/hardware"
@@ -269,6 +271,64 @@ async def test_all_that_are_asked_together_do_not_answer_at_once_and_one_that_is
         await one.discover("n1")
         await one.announcement(lambda said: True, "an answer")
         assert len(one.announced) == others + 1
+
+
+@asynccontextmanager
+async def machine(mesh: RunningMesh, name: str, **environment: str) -> AsyncGenerator[None]:
+    """Another machine of the mesh: a detector and an agent with a user of their own."""
+    settings = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("COMPUTEMESH_NATS")},
+        **STRICT,
+        **QUICK,
+        **OFTEN,
+        "NATS_URL": await mesh.invite(name),
+        "COMPUTEMESH_NODE_ID": name,
+        "COMPUTEMESH_HOME": str(mesh.home.root.parent / name),
+        **environment,
+    }
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-m", f"computemesh_services.{module}", env=settings)
+        for module in ("resource_detector", "node_agent")
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            await process.wait()
+
+
+async def test_machines_of_every_tier_are_seen_in_one_mesh(tmp_path: Path) -> None:
+    """And a question for a tier finds it and what is above."""
+    plugin = install_executor(tmp_path / "plugin", "nothing", EXECUTOR)
+    hardware = {"h100": "h100x8.json", "rtx4090": "rtx4090x2.json", "rtx4070": "rtx4070.json"}
+    async with running_mesh(tmp_path, ["node-registry"]) as mesh, AsyncExitStack() as machines:
+        for name, file in hardware.items():
+            scripted = {
+                "COMPUTEMESH_GPU_PROVIDER": "scripted",
+                "COMPUTEMESH_SCRIPTED_HARDWARE": str(EXAMPLES / file),
+            }
+            await machines.enter_async_context(machine(mesh, name, **plugin, **scripted))
+        await machines.enter_async_context(machine(mesh, "cpu", COMPUTEMESH_GPU_PROVIDER="none", **plugin))
+        bus = await mesh.bus(Role.OBSERVER)
+        wanted = {
+            "h100": (Tier.AI_FACTORY, "scripted"),
+            "rtx4090": (Tier.GPU_PEER, "scripted"),
+            "rtx4070": (Tier.GPU_INFRA, "scripted"),
+            "cpu": (Tier.CPU_ONLY, "none"),
+        }
+        seen: dict[str, tuple[Tier, str]] = {}
+        deadline_s = asyncio.get_running_loop().time() + 60
+        while seen != wanted:
+            assert asyncio.get_running_loop().time() < deadline_s, seen
+            found = await bus.ask(nodes.QUERY, NodesQuery())
+            assert isinstance(found, NodeList)
+            seen = {node.node_id: (node.tier, node.provider) for node in found.nodes}
+            await asyncio.sleep(0.1)
+        found = await bus.ask(nodes.QUERY, NodesQuery(min_tier=Tier.GPU_PEER))
+        assert isinstance(found, NodeList)
+        assert {node.node_id for node in found.nodes} == {"h100", "rtx4090"}
 
 
 async def test_a_file_that_cannot_be_used_stops_the_detector_with_the_field_named(tmp_path: Path) -> None:

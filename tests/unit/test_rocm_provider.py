@@ -359,6 +359,20 @@ def test_where_amdsmi_does_not_answer_the_kernels_files_are_read(call: str, root
     assert smi.initialised == 0
 
 
+def test_another_release_of_amdsmi_costs_nothing_but_a_warning(root: Path) -> None:
+    """Names and shapes have changed before."""
+
+    class Other(FakeSmi):
+        def amdsmi_get_gpu_process_list(self, handle: Any, /) -> list[dict[str, Any]]:
+            return [{"process_id": 4711}]
+
+    smi = Other()
+    reading = provider(root, smi).read()
+    assert len(reading.gpus) == 3
+    assert reading.warnings == ["amdsmi is of no use, so the kernel's files are read: 'pid'"]
+    assert smi.initialised == 0
+
+
 def test_a_binding_that_prints_and_fails_without_its_library_is_as_good_as_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -271,7 +271,9 @@ def test_the_doctor_says_what_is_scripted_and_what_is_wrong_with_the_setting(mon
     monkeypatch.setenv("COMPUTEMESH_GPU_PROVIDER", "scripted")
     monkeypatch.setenv("COMPUTEMESH_SCRIPTED_HARDWARE", str(EXAMPLES / "rtx4070.json"))
     (finding,) = check.check()
-    assert (finding.level, finding.text) == (Level.OK, "scripted: NVIDIA GeForce RTX 4070 11 GiB")
+    assert (finding.level, finding.text) == (Level.OK, "scripted: NVIDIA GeForce RTX 4070 12 GiB")
+    monkeypatch.setenv("COMPUTEMESH_SCRIPTED_HARDWARE", str(EXAMPLES / "h100x8.json"))
+    assert check.check()[0].text == "scripted: 8 × NVIDIA H100 80GB HBM3 80 GiB"
     monkeypatch.setenv("COMPUTEMESH_GPU_PROVIDER", "cuda")
     (finding,) = check.check()
     assert finding.level is Level.PROBLEM

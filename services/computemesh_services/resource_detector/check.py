@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
 from computemesh import findings
 from computemesh.config import ConfigError, load
@@ -24,7 +25,8 @@ def gpus(reading: GpuReading) -> list[Finding]:
     todo = TODO.get(reading.provider, NVIDIA)
     said = [findings.warning("gpus", text, todo) for text in reading.warnings]
     if reading.gpus:
-        named = ", ".join(f"{gpu.name or 'unnamed'} {gpu.vram_total_mb // 1024} GiB" for gpu in reading.gpus)
+        alike = Counter(f"{gpu.name or 'unnamed'} {gpu.vram_total_mb / 1024:.0f} GiB" for gpu in reading.gpus)
+        named = ", ".join(f"{count} × {name}" if count > 1 else name for name, count in alike.items())
         return [*said, findings.ok("gpus", f"{reading.provider}: {named}")]
     return said or [findings.ok("gpus", "none on this machine")]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from computemesh.config import Seconds, ServiceConfig
 from computemesh.hardware import Tier
 from computemesh.ids import Id
@@ -24,8 +28,8 @@ class DetectorConfig(GpuConfig, frozen=True, kw_only=True):
     """The tier to report instead of the one that follows from the GPUs."""
     models: str = ""
     """GGUF files and folders, separated by commas; left out, the embedded model."""
-    load_interval_s: Seconds = 5.0
-    """How often the load is read and published."""
+    load_interval_s: Annotated[float, msgspec.Meta(gt=0, le=30)] = 5.0
+    """How often the load is read and published; heartbeats leave out what is older than a minute."""
     inventory_interval_s: Seconds = 30.0
     """How often the hardware is looked at for changes."""
     gpu_patience_s: Seconds = 10.0

@@ -64,8 +64,10 @@ class RocmProvider:
                 found = amdsmi.read(self._smi, links=links, reservation_of=self._reservation_of, root=self._root)
                 if found.gpus:
                     return found
-            except self._smi.AmdSmiException as error:
-                warnings = [f"amdsmi does not answer, so the kernel's files are read: {' '.join(str(error).split())}"]
+            # Releases differ in what they have and return.
+            except (self._smi.AmdSmiException, AttributeError, LookupError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                warnings = [f"amdsmi is of no use, so the kernel's files are read: {reason}"]
         if not (self._root / KFD).exists():
             missing = "AMD GPUs cannot be read: the driver amdgpu is not loaded, or has no compute part (amdkfd)"
             return GpuReading(provider=self.name, warnings=[missing] if self._expected else [])
