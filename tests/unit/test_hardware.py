@@ -57,6 +57,13 @@ def test_a_card_gives_its_machine_the_tier_of_its_facts(vram_mb: int, capability
     assert tier_of([Gpu(vram_total_mb=vram_mb, compute_capability=capability)]) is tier
 
 
+def test_a_gpu_that_cannot_be_read_counts_for_no_tier() -> None:
+    """Nothing can run on it."""
+    broken = Gpu(vram_total_mb=81559, compute_capability="9.0", error="GPU is lost")
+    assert tier_of([broken]) is Tier.CPU_ONLY
+    assert tier_of([broken, Gpu(vram_total_mb=24564)]) is Tier.GPU_PEER
+
+
 def test_a_machine_without_a_gpu_is_cpu_only() -> None:
     """No card, the lowest tier."""
     assert tier_of([]) is Tier.CPU_ONLY

@@ -195,6 +195,39 @@ def test_a_gpu_that_is_lost_is_still_known_by_what_it_was() -> None:
     assert other == before[1]
 
 
+def test_a_gpu_that_is_lost_is_asked_no_more() -> None:
+    """Each question to a card that fell off the bus takes its time, and each answer would be a warning."""
+    fake = hardware(*TWO)
+    fake.faults += [Fault(call=call, gpu=0, error="GPU_IS_LOST") for call in CALLS]
+    assert provider(fake).read().warnings == ["GPU 0, handle: GPU is lost"]
+    fake.faults = [fault for fault in fake.faults if fault.call != "nvmlDeviceGetHandleByIndex"]
+    assert len(provider(fake).read().warnings) == 1
+
+
+def test_what_was_known_of_a_gpu_is_not_told_of_another_in_its_place() -> None:
+    """A card was swapped for one that cannot tell its memory."""
+    fake = hardware(TWO[0])
+    mine = provider(fake)
+    mine.read()
+    other = hardware({**CARD, "uuid": "GPU-other"})
+    fake.__dict__.update(other.__dict__ | {"inits": fake.inits})
+    fake.faults.append(Fault(call="nvmlDeviceGetMemoryInfo", gpu=0, error="UNKNOWN"))
+    gpu = mine.read().gpus[0]
+    assert (gpu.uuid, gpu.vram_total_mb, gpu.error) == ("GPU-other", 0, "memory: Unknown Error")
+
+
+def test_a_process_that_computes_and_draws_is_told_once() -> None:
+    """The driver lists it twice, each time with all it holds."""
+
+    class Drawing(ScriptedNvml):
+        def nvmlDeviceGetGraphicsRunningProcesses(self, handle: object, /) -> Any:
+            return super().nvmlDeviceGetComputeRunningProcesses(handle)
+
+    fake = Drawing(parse(msgspec.json.encode({"platform": "CUDA", "gpus": [TWO[0]]})))
+    told = provider(fake).read().gpus[0].processes
+    assert [(process.pid, process.memory_mb) for process in told or ()] == [(71, 500), (72, None)]
+
+
 def test_a_name_the_binding_cannot_decode_is_an_error_of_that_gpu() -> None:
     """The binding decodes strictly, and its exception is not one of NVML's."""
 
@@ -428,14 +461,28 @@ def test_an_old_driver_shows_by_the_addresses_where_links_lead(rest: dict[str, A
 def test_a_link_that_is_down_is_not_counted_and_those_after_it_are() -> None:
     """One broken link of a bridge leaves the others."""
 
-    class OneDown(ScriptedNvml):
+    class TwoDown(ScriptedNvml):
         def nvmlDeviceGetNvLinkState(self, handle: object, link: int, /) -> int:
+            if link == 2:
+                raise scripted.error("UNKNOWN")
             state = super().nvmlDeviceGetNvLinkState(handle, link)
             return 0 if link == 1 else state
 
-    told = [{"a": 0, "b": 1, "kind": "NVLINK", "lanes": 4}]
-    fake = OneDown(parse(msgspec.json.encode({"platform": "CUDA", "gpus": TWO, "links": told})))
-    assert links(fake) == [GpuLink(a=0, b=1, kind=LinkKind.NVLINK, lanes=3)]
+    told = [{"a": 0, "b": 1, "kind": "NVLINK", "lanes": 6}]
+    fake = TwoDown(parse(msgspec.json.encode({"platform": "CUDA", "gpus": TWO, "links": told})))
+    assert links(fake) == [GpuLink(a=0, b=1, kind=LinkKind.NVLINK, lanes=4)]
+
+
+def test_a_pair_behind_switches_has_the_links_of_the_gpu_that_has_fewer() -> None:
+    """One whose links are partly down slows both."""
+
+    class Uneven(ScriptedNvml):
+        def nvmlDeviceGetNvLinkState(self, handle: Any, link: int, /) -> int:
+            state = super().nvmlDeviceGetNvLinkState(handle, link)
+            return 0 if handle.gpu.uuid == "GPU-b" and link >= 12 else state
+
+    fake = Uneven(parse(msgspec.json.encode({"platform": "CUDA", "gpus": TWO, "nvlink": "all"})))
+    assert links(fake) == [GpuLink(a=0, b=1, kind=LinkKind.NVLINK, lanes=12)]
 
 
 def test_a_gpu_that_is_somewhere_else_is_not_linked() -> None:

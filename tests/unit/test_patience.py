@@ -43,8 +43,9 @@ async def test_a_call_that_does_not_come_back_leaves_the_answer_before_and_says_
     patient = Patient(slow, initial=0, patience_s=0.05)
     assert await patient.get() == Answer(1)
     slow.free.clear()
-    first = await patient.get()
-    second = await patient.get()
+    async with asyncio.timeout(10):
+        first = await patient.get()
+        second = await patient.get()
     assert (first.value, second.value, slow.calls) == (1, 1, 2)
     assert 0.05 <= first.silent_s <= second.silent_s
     slow.free.set()

@@ -83,6 +83,7 @@ def root(tmp_path: Path) -> Path:
         write(nodes / str(number) / "io_links/0", {"properties": link(2, number, 0)})
     write(nodes / "1/io_links/1", {"properties": link(11, 1, 2)})
     write(nodes / "2/io_links/1", {"properties": link(11, 2, 1)})
+    write(nodes / "1/io_links/2", {"properties": link(2, 1, 3)})
     kfd = tmp_path / "sys/class/kfd/kfd/proc"
     write(kfd / "4711", {"vram_51001": 30 * GIB, "vram_51002": 0})
     write(kfd / "4712", {"vram_51002": 2 * GIB})
@@ -120,6 +121,7 @@ def test_the_kernels_files_tell_every_fact_of_a_gpu(root: Path) -> None:
         power_w=138,
         processes=[GpuProcess(pid=4711, name="python3", memory_mb=30 * 1024, reservation_id="r-1")],
     )
+    assert reading.gpus[1].processes == [GpuProcess(pid=4712, memory_mb=2048)]
     assert tier_of(reading.gpus) is Tier.AI_FACTORY
 
 
