@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from computemesh import __version__
 from computemesh.contracts import nodes, resources
@@ -171,6 +172,24 @@ async def test_hardware_that_changes_is_announced_and_use_is_not(tmp_path: Path)
         assert metrics.count("computemesh_gpu_memory_used_bytes{") == 1
 
 
+async def test_what_the_detector_says_is_announced_only_where_it_is_another_machine(tmp_path: Path) -> None:
+    """It says it again when it starts again, with other use."""
+    async with node(tmp_path, "rtx4070.json", COMPUTEMESH_INVENTORY_INTERVAL_S="3600") as one:
+        await one.discover("n1")
+        await one.announcement(lambda said: bool(said.gpus), "the announcement")
+        found = await one.inventory()
+        bus = await one.mesh.bus(Role.NODE)
+        count = len(one.announced)
+        (gpu,) = found.gpus
+        for used_mb, total_mb in ((1, gpu.vram_total_mb), (2, gpu.vram_total_mb), (3, 24_564)):
+            gpu = replace(gpu, vram_used_mb=used_mb, vram_total_mb=total_mb)
+            memory = replace(found.memory, available_mb=used_mb)
+            said = replace(found, gpus=[gpu], memory=memory, cpu=replace(found.cpu, frequency_mhz=used_mb))
+            await bus.publish(resources.CHANGED, said, target="n1")
+        await until(lambda: len(one.announced) > count, what="the announcement of another GPU")
+        assert [said.gpus[0].vram_total_mb for said in one.announced[count:]] == [24_564]
+
+
 async def scraped(mesh: RunningMesh) -> str:
     """The metrics of the detector, once it has measured after what came before."""
     async with httpx.AsyncClient() as client:
@@ -219,8 +238,9 @@ async def test_a_driver_that_hangs_holds_up_neither_heartbeats_nor_answers_nor_t
         hardware = json.loads(one.file.read_text())
         one.edit(**{**hardware, "faults": [{"call": "nvmlDeviceGetCount", "hang_s": 6000}]})
         found = before
-        while not found.warnings:
-            found = await one.inventory()
+        async with asyncio.timeout(30):
+            while not found.warnings:
+                found = await one.inventory()
         assert "the driver of the GPUs has not answered for" in found.warnings[0]
         assert found.gpus == before.gpus
         heard = len(one.beats)
@@ -258,7 +278,7 @@ async def test_all_that_are_asked_together_do_not_answer_at_once_and_one_that_is
 
         spread = sorted([await answered() for _ in range(12)])
         named = sorted([await answered("n1") for _ in range(12)])
-        assert spread[-1] > 2 * named[len(named) // 2], "the slowest of twelve answers to everyone waits some tenths"
+        assert spread[6] > 2 * named[6], "answers to everyone wait, on average, a quarter of a second"
         count = len(one.announced)
         for _ in range(20):
             await one.discover()
@@ -266,11 +286,10 @@ async def test_all_that_are_asked_together_do_not_answer_at_once_and_one_that_is
         await one.discover("n1")
         await one.announcement(lambda said: True, "an answer")
         assert len(one.announced) <= count + 4
-        others = len(one.announced)
+        others, heard = len(one.announced), len(one.beats)
         await one.discover("n2")
-        await one.discover("n1")
-        await one.announcement(lambda said: True, "an answer")
-        assert len(one.announced) == others + 1
+        await until(lambda: len(one.beats) > heard + 4, what="heartbeats for longer than any answer waits")
+        assert len(one.announced) == others
 
 
 @asynccontextmanager
