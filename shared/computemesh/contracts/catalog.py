@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import nodes, resources, work
+from computemesh.contracts import gpus, nodes, resources, work
 from computemesh.contracts.base import Event, Request
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     nodes,
     resources,
     work,
+    gpus,
 )
 
 

@@ -12,6 +12,9 @@ NODE_REGISTRY: Final = ServiceCard(
 WORK_MARSHALLER: Final = ServiceCard(
     name="work-marshaller", about="What runs where, until it is done.", role=Role.SERVICES, port=8118
 )
+GPU_ORCHESTRATOR: Final = ServiceCard(
+    name="gpu-orchestrator", about="Who may use how much memory of which GPU.", role=Role.SERVICES, port=8098
+)
 RESOURCE_DETECTOR: Final = ServiceCard(
     name="resource-detector", about="What this machine is made of.", role=Role.NODE, port=8116
 )
@@ -22,6 +25,7 @@ NODE_AGENT: Final = ServiceCard(
 SERVICES: Final = (
     NODE_REGISTRY,
     WORK_MARSHALLER,
+    GPU_ORCHESTRATOR,
     RESOURCE_DETECTOR,
     NODE_AGENT,
 )
