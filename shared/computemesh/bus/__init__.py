@@ -2,7 +2,7 @@
 
 from computemesh.bus.connection import Bus, Where
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
-from computemesh.bus.kv import Bucket, Entry, Mirror
+from computemesh.bus.kv import Bucket, Entry, Mirror, Write
 from computemesh.bus.micro import MicroService
 from computemesh.bus.pipeline import Pipeline, Posts, Reply
 from computemesh.bus.pull import Pull, Stored
@@ -27,5 +27,6 @@ __all__ = [
     "TimedOut",
     "Unreachable",
     "Where",
+    "Write",
     "Writer",
 ]

@@ -55,6 +55,8 @@ def bucket_config(bucket: storage.Bucket[Any], *, replicas: int) -> dict[str, An
         "allow_msg_ttl": True,
         "description": bucket.about,
     }
+    if bucket.together:
+        config["allow_atomic"] = True
     if bucket.expiry_markers:
         config["subject_delete_marker_ttl"] = 60 * _NS
     if bucket.republish:

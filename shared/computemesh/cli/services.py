@@ -8,7 +8,13 @@ from __future__ import annotations
 from typing import Final
 
 from computemesh.contracts.base import ServiceCard
-from computemesh.contracts.services import NODE_AGENT, NODE_REGISTRY, RESOURCE_DETECTOR, WORK_MARSHALLER
+from computemesh.contracts.services import (
+    GPU_ORCHESTRATOR,
+    NODE_AGENT,
+    NODE_REGISTRY,
+    RESOURCE_DETECTOR,
+    WORK_MARSHALLER,
+)
 from computemesh.supervisor import ServiceSpec
 
 
@@ -19,6 +25,7 @@ def _spec(card: ServiceCard, module: str, url_name: str) -> ServiceSpec:
 SERVICES: Final = (
     _spec(NODE_REGISTRY, "computemesh_services.node_registry", "NODE_REGISTRY_URL"),
     _spec(WORK_MARSHALLER, "computemesh_services.work_marshaller", "WORK_MARSHALING_URL"),
+    _spec(GPU_ORCHESTRATOR, "computemesh_services.gpu_orchestrator", "GPU_ORCHESTRATOR_URL"),
     _spec(RESOURCE_DETECTOR, "computemesh_services.resource_detector", "RESOURCE_DETECTOR_URL"),
     _spec(NODE_AGENT, "computemesh_services.node_agent", "NODE_AGENT_URL"),
 )

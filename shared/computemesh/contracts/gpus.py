@@ -13,7 +13,7 @@ is bound to. Memory is counted in MiB.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 
@@ -37,7 +37,7 @@ Timeout = Annotated[
 Pids = Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=2**32)]], msgspec.Meta(max_length=256)]
 Indices = Annotated[list[Count], msgspec.Meta(max_length=GPUS_MAX)]
 Owner = Annotated[str, msgspec.Meta(max_length=200)]
-Capability = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3})?$(?!\n)")]
+Capability = Annotated[str, msgspec.Meta(min_length=1, max_length=15)]
 
 
 class GpuCanFit(Message, frozen=True, kw_only=True):
@@ -111,6 +111,34 @@ class GpuReservation(Message, frozen=True, kw_only=True):
     work_id: Id | None = None
     """The work item it ends with."""
     pids: list[int] = []
+
+
+class GpuGrant(GpuReservation, frozen=True, kw_only=True):
+    """A reservation as it is kept."""
+
+    node_revision: int = 0
+    """Revision of the node's record that the grant was decided by: only a later one tells that the node's life
+    has ended."""
+
+
+class GpuLedger(Message, frozen=True, kw_only=True):
+    """All that is granted of one node's GPUs: one record, so that several GPUs are granted by one write."""
+
+    node_id: Id
+    grants: list[GpuGrant] = []
+    baselines: dict[str, MegaBytes] = {}
+    """By GPU, what others used of it when it was last granted: where the driver does not tell whose memory is
+    whose, growth since then is the holders' own."""
+    changed_at: float = 0.0
+    """Unix seconds."""
+
+
+class LedgerMark(Message, frozen=True, kw_only=True):
+    """Beside the records, written together with one: makes writers of different nodes notice each other."""
+
+    node_id: Id
+    behind: int
+    """How many messages behind this one the record stands that it was written with."""
 
 
 class GpuRenew(Message, frozen=True, kw_only=True):
@@ -200,6 +228,8 @@ class WhyNot(StrEnum):
     """It is split into slices, or is one where several GPUs are needed."""
     FILTER = "filter"
     """It, or its node, is not of the kind that is asked for."""
+    ABSENT = "absent"
+    """The node has no GPU of that index."""
     TOO_SMALL = "too_small"
     """It has less memory in all than is needed."""
 
@@ -335,14 +365,26 @@ class GpuStates(Message, frozen=True, kw_only=True):
     """`after` of the next page; empty when this is the last."""
 
 
+class MemoryKind(StrEnum):
+    RAM = "ram"
+    VRAM = "vram"
+
+
+class PressureLevel(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    CRITICAL = "critical"
+    OVER = "over"
+    """More GPU memory is promised and in use than there is: others took what was promised."""
+
+
 class GpuPressure(Message, frozen=True, kw_only=True):
     """Memory of a node runs short, or no longer does."""
 
     node_id: Id
-    kind: Literal["ram", "vram"]
-    level: Literal["ok", "warning", "critical", "over"]
-    """`over`: more GPU memory is promised and in use than there is."""
-    was: Literal["ok", "warning", "critical", "over"]
+    kind: MemoryKind
+    level: PressureLevel
+    was: PressureLevel
     """The level before."""
     index: Count | None = None
     """Which GPU, for `vram`."""

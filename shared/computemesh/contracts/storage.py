@@ -12,9 +12,9 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from computemesh.contracts import nodes, work
+from computemesh.contracts import gpus, nodes, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, Message
-from computemesh.contracts.services import NODE_REGISTRY, WORK_MARSHALLER
+from computemesh.contracts.services import GPU_ORCHESTRATOR, NODE_REGISTRY, WORK_MARSHALLER
 
 MIB: Final = 1024 * 1024
 DAY_S: Final = 86_400.0
@@ -53,6 +53,8 @@ class Bucket(Generic[V]):
     """Subject prefix under which the server publishes each single-token key once it is stored."""
     expiry_markers: bool = False
     """Whether a key that expires leaves a marker, so that watchers learn of it."""
+    together: bool = False
+    """Whether several keys can be written at once, all or none."""
     about: str
 
     @property
@@ -88,6 +90,14 @@ WORK: Final = Bucket(
     republish=work.STATE.subject,
     about="The truth about every work item, until some time after it finished.",
 )
+GPUS: Final = Bucket(
+    name="compute-gpus",
+    value=gpus.GpuLedger,
+    owner=GPU_ORCHESTRATOR.name,
+    max_bytes=256 * MIB,
+    together=True,
+    about="What is reserved of every node's GPUs, one record a node.",
+)
 LEASES: Final = Bucket(
     name="compute-leases",
     value=Lease,
@@ -98,4 +108,4 @@ LEASES: Final = Bucket(
 )
 
 STREAMS: Final = (WORK_INBOX,)
-BUCKETS: Final = (NODES, WORK, LEASES)
+BUCKETS: Final = (NODES, WORK, GPUS, LEASES)
