@@ -147,12 +147,12 @@ class Acting:
             bound = self._known.bound.values() if self._able else ()
             wanted = {grant.work_id for grant in bound if grant.work_id}
             try:
-                for work_id in self._watched.keys() - wanted:
+                for work_id in sorted(self._watched.keys() - wanted):
                     await self._watched.pop(work_id)()
                 if not self._able:
                     checked_s = 0.0
                     continue
-                fresh = wanted - self._watched.keys()
+                fresh = sorted(wanted - self._watched.keys())
                 for work_id in fresh:
                     hears = await self._bus.subscribe(work.STATE, self._on_state, target=work_id)
                     self._watched[work_id] = partial(self._bus.forget, hears)
@@ -160,7 +160,7 @@ class Acting:
                 if fresh:
                     await self._bus.flush()
                 due = interrupted is not self._bus.interrupted or time.monotonic() - checked_s > CHECK_S
-                for work_id in wanted if due else fresh:
+                for work_id in sorted(wanted) if due else fresh:
                     if entry := await self._work.get(work_id):
                         await self._on_state(entry.value)
                 if due:

@@ -26,7 +26,7 @@ from prometheus_client import Counter
 from computemesh import trace
 from computemesh.bus import Bucket, Conflict, Mirror, TimedOut, Write
 from computemesh.contracts.base import Refused
-from computemesh.contracts.gpus import GpuLedger, GpuReleased, GpuReservation, LedgerMark
+from computemesh.contracts.gpus import GpuGrant, GpuLedger, GpuReleased, GpuReservation, LedgerMark
 from computemesh_services.gpu_orchestrator import ledger as ledgers
 from computemesh_services.gpu_orchestrator.config import Quotas
 from computemesh_services.gpu_orchestrator.ledger import Answer, Decided, NoRoom, Quota, Reserve, Want
@@ -259,8 +259,7 @@ class Desks:
     ) -> None:
         entry = self._mirror.entries.get(node_id)
         last = entry.revision if entry else self._absent.get(node_id, 0)
-        granted = {grant.reservation_id for grant in decided.ledger.grants}
-        granted -= {grant.reservation_id for grant in before.grants}
+        granted = {grant.reservation_id for grant in _new(before, decided)}
         reserves = [
             (one, one.want) for one in group if isinstance(one.want, Reserve) and one.want.reservation_id in granted
         ]
@@ -320,15 +319,20 @@ class Desks:
 
     async def _told(self, group: list[Waiting], before: GpuLedger, decided: Decided) -> None:
         """Publishes what began and what ended, each within the trace of who asked for it."""
-        old = {grant.reservation_id for grant in before.grants}
         asked = {one.want.reservation_id: one for one in group if isinstance(one.want, Reserve)}
-        for grant in decided.ledger.grants:
-            if grant.reservation_id not in old and (one := asked.get(grant.reservation_id)):
+        for grant in _new(before, decided):
+            if one := asked.get(grant.reservation_id):
                 with trace.within(one.traceparent):
                     await self._tell(ledgers.shown(grant))
         for released in decided.ended:
             with trace.within(_asker(group, released)):
                 await self._tell(released)
+
+
+def _new(before: GpuLedger, decided: Decided) -> list[GpuGrant]:
+    """What was granted; perhaps under an id that stood before and ran out."""
+    old = {(grant.reservation_id, grant.granted_at) for grant in before.grants}
+    return [grant for grant in decided.ledger.grants if (grant.reservation_id, grant.granted_at) not in old]
 
 
 def _asker(group: list[Waiting], released: GpuReleased) -> str:

@@ -165,10 +165,10 @@ class GpuOrchestrator:
     async def _tell(self, fact: GpuReservation | GpuReleased) -> None:
         try:
             if isinstance(fact, GpuReleased):
-                _log.info("ended", reservation=fact.reservation_id, node=fact.node_id, why=fact.reason)
+                _log.debug("ended", reservation=fact.reservation_id, node=fact.node_id, why=fact.reason)
                 await self._bus.publish(gpus.RELEASED, fact)
             else:
-                _log.info("reserved", reservation=fact.reservation_id, node=fact.node_id, mb=fact.total_mb)
+                _log.debug("reserved", reservation=fact.reservation_id, node=fact.node_id, mb=fact.total_mb)
                 fields = {name: getattr(fact, name) for name in GpuReservation.__struct_fields__}
                 await self._bus.publish(gpus.RESERVED, GpuReserved(**fields))
         except BusError as error:
