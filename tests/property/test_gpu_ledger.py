@@ -648,7 +648,11 @@ def test_no_mib_is_granted_twice_and_what_is_free_can_be_had(seed: int, monkeypa
     monkeypatch.setattr(time, "monotonic", clock)
     chance = random.Random(seed)
     monkeypatch.setattr(random, "uniform", chance.uniform)
-    monkeypatch.setattr(secrets, "token_hex", lambda size: f"{chance.getrandbits(8 * size):0{2 * size}x}")
+
+    def token_hex(size: int) -> str:
+        return f"{chance.getrandbits(8 * size):0{2 * size}x}"
+
+    monkeypatch.setattr(secrets, "token_hex", token_hex)
     log.configure("simulation", level="error", form="text")
     mesh = Mesh(seed, clock)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(Selector(clock))) as runner:

@@ -222,7 +222,7 @@ class Desks:
             code="busy", reason=f"{node_id}: others wrote first {lost} times in a row", status=503, retry="later"
         )
         for one in group:
-            one.answer.set_result(busy)
+            _give(one, busy)
 
     def _decide(self, before: GpuLedger, node_id: str, group: list[Waiting]) -> Decided:
         now = time.time()
@@ -241,8 +241,7 @@ class Desks:
 
     def _answer(self, group: list[Waiting], decided: Decided) -> None:
         for one, answer in zip(group, decided.answers, strict=True):
-            if not one.answer.done():
-                one.answer.set_result(answer)
+            _give(one, answer)
 
     # --- the store ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +314,7 @@ class Desks:
             there = self._mirror.get(mark.value.node_id)
             if there is not None and ledgers.find(there, one.want.reservation_id, time.time()):
                 group.remove(one)
-                one.answer.set_result(Elsewhere(mark.value.node_id))
+                _give(one, Elsewhere(mark.value.node_id))
 
     async def _told(self, group: list[Waiting], before: GpuLedger, decided: Decided) -> None:
         """Publishes what began and what ended, each within the trace of who asked for it."""
@@ -327,6 +326,11 @@ class Desks:
         for released in decided.ended:
             with trace.within(_asker(group, released)):
                 await self._tell(released)
+
+
+def _give(one: Waiting, answer: Outcome) -> None:
+    if not one.answer.done():  # Whoever waited may have gone.
+        one.answer.set_result(answer)
 
 
 def _new(before: GpuLedger, decided: Decided) -> list[GpuGrant]:
