@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ import pytest
 from computemesh.bus import Bucket, Bus, BusError
 from computemesh.bus.connection import read_answer
 from computemesh.contracts import gpus, nodes, storage
-from computemesh.contracts.base import Refused, Role, decode, encode
+from computemesh.contracts.base import Message, Refused, Request, Role, decode, encode
 from computemesh.contracts.gpus import (
     EndReason,
     GpuCanFit,
@@ -43,6 +43,9 @@ from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbea
 from computemesh.contracts.work import WorkItem
 from computemesh.hardware import Gpu, GpuLink, GpuProcess, GpuUse, LinkKind, Memory
 from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
 
 SERVICES: Final = ("node-registry", "gpu-orchestrator")
 PATIENT: Final = {"COMPUTEMESH_SUSPECT_AFTER_S": "100", "COMPUTEMESH_LOST_AFTER_S": "200"}
@@ -167,15 +170,21 @@ async def refused(bus: Bus, **terms: Any) -> Refused:
     return answer
 
 
-async def persistent(ask: Callable[[], Awaitable[Any]], retry: tuple[str, ...] = ("unavailable", "busy")) -> Any:
+async def persistent(
+    bus: Bus, request: Request[Q, R], question: Q, *, retry: tuple[str, ...] = ("unavailable", "busy")
+) -> R | Refused:
     """The answer, however often it takes to get one."""
     async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(BusError):
-                answer = await ask()
+                answer = await bus.ask(request, question)
                 if not isinstance(answer, Refused) or answer.code not in retry:
                     return answer
             await asyncio.sleep(0.05)
+
+
+async def persistent_reserve(bus: Bus, ask: GpuReserve) -> GpuReservation | Refused:
+    return await persistent(bus, gpus.RESERVE, ask)
 
 
 async def test_the_documented_calls_work_as_printed(mesh: RunningMesh, node: GpuNode) -> None:
@@ -262,10 +271,9 @@ async def test_the_same_id_is_the_same_reservation_wherever_it_is_asked_for(mesh
     await everywhere(mesh, lambda states: states.count == 2)
     bus = await mesh.bus()
     for number in range(10):
-        terms = {"required_mb": 1_000, "reservation_id": f"mine-{number}"}
-        answers = await asyncio.gather(
-            *(persistent(lambda terms=terms: bus.ask(gpus.RESERVE, GpuReserve(**terms))) for _ in range(20))
-        )
+        terms: dict[str, Any] = {"required_mb": 1_000, "reservation_id": f"mine-{number}"}
+        ask = GpuReserve(**terms)
+        answers = await asyncio.gather(*map(persistent_reserve, [bus] * 20, [ask] * 20))
         assert all(answer == answers[0] and isinstance(answer, GpuReservation) for answer in answers), answers
         other = await refused(bus, **{**terms, "required_mb": 2_000})
         assert (other.code, other.field) == ("conflict", "reservation_id")
@@ -352,7 +360,7 @@ async def test_quotas_hold_over_nodes_and_replicas_whatever_races(mesh: RunningM
     async def one(number: int) -> Any:
         owner = ("carol", "dave")[number % 2]
         ask = GpuReserve(required_mb=9_000, owner=owner, node_id=("n1", "n2")[number % 3 % 2])
-        return owner, await persistent(lambda: bus.ask(gpus.RESERVE, ask))
+        return owner, await persistent(bus, gpus.RESERVE, ask)
 
     answers = await asyncio.gather(*(one(number) for number in range(60)))
     granted = Counter(owner for owner, answer in answers if isinstance(answer, GpuReservation))
@@ -420,7 +428,7 @@ async def test_nothing_is_lost_or_granted_twice_while_replicas_and_the_server_ar
                 reservation_id=f"c{number}-{turn}",
                 timeout_seconds=600,
             )
-            got = await persistent(lambda ask=ask: bus.ask(gpus.RESERVE, ask))
+            got = await persistent(bus, gpus.RESERVE, ask)
             if isinstance(got, Refused):
                 assert got.code == "no_room", got
                 done["refused"] += 1
@@ -430,7 +438,7 @@ async def test_nothing_is_lost_or_granted_twice_while_replicas_and_the_server_ar
                 kept[got.reservation_id] = got
                 continue
             release = GpuRelease(reservation_id=got.reservation_id)
-            back = await persistent(lambda release=release: bus.ask(gpus.RELEASE, release))
+            back = await persistent(bus, gpus.RELEASE, release)
             assert isinstance(back, GpuReleased) or back.code == "not_found"
             done["released"] += 1
 
@@ -448,16 +456,21 @@ async def test_nothing_is_lost_or_granted_twice_while_replicas_and_the_server_ar
                 done["looks"] += 1
             await asyncio.sleep(0.01)
 
+    async def more(before: int) -> None:
+        await until(lambda: done["granted"] > before + 100, what="more grants")
+
+    def next_life(name: str, pid: int) -> Callable[[], bool]:
+        return lambda: mesh.pid(name) not in (0, pid)
+
     clients = [asyncio.create_task(client(number)) for number in range(64)]
     watcher = asyncio.create_task(watch())
     for victim in ("gpu-orchestrator", "gpu-orchestrator-2", "nats-server", "gpu-orchestrator", "gpu-orchestrator-2"):
         before = done["granted"]
-        await until(lambda before=before: done["granted"] > before + 100, what="more grants")
+        await more(before)
         pid = mesh.pid(victim)
         mesh.kill(victim)
-        await until(lambda victim=victim, pid=pid: mesh.pid(victim) not in (0, pid), what=f"the next {victim}")
-    before = done["granted"]
-    await until(lambda: done["granted"] > before + 100, what="grants at the end")
+        await until(next_life(victim, pid), what=f"the next {victim}")
+    await more(done["granted"])
     stop.set()
     await asyncio.gather(*clients, watcher)
     assert not overfull
@@ -465,7 +478,8 @@ async def test_nothing_is_lost_or_granted_twice_while_replicas_and_the_server_ar
     found: dict[str, GpuReservation] = {}
     after = ""
     while True:
-        page = await persistent(lambda after=after: bus.ask(gpus.LIST, GpuList(limit=500, after=after)))
+        page = await persistent(bus, gpus.LIST, GpuList(limit=500, after=after))
+        assert isinstance(page, GpuReservations), page
         found |= {one.reservation_id: one for one in page.reservations}
         after = page.next
         if not after:
@@ -474,7 +488,8 @@ async def test_nothing_is_lost_or_granted_twice_while_replicas_and_the_server_ar
     assert not missing
     assert set(found) == set(kept), "what was released still stands"
     # What is free can be had at once.
-    states = await persistent(lambda: bus.ask(gpus.STATES, GpuStatesQuery()))
+    states = await persistent(bus, gpus.STATES, GpuStatesQuery())
+    assert isinstance(states, GpuStates), states
     for gpu in states.nodes[0].gpus:
         if gpu.free_mb:
             await reserved(bus, required_mb=gpu.free_mb, node_id="n1", gpu_indices=[gpu.index])
@@ -489,29 +504,33 @@ async def test_a_reservation_ends_with_the_work_item_it_is_bound_to(tmp_path: Pa
         worker = DirectNode(await mesh.bus(Role.NODE), "n1", work_types=("shout",))
         await worker.join()
         bus = await mesh.bus()
+
+        async def assigned(number: int) -> None:
+            await until(lambda: len(worker.given) == number + 1, what="the assignment")
+
         for number, away in enumerate((False, True)):
             item = await mesh.submit(WorkItem(work_id=f"w{number}", work_type="shout"))
             got = await persistent(
-                lambda item=item: bus.ask(gpus.RESERVE, GpuReserve(required_mb=100, work_id=item.work_id)),
+                bus,
+                gpus.RESERVE,
+                GpuReserve(required_mb=100, work_id=item.work_id),
                 retry=("unavailable", "busy", "impossible"),
             )
             assert isinstance(got, GpuReservation), got
-            await until(lambda number=number: len(worker.given) == number + 1, what="the assignment")
+            await assigned(number)
             if away:
                 mesh.kill("gpu-orchestrator")
             await worker.complete(worker.given[number])
             await mesh.record(item.work_id)
 
             async def gone(got: GpuReservation = got) -> bool:
-                answer = await persistent(lambda: bus.ask(gpus.GET, GpuGet(reservation_id=got.reservation_id)))
+                answer = await persistent(bus, gpus.GET, GpuGet(reservation_id=got.reservation_id))
                 return isinstance(answer, Refused)
 
             async with asyncio.timeout(30):
                 while not await gone():
                     await asyncio.sleep(0.05)
-            late = await persistent(
-                lambda item=item: bus.ask(gpus.RESERVE, GpuReserve(required_mb=100, work_id=item.work_id))
-            )
+            late = await persistent(bus, gpus.RESERVE, GpuReserve(required_mb=100, work_id=item.work_id))
             assert isinstance(late, Refused)
             assert (late.code, late.field) == ("work_ended", "work_id")
         await worker.leave()

@@ -189,6 +189,8 @@ class Weather:
     lost_answer: float = 0.006
     late_request: float = 0.004
     lost_event: float = 0.02
+    lag_s: float = 0.6
+    """How far what a replica mirrors may be behind what is stored."""
 
 
 class SimulatedBus:
@@ -354,7 +356,7 @@ class SimulatedBus:
                     idle_s = 0.0
                     await handler(Message(consumer.inbox, headers={"Status": "100"}))
                 continue
-            await asyncio.sleep(self._delay_s())
+            await asyncio.sleep(self._rng.choice((0.0, 0.001, 0.02, self._weather.lag_s)))
             batch, consumer.queue = consumer.queue, []
             for number, (subject, kept) in enumerate(batch, 1):
                 consumer.sent += 1

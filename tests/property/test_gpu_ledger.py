@@ -68,7 +68,7 @@ EXPECTED: Final = (
     *("grants", "groups", "repeated", "renewed", "grants beside others", "near a quota", "not answered"),
     *("no_room", "quota_exceeded", "impossible", "conflict", "not_found", "wrong_session"),
     *("ran out", "released", "orphaned", "work ended", "node changes", "GPUs pulled", "killed", "cut off"),
-    *("fits", "does not fit", "free and had"),
+    *("fits", "does not fit", "free and had", "handed over"),
 )
 """What must have happened in the runs together."""
 
@@ -563,7 +563,7 @@ class Mesh:
             ask = msgspec.structs.replace(self.a_request(), timeout_seconds=3600.0, session="", work_id=None)
             first, second = self._replica(), self._replica()
             heard = self.rng.random() < 0.5
-            await asyncio.sleep(0.5 if heard else 0)
+            await asyncio.sleep(2 if heard else 0)
             fit = await first.ask(gpus.CAN_FIT, self._plain(ask))
             got = await second.ask(gpus.RESERVE, ask)
             if isinstance(fit, GpuFit):
@@ -608,6 +608,36 @@ class Mesh:
                     assert isinstance(got, GpuReservation), got
                     self.steps["free and had"] += 1
 
+    async def release(self, replica: Replica, reservation_id: str) -> None:
+        self.released.add(reservation_id)
+        back = await replica.ask(gpus.RELEASE, GpuRelease(reservation_id=reservation_id))
+        assert isinstance(back, GpuReleased), back
+
+    async def check_handover(self) -> None:
+        """What one replica has just taken or given back counts for the next at once, however far it lags."""
+        for grant in self.standing().values():
+            await self.release(self._replica(), grant.reservation_id)
+        for machine in self.machines.values():
+            machine.others.clear()
+            machine.own.clear()
+            self.server.say(nodes.HEARTBEAT.subject, machine.beat())
+        await asyncio.sleep(2)
+        for _ in range(25):
+            first, second = self.rng.sample(self.replicas, 2)
+            here, there = self.rng.sample(list(self.machines), 2)
+            whole = GpuReserve(required_mb=TOTAL_MB, node_id=here, gpu_indices=[0], timeout_seconds=3600)
+            mine = await first.ask(gpus.RESERVE, msgspec.structs.replace(whole, owner="dave"))
+            assert isinstance(mine, GpuReservation), mine
+            more = msgspec.structs.replace(whole, owner="dave", node_id=there, required_mb=2_000)
+            beyond = await second.ask(gpus.RESERVE, more)
+            assert isinstance(beyond, Refused), beyond
+            assert beyond.code == "quota_exceeded"
+            await self.release(first, mine.reservation_id)
+            again = await second.ask(gpus.RESERVE, whole)
+            assert isinstance(again, GpuReservation), again
+            await self.release(second, again.reservation_id)
+            self.steps["handed over"] += 1
+
     def _free(self, machine: Machine, key: str) -> int:
         grants = [g for g in self.held.get(machine.node_id, {}).values() if g.expires_at > self.clock.now]
         shares = {g.reservation_id: s.mb for g in grants for s in g.gpus if key_of(s.uuid, s.index) == key}
@@ -635,6 +665,7 @@ async def live(mesh: Mesh, steps: int) -> None:
     await mesh.check_ends()
     await mesh.check_fits()
     await mesh.check_free()
+    await mesh.check_handover()
     for replica in mesh.replicas:
         replica.kill()
     await asyncio.sleep(1)

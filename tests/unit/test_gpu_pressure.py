@@ -50,6 +50,7 @@ def test_a_leak_is_told_with_about_the_time_that_is_left(slope: float, noise_mb:
     samples = heard(lambda at: start - slope * at, seed, noise_mb)
     ram = ram_of(samples, TOTAL, int(samples[-1][1]))
     left_s = max(0.0, start / slope - samples[-1][0])
+    assert may_fall(samples, TOTAL)
     assert ram.oom_in_s is not None
     assert ram.oom_in_s == pytest.approx(left_s, rel=0.15, abs=20)
     assert ram.confidence > 0.5

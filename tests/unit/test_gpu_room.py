@@ -228,6 +228,19 @@ def test_the_best_group_is_the_one_that_trying_all_finds(seed: int) -> None:
     assert found is None or len(set(found.chosen)) == count
 
 
+def test_gpus_are_joined_also_through_each_other_and_a_link_is_worth_more_than_nearness() -> None:
+    """A chain joins its ends; two that are linked beat three that are near."""
+    chain = [GpuLink(a=0, b=1, kind=LinkKind.NVLINK), GpuLink(a=1, b=2, kind=LinkKind.NVLINK)]
+    facts = facts_of(a_node(*(a_card(n) for n in range(4)), gpu_links=chain))
+    assert chosen(facts, GpuCanFit(required_mb=1, gpu_count=3, require_nvlink=True)) == [0, 1, 2]
+    assert chosen(facts, GpuCanFit(required_mb=1, gpu_indices=[0, 2], require_nvlink=True)) is None
+    near = [GpuLink(a=a, b=b, kind=LinkKind.PIX) for a, b in [(2, 3), (3, 4), (2, 4)]]
+    facts = facts_of(a_node(*(a_card(n) for n in range(5)), gpu_links=[chain[0], *near]))
+    found = chosen(facts, GpuCanFit(required_mb=1, gpu_count=3, prefer_nvlink=True))
+    assert found is not None
+    assert {0, 1} < set(found)
+
+
 def test_among_more_than_sixteen_gpus_a_good_group_is_grown() -> None:
     """Two islands of sixteen: eight of one of them."""
     links = [GpuLink(a=a, b=b, kind=LinkKind.XGMI) for a, b in itertools.combinations(range(32), 2) if a % 2 == b % 2]
@@ -282,7 +295,7 @@ def test_over_nodes_the_best_fit_wins_and_linked_ones_first_where_preferred() ->
     ]
 
     def best(ask: GpuCanFit) -> str:
-        found = best_of(chosen for room in rooms if (chosen := pick(room, ask)))
+        found = best_of(rooms, ask)
         return found.node_id if found else ""
 
     assert best(GpuCanFit(required_mb=1_000, gpu_count=2)) == "b"
@@ -298,7 +311,9 @@ def test_why_not_names_the_numbers_and_the_holders() -> None:
     """Whose reservation it is, what others use, and how much is missing."""
     grant = a_grant("g1", (0, 10_000), owner="alice")
     facts = heard(a_node(a_card(0)), a_use(0, 4_000, (5, 4_000, "")))
-    (verdict,) = why_not(room_of(a_ledger(grant), facts, NOW), GpuCanFit(required_mb=12_000))
+    against = Refusals(GpuCanFit(required_mb=12_000))
+    against.add(room_of(a_ledger(grant), facts, NOW))
+    (verdict,) = against.closest
     assert (verdict.code, verdict.short_mb, verdict.may_change) == (WhyNot.RESERVED, 2_000, True)
     assert verdict.reason == "10000 of 24000 MiB free, needs 12000; 10000 reserved by alice; 4000 used by others"
 
@@ -318,19 +333,17 @@ def test_why_not_tells_what_may_change_from_what_never_will(
 ) -> None:
     """So that a caller knows whether to wait."""
     room = room_of(a_ledger(a_grant("g1", (0, 10_000))), facts_of(a_node(a_card(0), a_card(1))), NOW)
-    against = Refusals()
-    against.add(why_not(room, ask))
+    against = Refusals(ask)
+    against.add(room)
     assert sorted(verdict.code for verdict in against.closest) == sorted(codes)
     assert against.may_change is may_change
 
 
 def test_of_many_gpus_those_that_come_closest_are_told_and_all_are_counted() -> None:
     """However many there are."""
-    against = Refusals()
+    against = Refusals(GpuCanFit(required_mb=20_000))
     for n in range(50):
         cards = [a_card(i, vram_used_mb=10_000 + 100 * n + i) for i in range(8)]
-        against.add(
-            why_not(room_of(a_ledger(), facts_of(a_node(*cards, node_id=f"n{n}")), NOW), GpuCanFit(required_mb=20_000))
-        )
+        against.add(room_of(a_ledger(), facts_of(a_node(*cards, node_id=f"n{n}")), NOW))
     assert against.counts == {WhyNot.USED: 400}
     assert [verdict.node_id for verdict in against.closest] == [f"n{n}" for n in range(4) for _ in range(8)]

@@ -186,13 +186,17 @@ class Desks:
     async def _settle(self, node_id: str, group: list[Waiting]) -> None:
         """Decides and writes until the write stands."""
         known = Known()
-        read_now = False
+        read_now = caught_up = False
         lost = 0
         until_s = time.monotonic() + PATIENCE_S
         while group:
             await self._read_owners(group, known)
             before = self._mirror.get(node_id) or ledgers.empty(node_id)
             decided = self._decide(before, node_id, group)
+            if not caught_up and any(map(_is_over_quota, decided.answers)):
+                await self.catch_up()  # The owner may have given something back elsewhere.
+                caught_up = True
+                continue
             if decided.ledger is before:
                 if read_now or not any(map(_is_no, decided.answers)):
                     self._answer(group, decided)
@@ -348,6 +352,10 @@ def _asker(group: list[Waiting], released: GpuReleased) -> str:
 
 def _is_no(answer: Answer) -> bool:
     return answer is None or isinstance(answer, NoRoom | Refused)
+
+
+def _is_over_quota(answer: Answer) -> bool:
+    return isinstance(answer, Refused) and answer.code == "quota_exceeded"
 
 
 def _mark(node_id: str, behind: int) -> LedgerMark:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from heapq import nsmallest
+from operator import attrgetter
 from typing import Final
 
 import msgspec
@@ -95,6 +97,12 @@ class Room(msgspec.Struct, frozen=True, gc=False):
     until: float
     """Unix seconds until which this holds if nothing is said: when the next reservation ends."""
     heard_at: float | None
+    sliced: bool
+    """Whether some of its GPUs are slices."""
+    total_mb: int
+    reserved_mb: int
+    external_mb: int
+    """Of all GPUs together."""
 
 
 class Pick(msgspec.Struct, frozen=True, gc=False):
@@ -148,6 +156,10 @@ def room_of(ledger: GpuLedger, facts: Facts, now: float, *, headroom_mb: int = 0
         best_mb=max(free, default=-1),
         until=min((grant.expires_at for grant in grants), default=float("inf")),
         heard_at=facts.heard_at,
+        sliced=bool(split),
+        total_mb=sum(spot.total_mb for spot in spots),
+        reserved_mb=sum(spot.reserved_mb for spot in spots),
+        external_mb=sum(spot.external_mb for spot in spots),
     )
 
 
@@ -303,9 +315,35 @@ def pick(room: Room, ask: GpuCanFit) -> Pick | None:
     :mod:`~computemesh_services.gpu_orchestrator.topology` finds; else the GPUs with the least free that is
     enough, so that large holes stay.
     """
+    found = _ranked(room, ask)
+    return _picked(room, *found) if found else None
+
+
+def best_of(rooms: Iterable[Room], ask: GpuCanFit) -> Pick | None:
+    """The best of many nodes: linked if that is preferred, then with the least left over, then the lowest id."""
+    best: tuple[tuple[int, int, int], str] | None = None
+    where: tuple[Room, Group] | None = None
+    for room in rooms:
+        if room.best_mb < ask.required_mb or (found := _ranked(room, ask)) is None:
+            continue
+        group, rank = found
+        if best is None or (rank, room.node.node_id) < best:
+            best, where = (rank, room.node.node_id), (room, group)
+    return _picked(*where, best[0]) if best and where else None
+
+
+def _picked(room: Room, group: Group, rank: tuple[int, int, int]) -> Pick:
+    return Pick(room.node.node_id, tuple(room.spots[at] for at in group.chosen), rank)
+
+
+def _ranked(room: Room, ask: GpuCanFit) -> tuple[Group, tuple[int, int, int]] | None:
     if room.against or room.best_mb < ask.required_mb or _node_filter(room.node, ask):
         return None
-    free = _open(room, ask)
+    return _chosen(room, ask, _open(room, ask, room.free_mb))
+
+
+def _chosen(room: Room, ask: GpuCanFit, free: tuple[int, ...]) -> tuple[Group, tuple[int, int, int]] | None:
+    """The best group, were so much *free* by position, and how good it is."""
     count = count_of(ask)
     if ask.gpu_indices:
         at_index = {spot.gpu.index: at for at, spot in enumerate(room.spots[: len(free)])}
@@ -319,26 +357,34 @@ def pick(room: Room, ask: GpuCanFit) -> Pick | None:
             return None
         group = found
     else:
-        fit = nsmallest(count, ((mb, at) for at, mb in enumerate(free) if mb >= ask.required_mb))
-        if len(fit) < count:
+        tight = _tightest(free, count, ask.required_mb)
+        if tight is None:
             return None
-        group = Group(tuple(sorted(at for _, at in fit)), joined=False, gain=0)
+        group = tight
     if ask.require_nvlink and count > 1 and not joined(room.topology.linked, group.chosen):
         return None
-    left = sum(free[at] - ask.required_mb for at in group.chosen)
+    left = sum(free[at] for at in group.chosen) - ask.required_mb * count
     linked = ask.prefer_nvlink and group.joined
-    rank = (-int(linked), left, -group.gain if ask.prefer_nvlink else 0)
-    return Pick(room.node.node_id, tuple(room.spots[at] for at in group.chosen), rank)
+    return group, (-int(linked), left, -group.gain if ask.prefer_nvlink else 0)
 
 
-def _open(room: Room, ask: GpuCanFit) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def _tightest(free: tuple[int, ...], count: int, required_mb: int) -> Group | None:
+    """The GPUs with the least free that is enough."""
+    fit = nsmallest(count, ((mb, at) for at, mb in enumerate(free) if mb >= required_mb))
+    if len(fit) < count:
+        return None
+    return Group(tuple(sorted(at for _, at in fit)), joined=False, gain=0)
+
+
+def _open(room: Room, ask: GpuCanFit, free: tuple[int, ...]) -> tuple[int, ...]:
     """What is free by position, below 0 where the request does not want that GPU."""
-    slices = count_of(ask) > 1 and not ask.gpu_indices and any(spot.gpu.mig_parent for spot in room.spots)
+    slices = room.sliced and count_of(ask) > 1 and not ask.gpu_indices
     if not slices and not ask.min_compute_capability and not ask.min_vram_mb:
-        return room.free_mb
+        return free
     return tuple(
-        -1 if _gpu_filter(room.spots[at].gpu, ask) or (slices and room.spots[at].gpu.mig_parent) else free
-        for at, free in enumerate(room.free_mb)
+        -1 if _gpu_filter(room.spots[at].gpu, ask) or (slices and room.spots[at].gpu.mig_parent) else mb
+        for at, mb in enumerate(free)
     )
 
 
@@ -370,108 +416,122 @@ def version(text: str) -> tuple[int, int]:
     return (int(major), int(minor or 0)) if major.isdecimal() and (minor or "0").isdecimal() else (-1, 0)
 
 
-def best_of(picks: Iterable[Pick]) -> Pick | None:
-    """Of picks on several nodes: linked if that is preferred, then the least left over, then the lowest id."""
-    return min(picks, key=lambda pick: (pick.rank, pick.node_id), default=None)
-
-
 # --- why not ---------------------------------------------------------------------------------------------------------
 
 _NEAREST: Final = {code: max(0, place - 4) for place, code in enumerate(WhyNot)}
 """Memory that is taken, a quota and the wrong neighbours are equally near: what is missing decides."""
 
 
+class Against(msgspec.Struct, frozen=True, gc=False):
+    """What speaks against one GPU. Put in words only for those that are told."""
+
+    room: Room
+    spot: Spot | None
+    """None for a GPU that is named and does not exist."""
+    index: int
+    code: WhyNot
+    short_mb: int
+    may_change: bool
+    """False: this GPU can never do, as it is now."""
+    text: str
+    """Empty where the numbers say it."""
+
+    @property
+    def distance(self) -> tuple[bool, int, int, str, int]:
+        return not self.may_change, _NEAREST[self.code], self.short_mb, self.room.node.node_id, self.index
+
+
 class Refusals:
     """Collects why not, of as many nodes as there are, and keeps what comes closest."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: GpuCanFit) -> None:
         self.counts: Counter[WhyNot] = Counter()
         self.may_change = False
         """Whether it could be had one day, as things are made."""
-        self._kept: list[GpuVerdict] = []
+        self._ask = ask
+        self._kept: list[Against] = []
 
-    def add(self, verdicts: Iterable[GpuVerdict]) -> None:
-        for verdict in verdicts:
-            self.counts[verdict.code] += 1
-            self.may_change = self.may_change or verdict.may_change
-            self._kept.append(verdict)
-        if len(self._kept) > 8 * VERDICTS_MAX:
-            self._kept = self.closest
+    def add(self, room: Room) -> None:
+        """Takes the reasons of a node that :func:`pick` gets nothing from."""
+        for against in why_not(room, self._ask):
+            self.counts[against.code] += 1
+            self.may_change = self.may_change or against.may_change
+            self._kept.append(against)
+        if len(self._kept) > 64 * VERDICTS_MAX:
+            self._kept = nsmallest(VERDICTS_MAX, self._kept, key=_distance)
 
     @property
     def closest(self) -> list[GpuVerdict]:
-        return nsmallest(VERDICTS_MAX, self._kept, key=_distance)
+        return [_verdict(against, self._ask) for against in nsmallest(VERDICTS_MAX, self._kept, key=_distance)]
 
 
-def _distance(verdict: GpuVerdict) -> tuple[bool, int, int, str, int]:
-    return not verdict.may_change, _NEAREST[verdict.code], verdict.short_mb, verdict.node_id, verdict.index
+_distance = attrgetter("distance")
 
 
-def why_not(room: Room, ask: GpuCanFit) -> Iterator[GpuVerdict]:
+def why_not(room: Room, ask: GpuCanFit) -> Iterator[Against]:
     """Why a node that :func:`pick` got nothing from gives nothing, GPU by GPU."""
-    count = count_of(ask)
-    against_node = _node_filter(room.node, ask)
     named = set(ask.gpu_indices)
+    several = count_of(ask) > 1 and not named
+    against_node = _node_filter(room.node, ask)
+    ever = not against_node and _could_ever(room, ask)
     would_do: list[Spot] = []
-    enough_made = _could_ever(room, ask)
     for at, spot in enumerate(room.spots):
         if named and spot.gpu.index not in named:
             continue
         if against_node:
-            yield _verdict(room, spot, ask, WhyNot.FILTER, against_node, may_change=False)
+            yield _against(room, spot, ask, WhyNot.FILTER, against_node, may_change=False)
         elif kind := _gpu_filter(spot.gpu, ask):
-            yield _verdict(room, spot, ask, WhyNot.FILTER, kind, may_change=False)
+            yield _against(room, spot, ask, WhyNot.FILTER, kind, may_change=False)
         elif spot.against is not None:
-            may = spot.against is not WhyNot.MIG
-            yield _verdict(room, spot, ask, spot.against, spot.because, may_change=may and enough_made)
-        elif count > 1 and not named and spot.gpu.mig_parent:
+            may = ever and spot.against is not WhyNot.MIG
+            yield _against(room, spot, ask, spot.against, spot.because, may_change=may)
+        elif several and spot.gpu.mig_parent:
             text = "it is a slice, and a program uses one slice only"
-            yield _verdict(room, spot, ask, WhyNot.MIG, text, may_change=False)
+            yield _against(room, spot, ask, WhyNot.MIG, text, may_change=False)
         elif spot.most_mb < ask.required_mb:
-            text = f"{spot.most_mb} MiB in all, needs {ask.required_mb}"
-            yield _verdict(room, spot, ask, WhyNot.TOO_SMALL, text, may_change=False)
+            yield _against(room, spot, ask, WhyNot.TOO_SMALL, "", may_change=False)
         elif room.against:
-            yield _verdict(room, spot, ask, WhyNot.NODE_STATE, room.against, may_change=enough_made)
+            yield _against(room, spot, ask, WhyNot.NODE_STATE, room.against, may_change=ever)
         elif at >= len(room.free_mb) or spot.free_mb < ask.required_mb:
-            yield _short(room, spot, ask, may_change=enough_made)
+            held = spot.reserved_mb >= ask.required_mb - spot.free_mb
+            yield _against(room, spot, ask, WhyNot.RESERVED if held else WhyNot.USED, "", may_change=ever)
         else:
             would_do.append(spot)
-    missing = named - {spot.gpu.index for spot in room.spots}
-    for index in sorted(missing):
-        yield GpuVerdict(
-            node_id=room.node.node_id,
-            index=index,
-            code=WhyNot.ABSENT,
-            reason="the node has no such GPU",
-            may_change=False,
-        )
+    for index in sorted(named - {spot.gpu.index for spot in room.spots}):
+        text = "the node has no such GPU"
+        yield Against(room, None, index, WhyNot.ABSENT, ask.required_mb, may_change=False, text=text)
+    unlinked = ask.require_nvlink and len(would_do) >= count_of(ask)
     for spot in would_do:
-        if ask.require_nvlink and len(would_do) >= count:
-            text = f"no fabric joins it to {count - 1} others that have {ask.required_mb} MiB free"
-            yield _verdict(room, spot, ask, WhyNot.UNLINKED, text, may_change=enough_made)
+        if unlinked:
+            text = f"no fabric joins it to {count_of(ask) - 1} others that have {ask.required_mb} MiB free"
+            yield _against(room, spot, ask, WhyNot.UNLINKED, text, may_change=ever)
         else:
-            text = f"{len(would_do)} GPUs of the node would do, needs {count}"
-            yield _verdict(room, spot, ask, WhyNot.TOO_FEW, text, may_change=enough_made)
+            text = f"{len(would_do)} GPUs of the node would do, needs {count_of(ask)}"
+            yield _against(room, spot, ask, WhyNot.TOO_FEW, text, may_change=ever)
 
 
 def _could_ever(room: Room, ask: GpuCanFit) -> bool:
     """Whether the node, with nothing on it, could give what is asked for."""
-    if _node_filter(room.node, ask):
-        return False
     empty = tuple(-1 if spot.against is WhyNot.MIG else spot.most_mb for spot in room.spots[: len(room.node.gpus)])
-    bare = msgspec.structs.replace(room, against="", free_mb=empty, best_mb=max(empty, default=-1))
-    return pick(bare, ask) is not None
+    return _chosen(room, ask, _open(room, ask, empty)) is not None
 
 
-def _short(room: Room, spot: Spot, ask: GpuCanFit, *, may_change: bool) -> GpuVerdict:
-    short = ask.required_mb - spot.free_mb
-    code = WhyNot.RESERVED if spot.reserved_mb >= short else WhyNot.USED
+def _against(room: Room, spot: Spot, ask: GpuCanFit, code: WhyNot, text: str, *, may_change: bool) -> Against:
+    short = max(0, ask.required_mb - spot.free_mb)
+    return Against(room, spot, spot.gpu.index, code, short, may_change=may_change, text=text)
+
+
+def _in_words(against: Against, spot: Spot, ask: GpuCanFit) -> str:
+    if against.text:
+        return against.text
+    if against.code is WhyNot.TOO_SMALL:
+        return f"{spot.most_mb} MiB in all, needs {ask.required_mb}"
     parts = [f"{spot.free_mb} of {spot.total_mb} MiB free, needs {ask.required_mb}"]
     if spot.reserved_mb:
         parts.append(f"{spot.reserved_mb} reserved by {_names(spot.holders)}")
     if spot.external_mb:
         parts.append(f"{spot.external_mb} used by others")
-    return _verdict(room, spot, ask, code, "; ".join(parts), may_change=may_change)
+    return "; ".join(parts)
 
 
 def _names(holders: Sequence[GpuHolder], names_max: int = 3) -> str:
@@ -480,18 +540,25 @@ def _names(holders: Sequence[GpuHolder], names_max: int = 3) -> str:
     return ", ".join(names[:names_max]) + more
 
 
-def _verdict(room: Room, spot: Spot, ask: GpuCanFit, code: WhyNot, reason: str, *, may_change: bool) -> GpuVerdict:
-    return GpuVerdict(
-        node_id=room.node.node_id,
-        index=spot.gpu.index,
+def _verdict(against: Against, ask: GpuCanFit) -> GpuVerdict:
+    spot = against.spot
+    told = GpuVerdict(
+        node_id=against.room.node.node_id,
+        index=against.index,
+        code=against.code,
+        reason=against.text,
+        short_mb=against.short_mb,
+        may_change=against.may_change,
+    )
+    if spot is None:
+        return told
+    return msgspec.structs.replace(
+        told,
         uuid=spot.gpu.uuid,
         name=spot.gpu.name,
-        code=code,
-        reason=reason,
+        reason=_in_words(against, spot, ask),
         total_mb=spot.total_mb,
         reserved_mb=spot.reserved_mb,
         external_mb=spot.external_mb,
         free_mb=spot.free_mb,
-        short_mb=max(0, ask.required_mb - spot.free_mb),
-        may_change=may_change,
     )

@@ -51,10 +51,8 @@ from computemesh_services.gpu_orchestrator.room import (
     Room,
     best_of,
     count_of,
-    pick,
     state_of,
     version,
-    why_not,
 )
 
 READY_S: Final = 3.0
@@ -232,20 +230,19 @@ class GpuOrchestrator:
             case GpuReservation() | Refused():
                 return answer
             case NoRoom(room):
-                against = Refusals()
-                against.add(why_not(room, ask))
+                against = Refusals(ask)
+                against.add(room)
                 return ledgers.refusal(ask, against)
             case _:
                 return Refused(code="busy", reason="the id moved meanwhile; ask again", status=503, retry="later")
 
     def _best(self, ask: GpuCanFit) -> Pick | None:
-        rooms = self._known.rooms(time.time())
-        return best_of(found for room in rooms if room.best_mb >= ask.required_mb and (found := pick(room, ask)))
+        return best_of(self._known.rooms(time.time()), ask)
 
     def _why_nowhere(self, ask: GpuCanFit) -> Refusals:
-        against = Refusals()
+        against = Refusals(ask)
         for room in self._known.rooms(time.time()):
-            against.add(why_not(room, ask))
+            against.add(room)
         return against
 
     def _contradiction(self, ask: GpuCanFit) -> Refused | None:
@@ -394,8 +391,8 @@ class GpuOrchestrator:
         return GpuStates(
             nodes=page,
             count=len(rooms),
-            total_mb=sum(spot.total_mb for room in rooms for spot in room.spots),
-            reserved_mb=sum(spot.reserved_mb for room in rooms for spot in room.spots),
+            total_mb=sum(room.total_mb for room in rooms),
+            reserved_mb=sum(room.reserved_mb for room in rooms),
             free_mb=sum(max(0, free) for room in rooms for free in room.free_mb),
             next=page[-1].node_id if page and len(page) < len(behind) else "",
         )
@@ -452,9 +449,9 @@ class GpuOrchestrator:
             now = time.time()
             sums = dict.fromkeys(("total", "reserved", "external", "free"), 0)
             for room in self._known.rooms(now):
-                sums["total"] += sum(spot.total_mb for spot in room.spots)
-                sums["reserved"] += sum(spot.reserved_mb for spot in room.spots)
-                sums["external"] += sum(spot.external_mb for spot in room.spots)
+                sums["total"] += room.total_mb
+                sums["reserved"] += room.reserved_mb
+                sums["external"] += room.external_mb
                 sums["free"] += sum(max(0, free) for free in room.free_mb)
             for state, mb in sums.items():
                 MEMORY.labels(state).set(mb * 2**20)
