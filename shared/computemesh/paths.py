@@ -43,6 +43,11 @@ class Home:
         return self.root / "work"
 
     @property
+    def joined(self) -> Path:
+        """The mesh that this machine joined as a node, with that node's password (0600)."""
+        return self.root / "joined.json"
+
+    @property
     def node_id_file(self) -> Path:
         return self.root / "node_id"
 

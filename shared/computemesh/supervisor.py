@@ -27,7 +27,7 @@ import msgspec
 from computemesh import __version__, log
 from computemesh.contracts.base import Role
 from computemesh.lifecycle import EXIT_CONFIG
-from computemesh.nats_server import LOOPBACK, Credentials, NatsServer
+from computemesh.nats_server import LOOPBACK, NatsServer
 from computemesh.paths import Home, private_folder, write_private
 from computemesh.process import dies_with_parent, end, exit_text
 
@@ -87,8 +87,12 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     embedded: bool
     """Whether the NATS server is ours."""
+    joined: bool = False
+    """Whether this is a node of a mesh that runs elsewhere."""
+    problem: str = ""
+    """What keeps it from its mesh now, when it is known."""
     nats_urls: dict[str, str]
-    """By role, with credentials."""
+    """By role, with credentials; a node that joined has those of a node only."""
     token: str
     node_id: str
     services: list[ServiceStatus]
@@ -228,11 +232,12 @@ class HomeTaken(Exception):
 
 
 class Supervisor:
-    """The mesh on this machine.
+    """What runs on this machine: a whole mesh, or a node of one that runs elsewhere.
 
     Args:
-        credentials: those in *home*, with a user for this node.
-        nats_urls: a server to use instead of an embedded one, as each role reaches it.
+        token: of the HTTP edges.
+        nats_urls: a server to use instead of an embedded one, as each role reaches it; only as nodes do where
+            nothing else runs here. An embedded one has the credentials in *home*, with a user for this node.
         nats_host: address the embedded server listens on.
     """
 
@@ -240,8 +245,8 @@ class Supervisor:
         self,
         home: Home,
         specs: list[ServiceSpec],
-        credentials: Credentials,
         *,
+        token: str,
         node_id: str,
         nats_urls: Mapping[Role, str] | None = None,
         nats_port: int = 0,
@@ -251,9 +256,10 @@ class Supervisor:
     ) -> None:
         self._home = home
         self._specs = specs
-        self._credentials = credentials
+        self._token = token
         self._node_id = node_id
-        self._nats_urls = nats_urls
+        self._nats_urls = dict(nats_urls or {})
+        self._problem = ""
         self._on_line = on_line
         self._on_status = on_status
         self._started_at = time.time()
@@ -278,7 +284,6 @@ class Supervisor:
         """The bus as *role* reaches it; for the role of nodes, as this node does."""
         if self._server is not None:
             return self._server.url(role, self._node_id if role is Role.NODE else "")
-        assert self._nats_urls is not None
         return self._nats_urls[role]
 
     async def start(self) -> None:
@@ -365,7 +370,7 @@ class Supervisor:
             "COMPUTEMESH_HTTP_PORT": str(port),
             "COMPUTEMESH_INSTANCE": f"{name}-{self._node_id}"[:63],
             "COMPUTEMESH_NODE_ID": self._node_id,
-            "COMPUTEMESH_TOKEN": self._credentials.token,
+            "COMPUTEMESH_TOKEN": self._token,
             "COMPUTEMESH_LOG_FORMAT": "json",
             "PYTHONUNBUFFERED": "1",
             **spec.environment,
@@ -383,12 +388,20 @@ class Supervisor:
             started_at=self._started_at,
             ready=len(services) > 1 and all(service.state == "ready" for service in services),
             embedded=self._server is not None,
-            nats_urls={role.value: self.url(role) for role in Role},
-            token=self._credentials.token,
+            joined=self._server is None and Role.SERVICES not in self._nats_urls,
+            problem=self._problem,
+            nats_urls={role.value: self.url(role) for role in Role if self._server or role in self._nats_urls},
+            token=self._token,
             node_id=self._node_id,
             services=services,
             url_names={service.name: list(service.spec.url_names) for service in self._services},
         )
+
+    def tell_problem(self, problem: str) -> None:
+        """Keeps, for the command line, what is wrong with the way to the mesh; empty when nothing is."""
+        if problem != self._problem:
+            self._problem = problem
+            self._changed()
 
     def _server_changed(self, state: State) -> None:
         assert self._server is not None

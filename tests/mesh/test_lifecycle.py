@@ -31,7 +31,7 @@ from computemesh.contracts import nodes, storage
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery
 from computemesh.lifecycle import EXIT_CONFIG, EXIT_DEFECT
-from computemesh.nats_server import NatsServer, load_or_create
+from computemesh.nats_server import NatsServer
 from computemesh.paths import Home
 from computemesh.process import exit_text
 from computemesh.supervisor import ServiceSpec, ServiceStatus, Supervisor
@@ -231,7 +231,7 @@ class Watched:
         self.supervisor = Supervisor(
             Home(folder / "mesh"),
             list(specs),
-            load_or_create(folder / "credentials.json"),
+            token="",
             node_id="n1",
             nats_urls=dict.fromkeys(Role, server.url(Role.SERVICES)),
             on_line=lambda name, line: self.lines.append(f"{name} {line.decode()}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import access, call, completion, doctor, events, mesh, nodes, work
+from computemesh.cli import access, call, completion, doctor, events, join, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -14,7 +14,8 @@ from computemesh.cli.program import Program
 def main() -> None:
     """LLM work across your GPU and CPU machines, over NATS.
 
-    `computemesh up` starts a mesh; `computemesh submit --prompt … --wait` gives it work.
+    `computemesh up` starts a mesh, `computemesh join` adds a machine to it, `computemesh submit --prompt …
+    --wait` gives it work.
     Commands find the mesh of this machine by themselves; set NATS_URL to use another one.
 
     Every command that prints takes --json; then an error is JSON too, on standard error. Exit status:
@@ -24,6 +25,7 @@ def main() -> None:
 
 for _command in (
     mesh.up,
+    join.join,
     mesh.down,
     mesh.status,
     doctor.doctor,

@@ -34,7 +34,7 @@ EXTERNAL_HINT: Final = (
 )
 
 
-class _NodeName(click.ParamType[str]):
+class NodeName(click.ParamType[str]):
     """A node id, checked."""
 
     name = "name"
@@ -62,22 +62,28 @@ class _Address(click.ParamType[str]):
 
 
 @click.command()
-@click.argument("name", type=_NodeName())
+@click.argument("name", type=NodeName())
 @click.option("--url", type=_Address(), help="How the node reaches the NATS server, as nats://HOST:PORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def invite(name: str, url: str | None, as_json: bool) -> None:
     """Let a node connect, and print what its machine needs.
 
-    The node has a user of its own and speaks for itself only. Inviting it again prints the same.
+    The node has a user of its own and speaks for itself only. Inviting it again prints the same. On the
+    node's machine `computemesh join` takes it:
+
+    \b
+      computemesh nodes invite gpu-7 > gpu-7.env        here
+      computemesh join gpu-7.env                        there
+
+    Any other program that is a node sets what is printed as its environment.
     """
-    status = read_status(home())
+    status = _here()
     address = url or _reached(status)
     made = _changed(admit_node(home().nats, home().credentials, name))
     values = exports(Where(url=_with_login(address, made.login(Role.NODE, name)), role=Role.NODE, name=""))
     print_exports(values | {"COMPUTEMESH_NODE_ID": name}, as_json=as_json)
-    err.print(f"\nNode {name} may connect. Set the above on its machine; computemesh's own node is then two processes:")
-    err.print("  python -m computemesh_services.resource_detector")
-    err.print("  python -m computemesh_services.node_agent")
+    err.print(f"\nNode {name} may connect. The above is all its machine needs, and holds its password. There:")
+    err.print("  computemesh join FILE     with the above in that file, or - for standard input")
     if status is not None and not status.embedded:
         err.print(EXTERNAL_HINT)
     elif _is_local(urlsplit(address).hostname or ""):
@@ -85,10 +91,10 @@ def invite(name: str, url: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", type=_NodeName())
+@click.argument("name", type=NodeName())
 def revoke(name: str) -> None:
     """Take a node's leave to connect away, and close its connections."""
-    status = read_status(home())
+    status = _here()
     if status is not None and status.node_id == name:
         raise Failure(f"{name} is this machine's own node", hint="`computemesh down` stops it")
     if not _changed(expel_node(home().nats, home().credentials, name)):
@@ -105,7 +111,7 @@ def revoke(name: str) -> None:
     type=_Address(),
     help="Print instead what `computemesh up` needs to use the server there, as shell exports.",
 )
-@click.option("--node", "name", type=_NodeName(), help="With --urls: the node that machine is.")
+@click.option("--node", "name", type=NodeName(), help="With --urls: the node that machine is.")
 def nats_config(address: str | None, name: str | None) -> None:
     """Print the accounts and users that a NATS server of your own must have.
 
@@ -153,6 +159,14 @@ def node_url(status: MeshStatus, name: str) -> str:
 
 def not_a_node(role: str) -> NoReturn:
     raise Failure(f"--node goes with --role node, not with --role {role}")
+
+
+def _here() -> MeshStatus | None:
+    """The mesh that runs from this home, which must be one of its own."""
+    status = read_status(home())
+    if status is not None and status.joined:
+        raise common.only_a_node("cannot say who else may connect")
+    return status
 
 
 def _reached(status: MeshStatus | None) -> str:

@@ -130,9 +130,12 @@ def printable(text: str) -> str:
 
 def mesh_status() -> MeshStatus:
     """The mesh that runs from this home."""
-    status = read_status(home())
+    place = home()
+    status = read_status(place)
+    if status is None and place.joined.exists():
+        raise NoMesh(f"nothing runs in {place.root}", hint="`computemesh join` joins the same mesh again")
     if status is None:
-        raise no_mesh(f"no mesh runs in {home().root}")
+        raise no_mesh(f"no mesh runs in {place.root}")
     return status
 
 
@@ -141,9 +144,25 @@ def no_mesh(reason: str) -> Failure:
 
 
 def bus_address(role: Role) -> Where:
-    """Where the mesh's bus is: ``NATS_URL`` if set, else the mesh that runs from this home."""
-    url = nats_url(role) or mesh_status().nats_urls[role.value]
+    """Where the mesh's bus is: ``NATS_URL`` if set, else the mesh that runs from this home.
+
+    A machine that joined a mesh reaches it as its node only, whatever *role* is.
+    """
+    url = nats_url(role)
+    if not url:
+        status = mesh_status()
+        role = Role.NODE if status.joined else role
+        url = status.nats_urls[role.value]
     return Where(url=url, role=role, name="computemesh-cli")
+
+
+def only_a_node(reason: str) -> Failure:
+    """What a machine that joined a mesh cannot do."""
+    return Failure(
+        f"this machine joined the mesh as a node: it {reason}",
+        hint="on the mesh's own machine `computemesh env` prints what a client needs",
+        code="wrong_role",
+    )
 
 
 @asynccontextmanager
@@ -176,6 +195,8 @@ def silent(reason: str) -> NoMesh:
 
 async def ask(bus: Bus, request: Request[Q, R], question: Q, *, timeout_s: float = ANSWER_S) -> R:
     """The answer; a refusal ends the command."""
+    if bus.where.role is Role.NODE and Role.NODE not in request.asked_by:
+        raise only_a_node(f"may not ask {request.subject}")
     answer = await bus.ask(request, question, timeout_s=timeout_s)
     if isinstance(answer, Refused):
         raise refusal(answer)

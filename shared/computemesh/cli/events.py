@@ -190,15 +190,18 @@ def _at(payload: Any, path: str) -> str | None:
     return _compact(value)
 
 
-def to_hear(names: Sequence[str], *, heartbeats: bool) -> list[str]:
-    """The subjects behind what was typed; nothing typed is every event.
+def to_hear(names: Sequence[str], role: Role = Role.OBSERVER, *, heartbeats: bool) -> list[str]:
+    """The subjects behind what was typed; nothing typed is every event that *role* may hear.
 
     Raises:
         Failure: nothing is called that.
     """
     routine = {subjects.pattern(event) for event in ROUTINE}
+    if not names:
+        heard = [subjects.pattern(event) for event in all_events() if role in event.read_by]
+        return [subject for subject in heard if heartbeats or subject not in routine]
     found: list[str] = []
-    for name in names or (">",):
+    for name in names:
         try:
             covered = subjects.find_events(name)
         except LookupError:
@@ -253,7 +256,7 @@ def events(
     """
     wanted = dict(map(_condition, conditions))
     wanted |= {name: value for name, value in (("work_id", work_id), ("node_id", node_id)) if value}
-    heard_subjects = to_hear(names, heartbeats=heartbeats)
+    heard_subjects = to_hear(names, common.bus_address(Role.OBSERVER).role, heartbeats=heartbeats)
     tail = Tail(wanted, count=count, json_lines=json_lines)
     common.run(_follow(tail, heard_subjects, for_s))
     if count is not None and tail.shown < count and for_s is not None and not tail.told_to_end:

@@ -7,11 +7,9 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +17,8 @@ import click
 import msgspec
 import psutil
 
-from computemesh import log
 from computemesh.bus import Bus, BusError, Where
-from computemesh.cli import access, common, work
+from computemesh.cli import access, common, running, work
 from computemesh.cli.common import (
     Failure,
     NoMesh,
@@ -40,22 +37,17 @@ from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
 from computemesh.ids import token_from
-from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, ServerError, add_node
+from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, add_node
 from computemesh.paths import Home, home, private_folder, write_private
-from computemesh.supervisor import HomeTaken, MeshStatus, ServiceStatus, Supervisor, is_running, read_status
+from computemesh.supervisor import MeshStatus, ServiceStatus, Supervisor, is_running, read_status
 
 NATS_PORT: Final = 4222
-
-READY_S: Final = 60.0
-"""How long ``up --detach`` waits for the services."""
 
 SEEN_S: Final = 10.0
 """How long the first work item waits for a node. Services say that they are ready once they have announced theirs."""
 
 NODE_S: Final = 120.0
 """How long the first work item may take: the engine loads its model meanwhile."""
-
-DOWN_S: Final = 60.0
 
 COUNTS_S: Final = 3.0
 """How long `status` waits for each answer of the mesh: it must be of use while the mesh is in trouble."""
@@ -81,7 +73,8 @@ PROMPT: Final = "In one sentence: what is a mesh network?"
     show_default=True,
     help="HTTP ports of the services: the documented ones, or any that are free.",
 )
-@click.option("--models", default="", help="GGUF files or folders to serve, separated by commas.", metavar="PATHS")
+@running.models_option
+@running.hardware_option
 @click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print the mesh as JSON once it is ready.")
 def up(
@@ -89,8 +82,9 @@ def up(
     demo: bool,
     nats_port: int | None,
     nats_host: str,
-    ports: str,
+    ports: running.Ports,
     models: str,
+    hardware: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -118,124 +112,65 @@ def up(
         out.print(f"The mesh is running already (pid {status.pid}, up {ago(status.started_at)}).\n")
         show_addresses(status)
         return
-    if models:
-        os.environ["COMPUTEMESH_MODELS"] = ",".join(
-            str(Path(part).expanduser().resolve()) for part in models.split(",")
-        )
+    running.tell_services(models=models, hardware=hardware)
     if not detach:
         common.run(_up(place, nats_port, nats_host, ports, demo=demo, quiet=quiet))
         return
     began_s = time.monotonic()
-    status = _up_detached(place, nats_port, nats_host, ports)
+    words = ["up", "--no-demo", "--ports", ports, "--nats-host", nats_host]
+    words += ["--nats-port", str(nats_port)] if nats_port is not None else []
+    status = running.in_background(place, words, what="the mesh")
     if as_json:
         record = common.run(_demo(live=False, say=False)) if demo else None
         print_json({**document(status, place), "first_work_item": record})
         return
     out.print(f"[bold green]The mesh is up[/] after {time.monotonic() - began_s:.1f} s.\n")
+    running.say_made_up()
     show_addresses(status)
     if demo:
         common.run(_demo())
     show_next_steps()
 
 
-async def _up(place: Home, nats_port: int | None, nats_host: str, ports: str, *, demo: bool, quiet: bool) -> None:
+async def _up(
+    place: Home, nats_port: int | None, nats_host: str, ports: running.Ports, *, demo: bool, quiet: bool
+) -> None:
     started_s = time.monotonic()
     private_folder(place.root)
-    log.configure("supervisor", form="json", out=_Lines(quiet))  # type: ignore[arg-type]
     external = nats_urls()
     me = node_id(place, external.get(Role.NODE, ""))
-    specs = [replace(spec, port=0) if ports == "any" else spec for spec in SERVICES]
+    on_line = running.log_to_terminal(quiet=quiet)
     supervisor = Supervisor(
         place,
-        specs,
-        _credentials(place, me),
+        running.on_ports(SERVICES, ports),
+        token=_credentials(place, me).token,
         node_id=me,
         nats_urls=external,
         nats_port=nats_port if nats_port is not None else _default_port(place),
         nats_host=nats_host,
-        on_line=(lambda _name, _line: None) if quiet else _show_line,
-        on_status=_show_status,
+        on_line=on_line,
+        on_status=running.show_status,
     )
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await common.first_of(supervisor.start(), stop.wait())
-        if not stop.is_set():
-            await _announce_up(supervisor.status(), time.monotonic() - started_s, demo=demo)
-        await common.first_of(stop.wait(), supervisor.failed())
-        out.print("Stopping …")
-    except (HomeTaken, ServerError) as error:
-        raise Failure(str(error)) from None
-    finally:
-        await supervisor.stop()
+
+    async def ready() -> None:
+        status = supervisor.status()
+        failed = running.show_failed(status)
+        out.print(f"\n[bold green]The mesh is up[/] after {time.monotonic() - started_s:.1f} s.\n")
+        running.say_made_up()
+        show_addresses(status)
+        if demo and not failed and sys.stdout.isatty():
+            await _demo(live=False)
+            show_next_steps()
+
+    await running.in_foreground(supervisor, ready)
     out.print("The mesh is down.")
-
-
-async def _announce_up(status: MeshStatus, took_s: float, *, demo: bool) -> None:
-    failed = [service for service in status.services if service.state == "failed"]
-    for service in failed:
-        err.print(f"[bold red]{service.name} failed:[/] {common.escape(service.reason)}")
-    out.print(f"\n[bold green]The mesh is up[/] after {took_s:.1f} s.\n")
-    show_addresses(status)
-    if demo and not failed and sys.stdout.isatty():
-        await _demo(live=False)
-        show_next_steps()
-
-
-class _Lines:
-    """The supervisor's own log, shown like that of its services."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-
-    def write(self, text: str) -> int:
-        if text.strip() and not self._quiet:
-            _show_line("supervisor", text.encode())
-        return len(text)
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-    def isatty(self) -> bool:
-        return False
-
-
-_HIDDEN: Final = frozenset({"event", "service", "level", "at", "part"})
-
-
-def _show_line(name: str, line: bytes) -> None:
-    """A service's log line for people: time, service, level, event, then the fields."""
-    try:
-        fields = msgspec.json.decode(line, type=dict[str, Any])
-    except ValueError:
-        click.echo(f"{'':12} {name:18} {line.decode('utf-8', 'replace').rstrip()}")
-        return
-    clock = str(fields.get("at", ""))[11:23]
-    rest = " ".join(f"{key}={value}" for key, value in fields.items() if key not in _HIDDEN)
-    level = "" if fields.get("level") == "info" else f"{str(fields.get('level', '')).upper()} "
-    click.echo(f"{clock:12} {name:18} {level}{fields.get('event', '')}  {rest}".rstrip())
-
-
-def _show_status(status: ServiceStatus) -> None:
-    if status.state in ("waiting", "failed"):
-        err.print(f"{status.name}: {coloured(status.state)} {common.escape(status.reason)}")
 
 
 def _default_port(place: Home) -> int:
     """The usual port when it is free; else, or when this mesh had another before, any."""
     if (place.nats / "port").exists():
         return 0
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", NATS_PORT))
-        except OSError:
-            return 0
-    return NATS_PORT
+    return NATS_PORT if running.is_free(NATS_PORT) else 0
 
 
 def _credentials(place: Home, node_id: str) -> Credentials:
@@ -264,75 +199,7 @@ def node_id(place: Home, nats_url: str = "") -> str:
         return made
 
 
-# --- detached ------------------------------------------------------------------------------------------------
-
-
-def _up_detached(place: Home, nats_port: int | None, nats_host: str, ports: str) -> MeshStatus:
-    """Starts the supervisor in the background and waits until everything is ready."""
-    private_folder(place.root)
-    private_folder(place.logs)
-    command = [sys.executable, "-m", "computemesh.cli", "up", "--no-demo", "--ports", ports, "--nats-host", nats_host]
-    if nats_port is not None:
-        command += ["--nats-port", str(nats_port)]
-    log_file = place.logs / "up.log"
-    if log_file.exists() and log_file.stat().st_size > 10 * 1024 * 1024:
-        log_file.replace(log_file.with_suffix(".log.1"))
-    with log_file.open("ab") as sink:
-        offset = sink.tell()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    with err.status("Starting the mesh …") as shown:
-        return _wait_ready(place, process, log_file, offset, shown)
-
-
-def _wait_ready(place: Home, process: subprocess.Popen[bytes], log_file: Path, offset: int, shown: Any) -> MeshStatus:
-    deadline_s = time.monotonic() + READY_S
-    while time.monotonic() < deadline_s:
-        status = read_status(place)
-        if status is not None and status.pid == process.pid:
-            broken = [service for service in status.services if service.state == "failed"]
-            if broken:
-                reasons = "; ".join(_last_words(place, service) for service in broken)
-                _end_process(process)
-                raise Failure(f"the mesh did not start: {reasons}", hint=_hint(broken, place))
-            if status.ready:
-                return status
-            waiting = [service.name for service in status.services if service.state != "ready"]
-            shown.update(f"Starting the mesh … waiting for {', '.join(waiting) or 'the services'}")
-        if process.poll() is not None:
-            said = log_file.read_bytes()[offset:].decode("utf-8", "replace").strip().splitlines()
-            errors = [line.removeprefix("error:").strip() for line in said if line.startswith("error:")]
-            raise Failure(
-                f"the mesh did not start: {' '.join(errors) or ' '.join(said[-3:])}", hint=f"all of it: {log_file}"
-            )
-        time.sleep(0.05)
-    _end_process(process)
-    raise Failure(f"the mesh was not ready after {READY_S:.0f} s", hint=f"see {log_file}")
-
-
-def _hint(broken: list[ServiceStatus], place: Home) -> str:
-    if any("cannot be bound" in _last_words(place, service) for service in broken):
-        return "`computemesh up --ports any` takes ports that are free; or is it another mesh of yours?"
-    return f"see the logs in {place.logs}"
-
-
-def _last_words(place: Home, service: ServiceStatus) -> str:
-    """What a service that failed said last."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        line = (place.logs / f"{service.name}.log").read_text().strip().splitlines()[-1]
-        try:
-            return f"{service.name}: {msgspec.json.decode(line, type=dict[str, Any]).get('reason') or line}"
-        except ValueError:
-            return line
-    return f"{service.name}: {service.reason}"
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(DOWN_S)
-    process.kill()
+# --- the first work item --------------------------------------------------------------------------------------------
 
 
 async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRecord | None:
@@ -386,27 +253,28 @@ def document(status: MeshStatus, place: Home) -> dict[str, Any]:
         "home": str(place.root),
         "node_id": status.node_id,
         "embedded": status.embedded,
-        "nats_url": _nats_address(status),
+        "joined": status.joined,
+        "nats_url": nats_address(status),
         "services": status.services,
     }
 
 
-def _nats_address(status: MeshStatus) -> str:
+def nats_address(status: MeshStatus) -> str:
     """Where the bus is, without credentials."""
-    return "nats://" + status.nats_urls[Role.CLIENT.value].partition("://")[2].rpartition("@")[2]
+    return Where(url=next(iter(status.nats_urls.values())), role=Role.NODE, name="").shown
 
 
 def show_addresses(status: MeshStatus) -> None:
     """Where everything is."""
-    bus = "embedded" if status.embedded else "external"
-    rows = [(f"NATS ({bus})", _nats_address(status))]
+    bus = "embedded" if status.embedded else "of the mesh" if status.joined else "external"
+    rows = [(f"NATS ({bus})", nats_address(status))]
     rows += [(service.name, service.http) for service in status.services if service.http]
     table(["service", "address"], rows)
     out.print(f"\nnode {status.node_id}, files in {home().root}")
 
 
 def show_next_steps() -> None:
-    name = _command()
+    name = command()
     out.print(
         "\n[bold]Try next[/]\n"
         f"  {name} submit --prompt 'Name three uses of a mesh.' --wait\n"
@@ -416,7 +284,7 @@ def show_next_steps() -> None:
     )
 
 
-def _command() -> str:
+def command() -> str:
     """How to call this program from where the user is."""
     me = Path(sys.argv[0]).resolve()
     on_path = shutil.which("computemesh")
@@ -432,12 +300,12 @@ def _command() -> str:
 @click.option("--purge", is_flag=True, help="Also delete everything the mesh kept: work, results, credentials, logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def down(purge: bool, as_json: bool) -> None:
-    """Stop the mesh on this machine. Work in hand is handed back or finished first."""
+    """Stop the mesh on this machine, or leave the one it joined. Work in hand is handed back or finished first."""
     place = home()
     status = read_status(place)
     was_running = status is not None or is_running(place)
     if was_running:
-        _stop(place, status)
+        stop(place, status)
     else:
         _reap(place)
     purged = purge and place.root.exists()
@@ -446,18 +314,21 @@ def down(purge: bool, as_json: bool) -> None:
     if as_json:
         print_json({"home": str(place.root), "was_running": was_running, "purged": purged})
         return
-    out.print("The mesh is down." if was_running else "No mesh is running here.")
+    if status is not None and status.joined:
+        out.print(f"Node {status.node_id} left the mesh.")
+    else:
+        out.print("The mesh is down." if was_running else "No mesh is running here.")
     if purged:
         out.print(f"Deleted {place.root}.")
 
 
-def _stop(place: Home, status: MeshStatus | None) -> None:
+def stop(place: Home, status: MeshStatus | None) -> None:
     if status is None:
-        raise Failure(f"a mesh runs in {place.root}, but does not say under which pid", hint="wait and try again")
+        raise Failure(f"something runs in {place.root}, but does not say under which pid", hint="wait and try again")
     with contextlib.suppress(ProcessLookupError):
         os.kill(status.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + DOWN_S
-    with err.status("Stopping the mesh: work in hand is finished or handed back …"):
+    deadline_s = time.monotonic() + running.END_S
+    with err.status("Stopping: work in hand is finished or handed back …"):
         # The supervisor gives up the home a moment before its process is gone.
         while (is_running(place) or _is_alive(status.pid)) and time.monotonic() < deadline_s:
             time.sleep(0.05)
@@ -516,7 +387,8 @@ def status(as_json: bool) -> None:
     if as_json:
         print_json({**document(found, home()), **counts, "problem": failure.message if failure else ""})
     else:
-        out.print(f"computemesh {found.version}, up {ago(found.started_at)}, node {found.node_id}\n")
+        mesh = f", of the mesh at {nats_address(found)}" if found.joined else ""
+        out.print(f"computemesh {found.version}, up {ago(found.started_at)}, node {found.node_id}{mesh}\n")
         rows = [
             (s.name, state_cell(s.state), str(s.pid or "-"), str(s.restarts), ago(s.since), s.http or s.reason or "-")
             for s in found.services
@@ -564,8 +436,12 @@ async def _counts() -> tuple[dict[str, Any], NoMesh | None]:
 def env(role: str, name: str, as_json: bool) -> None:
     """Print shell exports that let any program use this mesh: eval "$(computemesh env)"."""
     found = common.mesh_status()
+    if found.joined and role != Role.NODE:
+        raise common.only_a_node(f"has no credentials of the role {role}")
     url = found.nats_urls[role]
-    if name:
+    if found.joined and name and name != found.node_id:
+        raise common.only_a_node(f"is {found.node_id} and no other")
+    if name and not found.joined:
         url = access.node_url(found, name) if role == Role.NODE else access.not_a_node(role)
     values = {
         **access.exports(Where(url=url, role=Role(role), name="")),

@@ -178,7 +178,7 @@ async def running_mesh(
     supervisor = Supervisor(
         home,
         specs,
-        credentials,
+        token=credentials.token,
         node_id=NODE_ID,
         on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
     )
