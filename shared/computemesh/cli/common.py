@@ -178,7 +178,10 @@ async def connected(role: Role = Role.CLIENT, *, on_denied: Callable[[str], None
         await bus.connect(timeout_s=CONNECT_S, wait_for_server=not os.environ.get("NATS_URL"))
         yield bus
     except NotAdmitted as error:
-        raise NoMesh(str(error), hint="check the user and the password in NATS_URL", code="not_admitted") from None
+        hint = "check the user and the password in NATS_URL"
+        if bus.where.role is Role.NODE and not os.environ.get("NATS_URL"):
+            hint = "was this node revoked? `computemesh nodes invite NAME` on the mesh's machine lets it in again"
+        raise NoMesh(str(error), hint=hint, code="not_admitted") from None
     except Unreachable as error:
         raise no_mesh(str(error)) from None
     except NoResponder as error:

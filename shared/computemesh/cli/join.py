@@ -23,7 +23,7 @@ from computemesh.bus import Bus, BusError, NotAdmitted, Unreachable, Where
 from computemesh.cli import access, common, mesh, running
 from computemesh.cli.common import CONNECT_S, Failure, NoMesh, ago, err, out, print_json
 from computemesh.cli.services import SERVICES
-from computemesh.config import nats_url, node_of
+from computemesh.config import ConfigError, nats_url, node_of
 from computemesh.contracts import nodes
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.nodes import NodeGet, NodeRecord, NodeState
@@ -57,6 +57,7 @@ class Invitation(msgspec.Struct, frozen=True, kw_only=True):
 
 # --- invitations -------------------------------------------------------------------------------------------------
 
+_HOST: Final = re.compile(r"[A-Za-z0-9_.:%-]+")
 _EXPORT: Final = re.compile(r"(?m)^\s*(?:export\s+)?(NATS_URL|COMPUTEMESH_NODE_ID)=(.*)$")
 
 
@@ -105,7 +106,7 @@ def checked(url: str, node_id: str, where: str) -> Invitation:
         host, port = parts.hostname, parts.port or 4222
     except ValueError:
         raise bad("no address of a NATS server", hint) from None
-    if parts.scheme not in SCHEMES or not host or parts.path not in ("", "/"):
+    if parts.scheme not in SCHEMES or not host or not _HOST.fullmatch(host) or parts.path not in ("", "/"):
         raise bad("no address of a NATS server", hint)
     who = identity(parts.username or "")
     if parts.username and (who is None or who.role is not Role.NODE):
@@ -200,8 +201,8 @@ def join(
             print_json(mesh.document(status, place))
         return
     given = _given(invitation, place)
-    given = msgspec.structs.replace(given, node_id=_node_id(given, node_id, place))
     private_folder(place.root)
+    given = msgspec.structs.replace(given, node_id=_node_id(given, node_id, place))
     common.run(_admitted(given))
     write_private(place.joined, msgspec.json.encode(given).decode())
     running.tell_services(models=models, hardware=hardware)
@@ -241,9 +242,15 @@ def _already(status: MeshStatus, place: Home, invitation: str | None) -> None:
 def _node_id(given: Invitation, named: str | None, place: Home) -> str:
     """The node that this machine is: as the invitation says, else as told, else as it is called."""
     told = named or os.environ.get("COMPUTEMESH_NODE_ID", "") or given.node_id
-    if told:
-        return node_of(given.nats_url, told)
-    return mesh.node_id(place, given.nats_url)
+    try:
+        return node_of(given.nats_url, told) if told else mesh.node_id(place, given.nats_url)
+    except ConfigError:
+        who = identity(urlsplit(given.nats_url).username or "")
+        raise Failure(
+            f"the invitation is for node {who.node_id if who else ''}, not for {told}",
+            hint=f"`computemesh nodes invite {told}` on the mesh's machine invites that one",
+            field="node_id", code="wrong_node",
+        ) from None  # fmt: skip
 
 
 async def _admitted(given: Invitation) -> None:

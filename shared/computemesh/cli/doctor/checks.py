@@ -245,11 +245,14 @@ def logins(facts: Facts) -> Iterator[Finding]:
 def _login_fault(outcome: str, found: list[Login], facts: Facts) -> Finding:
     address, roles = found[0].address, _roles(found)
     if outcome == "denied":
-        todo = (
-            "check the user and the password in NATS_URL"
-            if facts.external
-            else "is NATS_URL an old one? else the server has other credentials than this home: restart the mesh"
-        )
+        todo = "is NATS_URL an old one? else the server has other credentials than this home: restart the mesh"
+        if facts.external:
+            todo = "check the user and the password in NATS_URL"
+        elif facts.supervision.joined:
+            me = facts.supervision.node_id
+            todo = (
+                f"was {me} revoked? let it in again by `computemesh nodes invite {me}` on the mesh's machine, and join"
+            )
         return problem("nats", f"{address} refuses the credentials of {roles}", todo)
     if outcome == "silent":
         return problem(
@@ -257,6 +260,8 @@ def _login_fault(outcome: str, found: list[Login], facts: Facts) -> Finding:
             "is its process halted, the machine overloaded, or something else listening there?",
         )  # fmt: skip
     todo = "check NATS_URL and that server" if facts.external else "see nats/nats-server.log in the home"
+    if facts.supervision.joined:
+        todo = "does that server run, and can it be reached from here?"
     return problem("nats", f"nothing listens at {address}", todo)
 
 

@@ -59,6 +59,8 @@ class Supervision:
     version: str = ""
     started_at: float = 0.0
     embedded: bool = True
+    joined: bool = False
+    """It is a node of a mesh that runs elsewhere."""
     node_id: str = ""
     processes: Sequence[Process] = ()
 

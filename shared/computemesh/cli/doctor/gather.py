@@ -255,6 +255,7 @@ def _supervision(place: Home) -> tuple[Supervision, MeshStatus | None]:
             version=status.version,
             started_at=status.started_at,
             embedded=status.embedded,
+            joined=status.joined,
             node_id=status.node_id,
             processes=[_process(service) for service in status.services],
         ),
@@ -433,7 +434,9 @@ class _Look:
         streams = start(self._part("streams", self._services, _streams))
         leases = start(self._part("leases", self._services, _leases))
         clocks = start(self._part("clocks", self._services, _clocks))
-        answers = start(self._part("answers", self._any, self._answers))
+        # Nodes may not ask who is there.
+        pings = self._any if self._any is None or self._any.where.role is not Role.NODE else None
+        answers = start(self._part("answers", pings, self._answers))
         found = start(self._part("nodes", self._any, _nodes))
         items = start(self._part("work", self._any, _work))
         return replace(
