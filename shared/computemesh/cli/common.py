@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,9 @@ EXIT_NO_MESH: Final = 3
 CONNECT_S: Final = 3.0
 ANSWER_S: Final = 10.0
 """How long a command waits for a connection, and for an answer."""
+
+LOOK_S: Final = 0.25
+"""How often it is seen whether anybody still reads our output."""
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
@@ -249,13 +253,15 @@ def _wide() -> Screen:
 
 def ago(at: float) -> str:
     """How long ago a Unix time was, roughly."""
-    if not at:
-        return "-"
-    seconds = max(0.0, time.time() - at)
+    return lasting(time.time() - at) if at else "-"
+
+
+def lasting(seconds: float) -> str:
+    """A duration, roughly: ``12s``, ``3m``, ``2h``, ``5d``."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s"
+    return f"{max(0.0, seconds):.0f}s"
 
 
 STATE_COLOURS: Final[Mapping[str, str]] = {
@@ -291,6 +297,16 @@ async def first_of(*waits: Coroutine[Any, Any, Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def reader_gone() -> None:
+    """Returns when the program that reads our output has gone, also while there is nothing to print."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    while True:
+        if any(happened & (select.POLLERR | select.POLLNVAL) for _, happened in poll.poll(0)):
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 async def unless(stop: Callable[[], bool], wait: Coroutine[Any, Any, T]) -> T | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import signal
 import sys
 import time
@@ -42,9 +41,6 @@ SHOWN: Final[Mapping[type[Any], tuple[str, ...]]] = {
 
 VALUE_LENGTH_MAX: Final = 120
 """A longer value is cut in a line; ``--json`` has all of it."""
-
-LOOK_S: Final = 0.25
-"""How often it is seen whether anybody still reads our output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,10 +353,5 @@ async def _watch_bus(bus: Bus, note: Callable[[str], None]) -> None:
 
 
 async def _watch_reader(tail: Tail) -> None:
-    """Ends when the program that reads our output has gone, also while there is nothing to print."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    while True:
-        if any(happened & (select.POLLERR | select.POLLNVAL) for _, happened in poll.poll(0)):
-            return tail.end()
-        await asyncio.sleep(LOOK_S)
+    await common.reader_gone()
+    tail.end()
