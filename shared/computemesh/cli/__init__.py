@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import access, call, completion, doctor, events, join, mesh, nodes, work
+from computemesh.cli import access, call, completion, doctor, events, gpus, join, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -32,6 +32,7 @@ for _command in (
     mesh.env,
     access.nats_config,
     nodes.nodes_group,
+    gpus.gpus_group,
     work.submit,
     work.work_group,
     events.events,

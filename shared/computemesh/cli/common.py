@@ -226,6 +226,16 @@ def run(command: Coroutine[Any, Any, T]) -> T:
         raise Failure(str(error)) from None
 
 
+def once(asking: Callable[[Bus], Coroutine[Any, Any, T]], role: Role = Role.CLIENT) -> T:
+    """What *asking* gives, over a connection of its own."""
+
+    async def fetch() -> T:
+        async with connected(role) as bus:
+            return await asking(bus)
+
+    return run(fetch())
+
+
 def print_json(value: Any) -> None:
     """Machine-readable output, one document."""
     text = msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode()

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from computemesh.bus import Bus
 from computemesh.cli import common, subjects
-from computemesh.contracts import nodes, work
+from computemesh.contracts import gpus, nodes, work
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.contracts.catalog import events, requests
 
@@ -58,6 +58,16 @@ def node_ids(_: click.Context, _param: click.Parameter, incomplete: str) -> list
     return _offer([(node.node_id, f"{node.state}, {node.tier}") for node in _nodes()], incomplete)
 
 
+def reservation_ids(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Reservations of GPU memory."""
+    return _offer([(one.reservation_id, f"{one.owner}, {one.node_id}") for one in _reservations()], incomplete)
+
+
+def owners(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Owners who have reserved GPU memory."""
+    return _offer([(one.owner, "") for one in _reservations() if one.owner], incomplete)
+
+
 def models(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Models that some node serves."""
     return _offer([(model, node.node_id) for node in _nodes() for model in node.models], incomplete)
@@ -69,9 +79,14 @@ def work_types(_: click.Context, _param: click.Parameter, incomplete: str) -> li
     return _offer(known + [(name, node.node_id) for node in _nodes() for name in node.work_types], incomplete)
 
 
-def _nodes() -> list[nodes.NodeRecord]:
+def _nodes() -> list[nodes.NodeView]:
     found = _asked(nodes.QUERY, nodes.NodesQuery(limit=OFFERED_MAX))
     return found.nodes if found else []
+
+
+def _reservations() -> list[gpus.GpuReservation]:
+    found = _asked(gpus.LIST, gpus.GpuList(limit=OFFERED_MAX))
+    return found.reservations if found else []
 
 
 def _asked(request: Request[Any, Any], question: Message) -> Any:

@@ -303,10 +303,7 @@ def stats(found: NodesStats) -> RenderableType:
         ("platforms", some(found.platforms)),
         ("CPUs", f"{found.cpus:,}"),
         ("RAM", f"{size(found.memory_available_mb)} free of {size(found.memory_total_mb)}"),
-        (
-            "GPUs",
-            f"{found.gpus:,}" + (f", VRAM {share(found.vram_used_mb, found.vram_total_mb)}" if found.gpus else ""),
-        ),
+        ("GPUs", f"{found.gpus:,}" + (f", VRAM used {used}" if found.gpus else "")),
         ("work", f"{found.running:,} running in {found.slots:,} slots"),
     ]
     return Group(*(Text(f"{name:10} ", "dim").append(value, "default") for name, value in lines))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import click
@@ -39,6 +39,9 @@ R = TypeVar("R", bound=Message)
 
 PAGE: Final = 1000
 """Nodes that are asked for at a time."""
+
+EVENTS: Final = (nodes.ANNOUNCE, nodes.LOST)
+"""What changes what is shown."""
 
 INVENTORY_S: Final = 2.0
 """How long a node's own detector may take: `nodes show` is of use without it."""
@@ -133,15 +136,8 @@ def nodes_group(
             return "No nodes." if query == NodesQuery() else "No such nodes."
         return node_views.table(found, width=width, lines=lines, now=time.time())
 
-    if watching:
-        seen = (nodes.ANNOUNCE, nodes.LOST)
-        watch.run(watch.View(fetch=fetch, draw=draw, events=seen), interval_s=interval, as_json=as_json)
-        return
-    found = _ask(lambda bus: fetch(bus, None))
-    if as_json:
-        print_json(found)
-    else:
-        tables.put(draw(found, tables.width_now(), None))
+    view = watch.View(fetch=fetch, draw=draw, events=EVENTS)
+    watch.present(view, watching=watching, interval_s=interval, as_json=as_json)
 
 
 def _query(filters: dict[str, Any]) -> NodesQuery:
@@ -165,14 +161,6 @@ async def every_node(bus: Bus, query: NodesQuery, limit: int = 1 << 62) -> NodeL
     return NodeList(nodes=listed, count=max(found.count, len(listed)))
 
 
-def _ask(asking: Callable[[Bus], Coroutine[Any, Any, T]], role: Role = Role.CLIENT) -> T:
-    async def fetch() -> T:
-        async with common.connected(role) as bus:
-            return await asking(bus)
-
-    return common.run(fetch())
-
-
 # --- one node ----------------------------------------------------------------------------------------------------
 
 
@@ -194,15 +182,8 @@ def show(node_id: str, watching: bool, interval: float, as_json: bool) -> None:
     def draw(found: NodePage, width: int, _lines: int | None) -> RenderableType:
         return node_views.page(found.node, found.inventory, width=width, now=time.time())
 
-    if watching:
-        seen = (nodes.ANNOUNCE, nodes.LOST)
-        watch.run(watch.View(fetch=fetch, draw=draw, events=seen), interval_s=interval, as_json=as_json)
-        return
-    found = _ask(lambda bus: fetch(bus, None))
-    if as_json:
-        print_json(found)
-    else:
-        tables.put(draw(found, tables.width_now(), None))
+    view = watch.View(fetch=fetch, draw=draw, events=EVENTS)
+    watch.present(view, watching=watching, interval_s=interval, as_json=as_json)
 
 
 class NodePage(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,7 +205,7 @@ async def _inventory(bus: Bus, node_id: str) -> Inventory | None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(as_json: bool) -> None:
     """Show the mesh in numbers."""
-    found = _ask(lambda bus: common.ask(bus, nodes.STATS, StatsAsk()))
+    found = common.once(lambda bus: common.ask(bus, nodes.STATS, StatsAsk()))
     if as_json:
         print_json(found)
     else:
@@ -269,7 +250,7 @@ def _operate(request: Request[Q, R], fields: dict[str, Any], kind: type[Q]) -> R
     question = convert(fields, kind)
     if isinstance(question, Refused):
         raise common.refusal(question)
-    return _ask(lambda bus: common.ask(bus, request, question), Role.SERVICES)
+    return common.once(lambda bus: common.ask(bus, request, question), Role.SERVICES)
 
 
 def _print_drained(answer: NodeDrained, *, as_json: bool) -> None:

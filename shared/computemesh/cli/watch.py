@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from computemesh.bus import Bus
-from computemesh.cli import common
+from computemesh.cli import common, tables
 from computemesh.cli.common import NoMesh, Screen, one_line
 from computemesh.cli.tables import WIDE
 from computemesh.contracts.base import Event, Role
@@ -45,7 +45,7 @@ T = TypeVar("T")
 class View(Generic[T]):
     """What is watched."""
 
-    fetch: Callable[[Bus, int | None], Awaitable[T]]
+    fetch: Callable[[Bus, int | None], Coroutine[Any, Any, T]]
     """Asks the mesh. Takes how many lines can be shown; None when that does not matter."""
     draw: Callable[[T, int, int | None], RenderableType]
     """Takes the answer, the width, and how many lines there are; None when that does not matter."""
@@ -68,6 +68,18 @@ def watch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--watch", "-w", "watching", is_flag=True, help="Keep showing it, until Ctrl-C; with --json a document a line."
     )
     return watch_(interval(command))
+
+
+def present(view: View[T], *, watching: bool, interval_s: float, as_json: bool) -> None:
+    """Shows a view once, or keeps showing it."""
+    if watching:
+        run(view, interval_s=interval_s, as_json=as_json)
+        return
+    found = common.once(lambda bus: view.fetch(bus, None))
+    if as_json:
+        common.print_json(found)
+    else:
+        tables.put(view.draw(found, tables.width_now(), None))
 
 
 def run(view: View[T], *, interval_s: float, as_json: bool) -> None:
