@@ -11,7 +11,7 @@ from rich.text import Text
 from computemesh.cli.common import STATE_COLOURS, lasting
 from computemesh.cli.node_views import MADE_UP, MARK, model
 from computemesh.cli.sizes import size
-from computemesh.cli.tables import Cell, Column, folded, grid
+from computemesh.cli.tables import Cell, Column, clean, folded, grid
 from computemesh.contracts.gpus import (
     GpuFit,
     GpuNodeState,
@@ -148,7 +148,7 @@ def fit(found: GpuFit, *, width: int) -> RenderableType:
         return Text("yes", "bold green").append(
             f": {size(found.required_mb)} on GPU{plural} {where} of {found.node_id}", "default"
         )
-    parts: list[RenderableType] = [Text("no", "bold red").append(f": {found.reason}", "default")]
+    parts: list[RenderableType] = [clean(Text("no", "bold red").append(f": {found.reason}", "default"))]
     if found.why_not:
         parts += ["", grid(_WHY_COLUMNS, [_why(verdict) for verdict in found.why_not], width)]
     if found.counts:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from computemesh.cli.common import STATE_COLOURS, lasting
 from computemesh.cli.sizes import share, size
-from computemesh.cli.tables import Cell, Column, folded, grid
+from computemesh.cli.tables import Cell, Column, clean, folded, grid
 from computemesh.contracts.nodes import NodeList, NodesStats, NodeView
 from computemesh.contracts.resources import Inventory
 from computemesh.hardware import Gpu, GpuLink, LinkKind
@@ -187,7 +187,7 @@ def page(node: NodeView, inventory: Inventory | None, *, width: int, now: float)
         parts += ["", grid(columns, [(t, *cells) for t, cells in zip(titles, matrix, strict=True)], width)]
     if inventory is not None and inventory.warnings:
         parts += ["", *(Text(f"warning: {warning}", "yellow") for warning in inventory.warnings)]
-    return Group(*parts)
+    return Group(*(clean(part) if isinstance(part, Text) else part for part in parts))
 
 
 def _facts(node: NodeView, inventory: Inventory | None, now: float) -> Iterator[Text]:

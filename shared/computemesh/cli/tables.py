@@ -32,7 +32,10 @@ class Column:
 
 def fit(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> list[int]:
     """Which columns there is room for."""
-    needs = [max([len(column.title), *(_length(row[number]) for row in rows)]) for number, column in enumerate(columns)]
+    needs = [
+        max([len(column.title), *(clean(row[number]).cell_len for row in rows)])
+        for number, column in enumerate(columns)
+    ]
     kept = list(range(len(columns)))
     while sum(needs[n] for n in kept) + GAP * (len(kept) - 1) > width:
         worst = max(kept, key=lambda n: (columns[n].rank, n))
@@ -42,8 +45,12 @@ def fit(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -
     return kept
 
 
-def _length(cell: Cell) -> int:
-    return (cell if isinstance(cell, Text) else Text(one_line(cell))).cell_len
+def clean(cell: Cell) -> Text:
+    """*cell* on one line, and without what would steer the terminal; such a one loses its colours, too."""
+    if isinstance(cell, str):
+        return Text(one_line(cell))
+    plain = one_line(cell.plain)
+    return cell if plain == cell.plain else Text(plain)
 
 
 def grid(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> Table:
@@ -54,7 +61,7 @@ def grid(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) 
         column = columns[number]
         made.add_column(column.title, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell := row[n], Text) else Text(one_line(cell)) for n in kept))
+        made.add_row(*(clean(row[number]) for number in kept))
     return made
 
 
