@@ -92,16 +92,20 @@ def invite(name: str, url: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", type=NodeName())
-def revoke(name: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def revoke(name: str, as_json: bool) -> None:
     """Take a node's leave to connect away, and close its connections."""
     status = _here()
     if status is not None and status.node_id == name:
         raise Failure(f"{name} is this machine's own node", hint="`computemesh down` stops it")
     if not _changed(expel_node(home().nats, home().credentials, name)):
         raise Failure(f"no node {name} was invited", hint=f"those that were: {', '.join(_invited()) or 'none'}")
-    out.print(f"Node {name} may connect no more.")
+    if as_json:
+        print_json({"node_id": name, "invited": False})
+    else:
+        out.print(f"Node {name} may connect no more.")
     if status is not None and not status.embedded:
-        out.print(EXTERNAL_HINT)
+        err.print(EXTERNAL_HINT)
 
 
 @click.command(name="nats-config")

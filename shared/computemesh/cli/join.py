@@ -130,12 +130,13 @@ def _given(source: str | None, place: Home) -> Invitation:
                 return read_invitation(text.read(INVITATION_BYTES_MAX), source)
         if "://" not in source and (os.sep in source or "." in source) and ":" not in source:
             raise Failure(f"{source}: no such file", field="invitation", code="bad_invitation")
-        if urlsplit(source).password:
+        given = checked(source, "", "the address")
+        if urlsplit(given.nats_url).password:
             err.print(
                 "[yellow]The password is on the command line, where others on this machine can read it.[/] "
                 "A file, or - for standard input, keeps it private."
             )
-        return checked(source, "", "the address")
+        return given
     if url := nats_url(Role.NODE):
         return checked(url, "", "NATS_URL")
     try:
