@@ -86,21 +86,28 @@ def test_sizes_are_shown_in_the_unit_that_says_most() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.text("abc", min_size=1, max_size=12), st.integers(0, 5)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5), st.none() | st.integers(1, 20)), min_size=1, max_size=8),
     st.integers(1, 120),
 )
-def test_columns_are_left_out_from_the_highest_rank_until_the_rest_fits(columns: list[Any], width: int) -> None:
-    """Rank 0 stays whatever happens, and nothing is left out that had room."""
-    made = [Column(title=title, rank=rank) for title, rank in columns]
-    kept = fit(made, [], width)
-    left = [number for number in range(len(made)) if number not in kept]
-    assert all(made[number].rank for number in left)
-    assert all(made[a].rank <= made[b].rank for a in kept for b in left)
-    needed = sum(len(made[number].title) for number in kept) + GAP * (len(kept) - 1)
-    assert needed <= width or not any(made[number].rank for number in kept)
+def test_columns_are_cut_then_left_out_from_the_highest_rank_until_the_rest_fits(
+    given_: list[tuple[int, int, int | None]], width: int
+) -> None:
+    """Rank 0 stays whatever happens, nothing is left out that had room, and no room is left unused."""
+    columns = [Column(title="x", rank=rank, least=least) for _, rank, least in given_]
+    needs = [need for need, _, _ in given_]
+    kept = fit(columns, needs, width)
+    left = [number for number in range(len(columns)) if number not in kept]
+    assert all(columns[number].rank for number in left)
+    assert all(columns[a].rank <= columns[b].rank for a in kept for b in left)
+    total = sum(kept.values()) + GAP * (len(kept) - 1)
+    assert total <= width or not any(columns[number].rank for number in kept)
+    least = {n: min(needs[n], columns[n].least or needs[n]) for n in range(len(columns))}
+    assert all(least[n] <= wide <= needs[n] for n, wide in kept.items())
+    if any(wide < needs[n] for n, wide in kept.items()):
+        assert total >= width
     if left:
-        last = min(left, key=lambda number: (made[number].rank, number))
-        assert needed + GAP + len(made[last].title) > width
+        first = min(left, key=lambda n: (columns[n].rank, n))
+        assert sum(least[n] for n in (*kept, first)) + GAP * len(kept) > width
 
 
 def test_a_table_is_never_wider_than_the_terminal_and_never_folds() -> None:
@@ -148,7 +155,8 @@ def test_equal_gpus_stand_together_and_broken_ones_apart() -> None:
     assert node_views.gpus(many(H100, 8)) == "8× H100 80 GiB"
     assert node_views.gpus([*many(H100, 7), broken]) == "7× H100 80 GiB, 1 broken"
     assert node_views.gpus([H100, RTX, RTX]) == "H100 80 GiB, 2× RTX 4090 24 GiB"
-    assert node_views.gpus([Gpu(name="A100", vram_total_mb=9984, mig_profile="1g.10gb")]) == "A100 MIG 1g.10gb 10 GiB"
+    slice_ = Gpu(name="NVIDIA A100-SXM4-80GB MIG 1g.10gb", vram_total_mb=9984, mig_profile="1g.10gb")
+    assert node_views.gpus([slice_]) == "A100-SXM4 MIG 1g.10gb"
     assert node_views.gpus([]) == ""
     assert node_views.vram([*many(H100, 2), broken]) == (2 * 81559, 2 * 20480)
 

@@ -40,8 +40,8 @@ COLUMNS: Final = (
     Column(title="reserved", right=True, rank=1),
     Column(title="free", right=True),
     Column(title="util", right=True, rank=6),
-    Column(title="state", rank=1),
-    Column(title="by whom", rank=5),
+    Column(title="state", rank=1, least=16),
+    Column(title="by whom", rank=5, least=24),
     Column(title="RAM free", rank=7),
 )
 
@@ -135,7 +135,7 @@ _WHY_COLUMNS: Final = (
     Column(title="short of", right=True, rank=2),
     Column(title="reserved", right=True, rank=5),
     Column(title="others", right=True, rank=6),
-    Column(title="why not"),
+    Column(title="why not", least=24),
     Column(title="may change", rank=7),
 )
 

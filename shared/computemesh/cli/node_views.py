@@ -27,9 +27,9 @@ NAMES_MAX: Final = 2
 
 COLUMNS: Final = (
     Column(title="node"),
-    Column(title="state"),
+    Column(title="state", least=24),
     Column(title="tier", rank=1),
-    Column(title="GPUs", rank=2),
+    Column(title="GPUs", rank=2, least=20),
     Column(title="VRAM used", right=True, rank=3),
     Column(title="CPUs", right=True, rank=8),
     Column(title="CPU", right=True, rank=5),
@@ -37,8 +37,8 @@ COLUMNS: Final = (
     Column(title="work", right=True, rank=4),
     Column(title="seen", right=True, rank=6),
     Column(title="delivery", rank=11),
-    Column(title="takes", rank=9),
-    Column(title="models", rank=10),
+    Column(title="takes", rank=9, least=16),
+    Column(title="models", rank=10, least=24),
 )
 
 
@@ -128,13 +128,17 @@ def model(gpu: Gpu) -> str:
     name, before = gpu.name, ""
     while name != before:
         name, before = _MAKERS.sub("", name), name
-    name = _SIZES.sub("", name).strip() or "GPU"
-    return f"{name} MIG {gpu.mig_profile}" if gpu.mig_profile else name
+    whole = _SIZES.sub("", name.partition(" MIG ")[0]).strip() or "GPU"
+    return f"{whole} MIG {gpu.mig_profile}" if gpu.mig_profile else whole
 
 
 def gpus(given: Sequence[Gpu]) -> str:
     """GPUs of one machine, equal ones together: ``8x H100 80 GiB, 1 broken``, with a multiplication sign."""
-    kinds = Counter(f"{model(gpu)} {gpu.vram_total_mb / 1024:.0f} GiB" for gpu in given if not gpu.error)
+    kinds = Counter(
+        model(gpu) if gpu.mig_profile else f"{model(gpu)} {gpu.vram_total_mb / 1024:.0f} GiB"
+        for gpu in given
+        if not gpu.error
+    )
     broken = sum(bool(gpu.error) for gpu in given)
     said = [f"{count}× {kind}" if count > 1 else kind for kind, count in kinds.items()]
     return ", ".join([*said, f"{broken} broken"] if broken else said)
@@ -228,7 +232,7 @@ def _named(node: NodeView, inventory: Inventory | None, now: float) -> Iterator[
 def _gpu_table(given: Sequence[Gpu], width: int) -> RenderableType:
     columns = (
         Column(title="GPU", right=True),
-        Column(title="name"),
+        Column(title="name", least=24),
         Column(title="VRAM used", right=True),
         Column(title="util", right=True, rank=1),
         Column(title="temp", right=True, rank=4),

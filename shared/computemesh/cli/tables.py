@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,21 +28,34 @@ class Column:
     right: bool = False
     rank: int = 0
     """What may be left out where there is no room: the highest rank first, 0 never."""
+    least: int | None = None
+    """Where there is no room it is cut to this many characters, before any other column is left out."""
 
 
-def fit(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> list[int]:
-    """Which columns there is room for."""
-    needs = [
-        max([len(column.title), *(clean(row[number]).cell_len for row in rows)])
-        for number, column in enumerate(columns)
-    ]
-    kept = list(range(len(columns)))
-    while sum(needs[n] for n in kept) + GAP * (len(kept) - 1) > width:
-        worst = max(kept, key=lambda n: (columns[n].rank, n))
+def fit(columns: Sequence[Column], needs: Sequence[int], width: int) -> dict[int, int]:
+    """Which columns there is room for, and how wide each may be.
+
+    Args:
+        needs: how wide each column is with all that stands in it.
+    """
+    widths = dict(enumerate(needs))
+    if _total(widths) > width:
+        widths = {n: min(wide, columns[n].least or wide) for n, wide in widths.items()}
+    while _total(widths) > width:
+        worst = max(widths, key=lambda n: (columns[n].rank, n))
         if not columns[worst].rank:
             break
-        kept.remove(worst)
-    return kept
+        del widths[worst]
+    spare = width - _total(widths)
+    for number in widths:  # What was cut gets what is left over, from the left.
+        more = max(0, min(spare, needs[number] - widths[number]))
+        widths[number] += more
+        spare -= more
+    return widths
+
+
+def _total(widths: Mapping[int, int]) -> int:
+    return sum(widths.values()) + GAP * (len(widths) - 1)
 
 
 def clean(cell: Cell) -> Text:
@@ -55,13 +68,20 @@ def clean(cell: Cell) -> Text:
 
 def grid(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> Table:
     """A table at most *width* wide; columns without room are left out, and what is still too long is cut."""
-    kept = fit(columns, rows, width)
+    cleaned = [[clean(cell) for cell in row] for row in rows]
+    needs = [max([len(column.title), *(row[n].cell_len for row in cleaned)]) for n, column in enumerate(columns)]
+    kept = fit(columns, needs, width)
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
-    for number in kept:
-        column = columns[number]
-        made.add_column(column.title, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        made.add_row(*(clean(row[number]) for number in kept))
+    for number, wide in kept.items():
+        made.add_column(
+            columns[number].title,
+            justify="right" if columns[number].right else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=wide,
+        )
+    for row in cleaned:
+        made.add_row(*(row[number] for number in kept))
     return made
 
 
