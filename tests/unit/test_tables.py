@@ -354,6 +354,21 @@ def test_why_memory_cannot_be_had_is_listed_gpu_by_gpu() -> None:
     assert text(gpu_views.fit(yes, width=200)) == "yes: 8 GiB on GPUs 0, 2 of a"
 
 
+def test_gpus_of_which_the_same_is_said_stand_in_one_row() -> None:
+    """And those that were not asked for are left out, where others come closer."""
+    small = [
+        GpuVerdict(node_id="a", index=index, uuid=f"GPU-{index}", code=WhyNot.TOO_SMALL, reason="24 GiB in all")
+        for index in (0, 1, 2, 5)
+    ]
+    other = GpuVerdict(node_id="b", index=0, code=WhyNot.FILTER, reason="only a is asked for")
+    no = GpuFit(can_fit=False, required_mb=1, total_mb=1, reason="it cannot. a/0: small", why_not=[*small, other])
+    lines = text(gpu_views.fit(no, width=200)).splitlines()
+    assert lines[0] == "no: it cannot"
+    assert [line.split()[:2] for line in lines[3:]] == [["a", "0-2,5"]]
+    only = GpuFit(can_fit=False, required_mb=1, total_mb=1, reason="it cannot", why_not=[other])
+    assert "only a is asked for" in text(gpu_views.fit(only, width=200))
+
+
 def granted(**changes: Any) -> GpuReservation:
     fields: dict[str, Any] = {
         "reservation_id": "g-1", "node_id": "a", "owner": "alice", "required_mb": 8192, "total_mb": 16384,

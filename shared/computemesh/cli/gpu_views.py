@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -21,12 +22,16 @@ from computemesh.contracts.gpus import (
     GpuStates,
     GpuVerdict,
     RamState,
+    WhyNot,
 )
 from computemesh.contracts.nodes import NodeState
 from computemesh.hardware import Gpu
 
 HOLDERS_MAX: Final = 2
 """Reservations of one GPU that a row names."""
+
+IDLE_SHARE: Final = 0.01
+"""What a driver needs for itself is no more of a GPU than this, and nobody's."""
 
 SOON_S: Final = 600.0
 """Memory that is used up sooner than this is marked."""
@@ -76,14 +81,18 @@ def _rows(node: GpuNodeState, now: float) -> Iterator[tuple[Cell, ...]]:
             str(gpu.index),
             model(Gpu(name=gpu.name, mig_profile=gpu.mig_profile)),
             size(gpu.total_mb),
-            size(gpu.used_mb),
-            size(gpu.reserved_mb),
+            _some(gpu.used_mb),
+            _some(gpu.reserved_mb),
             size(gpu.free_mb),
             "-" if gpu.utilization_percent is None else f"{gpu.utilization_percent:.0f} %",
             _state(node, gpu),
             holders(gpu, now),
             "" if number else ram(node.ram),
         )
+
+
+def _some(mib: int) -> str:
+    return size(mib) if mib else "-"
 
 
 def _state(node: GpuNodeState, gpu: GpuState | None) -> Text:
@@ -109,7 +118,7 @@ def holders(gpu: GpuState, now: float) -> str:
     ]
     if more := len(gpu.reservations) - HOLDERS_MAX:
         said += [f"{more} more"] if more > 0 else []
-    if gpu.external_mb:
+    if gpu.external_mb > gpu.total_mb * IDLE_SHARE:
         said.append(f"others {size(gpu.external_mb)}")
     return ", ".join(said) or "-"
 
@@ -148,24 +157,47 @@ def fit(found: GpuFit, *, width: int) -> RenderableType:
         return Text("yes", "bold green").append(
             f": {size(found.required_mb)} on GPU{plural} {where} of {found.node_id}", "default"
         )
-    parts: list[RenderableType] = [clean(Text("no", "bold red").append(f": {found.reason}", "default"))]
-    if found.why_not:
-        parts += ["", grid(_WHY_COLUMNS, [_why(verdict) for verdict in found.why_not], width)]
+    # The rest of the sentence is what the table says.
+    reason = found.reason.partition(". ")[0]
+    parts: list[RenderableType] = [clean(Text("no", "bold red").append(f": {reason}", "default"))]
+    near = [verdict for verdict in found.why_not if verdict.code is not WhyNot.FILTER] or found.why_not
+    if near:
+        parts += ["", grid(_WHY_COLUMNS, [_why(alike) for alike in _alike(near)], width)]
     if found.counts:
         counts = ", ".join(f"{count:,} {code}" for code, count in found.counts.items())
         parts.append(Text(f"{sum(found.counts.values()):,} GPUs: {counts}", "dim"))
     return Group(*parts)
 
 
-def _why(verdict: GpuVerdict) -> tuple[Cell, ...]:
+def _alike(verdicts: Sequence[GpuVerdict]) -> list[list[GpuVerdict]]:
+    """GPUs of one node of which the same is said, together; in the order of the first of each."""
+    found: dict[GpuVerdict, list[GpuVerdict]] = {}
+    for verdict in verdicts:
+        found.setdefault(msgspec.structs.replace(verdict, index=0, uuid=""), []).append(verdict)
+    return list(found.values())
+
+
+def numbers(indices: Sequence[int]) -> str:
+    """Indices, those in a row together: ``0-3,6``."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _why(alike: Sequence[GpuVerdict]) -> tuple[Cell, ...]:
+    verdict = alike[0]
     return (
         verdict.node_id,
-        str(verdict.index),
+        numbers([one.index for one in alike]),
         model(Gpu(name=verdict.name)),
         size(verdict.free_mb),
-        size(verdict.short_mb) if verdict.short_mb else "-",
-        size(verdict.reserved_mb),
-        size(verdict.external_mb),
+        _some(verdict.short_mb),
+        _some(verdict.reserved_mb),
+        _some(verdict.external_mb),
         verdict.reason,
         "yes" if verdict.may_change else "no",
     )

@@ -25,8 +25,8 @@ from computemesh.cli.common import CONNECT_S, Failure, NoMesh, ago, err, out, pr
 from computemesh.cli.services import SERVICES
 from computemesh.config import ConfigError, nats_url, node_of
 from computemesh.contracts import nodes
-from computemesh.contracts.base import Refused, Role
-from computemesh.contracts.nodes import NodeGet, NodeRecord, NodeState
+from computemesh.contracts.base import Role
+from computemesh.contracts.nodes import NodeGet, NodeRefused, NodeView
 from computemesh.contracts.permissions import identity
 from computemesh.paths import Home, home, private_folder, write_private
 from computemesh.supervisor import MeshStatus, ServiceStatus, Supervisor, read_status
@@ -381,7 +381,7 @@ def _agent(status: MeshStatus) -> ServiceStatus | None:
     return next((service for service in status.services if service.name == "node-agent"), None)
 
 
-async def _confirm_from_outside(place: Home, given: Invitation, status: MeshStatus) -> NodeRecord | None:
+async def _confirm_from_outside(place: Home, given: Invitation, status: MeshStatus) -> NodeView | None:
     """As :func:`_confirm`, for what runs in the background; a node that is not taken in is ended."""
     bus = _bus(given)
     try:
@@ -397,27 +397,34 @@ async def _confirm_from_outside(place: Home, given: Invitation, status: MeshStat
         await bus.close()
 
 
-async def _confirm(bus: Bus, given: Invitation, agent: ServiceStatus | None) -> NodeRecord | None:
+async def _confirm(bus: Bus, given: Invitation, agent: ServiceStatus | None) -> NodeView | None:
     """The node as the mesh lists it; None when it does not, and then it was said why.
 
     Raises:
         Failure: the mesh has another machine of that name.
     """
+    refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def on_refused(told: NodeRefused) -> None:
+        if told.node_id == given.node_id and told.session == facts.get("session") and not refused.done():
+            refused.set_result(told.reason)
+
+    facts: dict[str, Any] = {}
+    await bus.subscribe(nodes.REFUSED, on_refused)
     facts = await asyncio.to_thread(_health, agent.http if agent else "")
-    found: NodeRecord | Refused | None = None
     deadline_s = time.monotonic() + LISTED_S
     while facts.get("work_types") and time.monotonic() < deadline_s:
         with contextlib.suppress(BusError):
             found = await bus.ask(nodes.GET, NodeGet(node_id=given.node_id))
-            if isinstance(found, NodeRecord) and found.session == facts.get("session"):
+            if isinstance(found, NodeView) and found.session == facts.get("session"):
                 return found
+        if refused.done():
+            raise Failure(
+                f"the mesh refuses node {given.node_id}: {refused.result()}",
+                hint="give this machine a name of its own: `computemesh nodes invite NAME` on the mesh's machine",
+                field="node_id", code="node_id_taken",
+            )  # fmt: skip
         await asyncio.sleep(0.05)
-    if isinstance(found, NodeRecord) and found.state is not NodeState.LOST:
-        raise Failure(
-            f"the mesh has a node {given.node_id} already, on {found.hostname or 'another machine'}",
-            hint="give this machine a name of its own: `computemesh nodes invite NAME` on the mesh's machine",
-            field="node_id", code="node_id_taken",
-        )  # fmt: skip
     if not facts.get("work_types"):
         err.print(
             "[yellow]This node has nothing it can run, so the mesh does not list it:[/] "
@@ -438,7 +445,7 @@ def _health(url: str) -> dict[str, Any]:
     return {}
 
 
-def _show(given: Invitation, record: NodeRecord | None, status: MeshStatus) -> None:
+def _show(given: Invitation, record: NodeView | None, status: MeshStatus) -> None:
     what = f", {record.tier}" if record else ""
     out.print(f"\n[bold green]Joined[/] the mesh at {_bus(given).where.shown} as node {given.node_id}{what}.\n")
     running.say_made_up()
