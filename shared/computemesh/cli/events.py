@@ -19,7 +19,7 @@ from rich.text import Text
 from computemesh.bus import Bus
 from computemesh.cli import common, complete, subjects
 from computemesh.cli.common import STATE_COLOURS, Failure, err, is_list, is_mapping, one_line
-from computemesh.contracts import nodes, resources, work
+from computemesh.contracts import gpus, nodes, resources, work
 from computemesh.contracts.base import Refused, Role, decode, too_deep
 from computemesh.contracts.catalog import events as all_events
 
@@ -28,7 +28,11 @@ ROUTINE: Final = (nodes.HEARTBEAT, resources.LOAD)
 
 SHOWN: Final[Mapping[type[Any], tuple[str, ...]]] = {
     nodes.NodeAnnouncement: ("node_id", "hostname", "delivery", "work_types", "models", "slots", "gpus"),
+    nodes.NodeRefused: ("node_id", "hostname", "code", "reason"),
     nodes.NodeHeartbeat: ("node_id", "running", "accepting", "loaded_models", "cpu_percent"),
+    gpus.GpuReserved: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "timeout_seconds", "work_id"),
+    gpus.GpuReleased: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "work_id", "reason"),
+    gpus.GpuPressure: ("node_id", "kind", "index", "level", "was", "oom_in_s", "reason"),
     resources.Inventory: ("node_id", "tier", "gpus", "warnings"),
     work.WorkItem: ("work_id", "work_type", "model_name", "priority", "owner"),
     work.WorkRecord: ("work_id", "state", "work_type", "model_name", "node_id", "attempt", "error"),
