@@ -122,7 +122,7 @@ def test_what_env_prints_a_shell_can_evaluate_and_a_program_can_use(mesh: Cli, r
 
 def test_nodes_are_listed(mesh: Cli) -> None:
     """None here: a node that can run nothing does not announce itself. A filter that is none is refused."""
-    assert mesh.json("nodes") == {"nodes": [], "count": 0}
+    assert mesh.json("nodes") == {"nodes": [], "count": 0, "next": ""}
     assert mesh.ok("nodes").strip() == "No nodes."
     assert mesh.ok("nodes", "--gpu", "--min-tier", "gpu_peer").strip() == "No such nodes."
     done = mesh.run("nodes", "--min-tier", "BEST")

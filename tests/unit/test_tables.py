@@ -29,7 +29,7 @@ from computemesh.contracts.gpus import (
     WhyNot,
 )
 from computemesh.contracts.nodes import NodeList, NodesStats, NodeState, NodeView
-from computemesh.contracts.resources import Inventory
+from computemesh.contracts.resources import EngineFound, Inventory, ModelFound, Nic, RdmaPort
 from computemesh.hardware import Cpu, Gpu, GpuLink, GpuProcess, LinkKind, Memory, Platform, Tier
 
 NOW = 1_800_000_000.0
@@ -271,11 +271,15 @@ def test_the_page_of_a_node_has_everything_that_is_known_of_it() -> None:
                   provider="scripted", clock_skew_s=-4.2, loaded_models=["a"])  # fmt: skip
     inventory = Inventory(
         node_id="gpu-7", hostname="rack-3", tier=Tier.AI_FACTORY, platform=Platform.CUDA, cpu=Cpu(), memory=Memory(),
-        provider="scripted", warnings=["GPU 1 cannot be read"],
+        provider="scripted", warnings=["GPU 1 cannot be read"], engines=[EngineFound(name="vllm", version="0.11")],
+        nics=[Nic(name="eth0", up=True, speed_mbps=25_000), Nic(name="eth1")],
+        rdma=[RdmaPort(device="mlx5_0", port=1, state="ACTIVE", rate_gbps=400, link_layer="InfiniBand")],
+        models=[ModelFound(name="llama", form="gguf", size_mb=4096)],
     )  # fmt: skip
     shown = text(node_views.page(node, inventory, width=200, now=NOW), width=200)
     for words in ("made up", "rack-3", "(CUDA)", "64 cores", "12 % busy", "800 GiB free of 1 TiB", "4, 3 in use",
                   "in memory: a", "zone=a", "-4.2 s", "4/79.6 GiB", "37 %", "54 °C", "310 W", "5.0 x16", "0000:1b:00.0",
+                  "eth0 25 Gbit/s, eth1 (down)", "mlx5_0/1 InfiniBand 400 Gbit/s (ACTIVE)", "vllm 0.11", "llama (4 GiB)",
                   "broken: GPU is lost", "4242", "g-1", "NV18", "warning: GPU 1 cannot be read"):  # fmt: skip
         assert words in shown, f"{words}\n{shown}"
     narrow = text(node_views.page(node, inventory, width=40, now=NOW), width=40)

@@ -14,7 +14,7 @@ from computemesh.cli.common import STATE_COLOURS, lasting
 from computemesh.cli.sizes import share, size
 from computemesh.cli.tables import Cell, Column, clean, folded, grid
 from computemesh.contracts.nodes import NodeList, NodesStats, NodeView
-from computemesh.contracts.resources import Inventory
+from computemesh.contracts.resources import Inventory, Nic, RdmaPort
 from computemesh.hardware import Gpu, GpuLink, LinkKind
 
 MADE_UP: Final = "scripted"
@@ -214,11 +214,16 @@ def _named(node: NodeView, inventory: Inventory | None, now: float) -> Iterator[
         yield "RAM", f"{size(free)} free of {size(memory.total_mb)}{swap if memory.swap_total_mb else ''}"
     if inventory is not None:
         yield "disks", ", ".join(f"{d.mount} {size(d.free_mb)} free of {size(d.total_mb)}" for d in inventory.disks)
+        yield "network", ", ".join(_nic(nic) for nic in inventory.nics)
+        yield "RDMA", ", ".join(_rdma(port) for port in inventory.rdma)
+        yield "engines", ", ".join(f"{engine.name} {engine.version}".strip() for engine in inventory.engines)
     running = "" if node.running is None else f", {node.running} in use"
     yield "slots", f"{node.slots}{running}" if node.slots else "none: it takes no work"
     yield "work", f"{', '.join(node.work_types) or 'any'} ({node.delivery} delivery)"
     loaded = f"; in memory: {', '.join(node.loaded_models)}" if node.loaded_models else ""
     yield "models", f"{', '.join(node.models) or 'any'}{loaded}"
+    if inventory is not None:
+        yield "on disk", ", ".join(f"{found.name} ({size(found.size_mb)})" for found in inventory.models)
     yield "labels", ", ".join(f"{name}={value}" for name, value in node.labels.items())
     yield "roles", ", ".join(node.roles)
     seen = f"seen {lasting(now - node.last_seen)} ago, " if node.last_seen else ""
@@ -227,6 +232,17 @@ def _named(node: NodeView, inventory: Inventory | None, now: float) -> Iterator[
     if node.clock_skew_s is not None and abs(node.clock_skew_s) >= 1:
         yield "clock", f"{node.clock_skew_s:+.1f} s off the registry's"
     yield "version", node.version
+
+
+def _nic(nic: Nic) -> str:
+    speed = f" {nic.speed_mbps / 1000:g} Gbit/s" if nic.speed_mbps else ""
+    return f"{nic.name}{speed}{'' if nic.up else ' (down)'}"
+
+
+def _rdma(port: RdmaPort) -> str:
+    speed = f" {port.rate_gbps:g} Gbit/s" if port.rate_gbps else ""
+    over = f" {port.link_layer}" if port.link_layer else ""
+    return f"{port.device}/{port.port}{over}{speed} ({port.state or 'state not told'})"
 
 
 def _gpu_table(given: Sequence[Gpu], width: int) -> RenderableType:
