@@ -280,7 +280,8 @@ def test_the_page_of_a_node_has_everything_that_is_known_of_it() -> None:
     for words in ("made up", "rack-3", "(CUDA)", "64 cores", "12 % busy", "800 GiB free of 1 TiB", "4, 3 in use",
                   "in memory: a", "zone=a", "-4.2 s", "4/79.6 GiB", "37 %", "54 °C", "310 W", "5.0 x16", "0000:1b:00.0",
                   "eth0 25 Gbit/s, eth1 (down)", "mlx5_0/1 InfiniBand 400 Gbit/s (ACTIVE)", "vllm 0.11",
-                  "llama (4 GiB)", "broken: GPU is lost", "4242", "g-1", "NV18", "warning: GPU 1 cannot be read"):  # fmt: skip
+                  "llama (4 GiB)", "broken: GPU is lost", "4242", "g-1", "NV18",
+                  "warning: GPU 1 cannot be read"):  # fmt: skip
         assert words in shown, f"{words}\n{shown}"
     narrow = text(node_views.page(node, inventory, width=40, now=NOW), width=40)
     assert "H100" in narrow
