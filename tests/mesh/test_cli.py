@@ -6,6 +6,7 @@ not announce themselves, so work waits. Each wait is for a condition; nothing lo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,11 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
 import nats
+import psutil
 import pytest
 
 from computemesh import __version__
@@ -118,6 +121,28 @@ def test_what_env_prints_a_shell_can_evaluate_and_a_program_can_use(mesh: Cli, r
     elsewhere = Cli(mesh.home.parent / f"elsewhere-{role}")
     assert "nodes" in elsewhere.json("nodes", NATS_URL=values["NATS_URL"])
     assert not elsewhere.home.exists()
+
+
+def test_a_long_answer_is_whole_however_the_pipe_takes_it(cli: Cli) -> None:
+    """Also where Python has no buffer of its own, and the write of it is interrupted half-way."""
+    reader, writer = os.pipe()
+    room = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "computemesh.cli", "call", "--list", "--json"],
+        stdout=writer, env=cli.environment(PYTHONUNBUFFERED="1"),
+    )  # fmt: skip
+    os.close(writer)
+
+    def waiting() -> int:
+        return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    until(lambda: waiting() >= room, "the pipe to be full")
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, "it to be stopped")
+    process.send_signal(signal.SIGCONT)
+    with os.fdopen(reader) as answer:
+        assert len(json.loads(answer.read())) > 10
+    assert process.wait() == 0
 
 
 def test_nodes_are_listed(mesh: Cli) -> None:

@@ -6,6 +6,7 @@ command's answer is ever written to standard output.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class Program(common.Ordered):
         words = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+        _write_whole()
         # Libraries warn in the log; a command tells by itself what the user must know.
         log.configure("computemesh", level="error", form="text", out=sys.stderr)
         try:
@@ -50,6 +52,21 @@ class Program(common.Ordered):
             common.tell(failure, as_json="--json" in words)
             sys.exit(failure.exit_code)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _write_whole() -> None:
+    """Makes sure that all of a long answer is written.
+
+    A pipe may take a part of it only. With PYTHONUNBUFFERED, which container images like to set, Python has no
+    buffer for the rest, and drops it without a word.
+    """
+    if isinstance(sys.stdout.buffer, io.RawIOBase):
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(sys.stdout.buffer),
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            line_buffering=True,
+        )
 
 
 def denied(error: PermissionError) -> Failure:
