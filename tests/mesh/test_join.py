@@ -201,6 +201,19 @@ def test_a_revoked_machine_is_told_and_does_not_come_back(mesh: Cli, machines: l
     machine.ok("join", invitation(mesh, "thief", tmp_path), "--detach")
 
 
+def test_a_name_belongs_to_one_machine(mesh: Cli, machines: list[Machine], tmp_path: Path) -> None:
+    """The one that has it keeps it; the other is told, and leaves nothing running."""
+    file = invitation(mesh, "only-one", tmp_path)
+    first, second = machines
+    first.ok("join", file, "--detach", COMPUTEMESH_MACHINE_ID="here")
+    before = listed(mesh)["only-one"]
+    told = second.refuses(2, "join", file, "--detach", COMPUTEMESH_MACHINE_ID="elsewhere")
+    assert (told["field"], told["code"]) == ("node_id", "node_id_taken")
+    assert second.processes() == []
+    after = listed(mesh)["only-one"]
+    assert (after["session"], after["epoch"], after["state"]) == (before["session"], before["epoch"], "online")
+
+
 @pytest.mark.parametrize(
     ("words", "says", "code"),
     [
