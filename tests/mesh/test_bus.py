@@ -487,6 +487,21 @@ async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer,
     await bus.forget(silent)
 
 
+async def test_a_flush_that_was_given_up_does_not_deafen_the_connection(server: NatsServer, bus: Bus) -> None:
+    """Its answer comes all the same, when nobody waits for it any more."""
+    os.kill(server.pid, signal.SIGSTOP)
+    flushing = asyncio.create_task(bus.flush())
+    for _ in range(5):  # Until it waits for the server.
+        await asyncio.sleep(0)
+    flushing.cancel()
+    await asyncio.wait({flushing})
+    os.kill(server.pid, signal.SIGCONT)
+    await bus.flush()
+    await Bucket(bus, storage.NODES).load()
+    assert bus.up
+    assert bus.stats["reconnects"] == 0
+
+
 async def test_an_endpoint_that_ends_with_its_connection_does_not_come_back_with_the_next(
     server: NatsServer, bus: Bus
 ) -> None:

@@ -24,6 +24,9 @@ from computemesh.contracts.permissions import Identity, identity, inbox_prefix, 
 ASK_TIMEOUT_S: Final = 5.0
 """How long :meth:`Bus.ask` waits unless told otherwise."""
 
+FLUSH_S_MAX: Final = 86_400
+"""How long a flush may be answered after nobody waits for it any more; a connection that is silent breaks before."""
+
 INITIAL_RETRY_S: Final = 0.2
 """Pause between attempts to reach a server that was never reached yet."""
 
@@ -241,9 +244,18 @@ class Bus:
         try:
             # The first PING of nats-py may overtake commands that are still buffered; the second cannot.
             for _ in range(2):
-                await self._answered("flush", self._nc.flush(timeout=ASK_TIMEOUT_S))  # type: ignore[arg-type]  # any number will do
+                await self._flush_once()
+        except TimeoutError:
+            raise TimedOut(f"flush: no answer in {ASK_TIMEOUT_S:g} s") from None
         except (nats.errors.Error, OSError) as error:
             raise TimedOut(f"flush: {error}") from error
+
+    async def _flush_once(self) -> None:
+        # Given up inside nats-py, by a timeout or by being cancelled, a flush ends its reader with an error as soon as
+        # the answer comes. So it goes on until then, or until the connection breaks, and only we stop waiting for it.
+        flushing = asyncio.ensure_future(self._answered("flush", self._nc.flush(timeout=FLUSH_S_MAX)))
+        flushing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait_for(asyncio.shield(flushing), ASK_TIMEOUT_S)
 
     async def close(self) -> None:
         """Sends what is buffered and closes. Safe to call twice, and when the server is gone."""

@@ -26,7 +26,7 @@ from computemesh.cli.services import SERVICES
 from computemesh.config import ConfigError, nats_url, node_of
 from computemesh.contracts import nodes
 from computemesh.contracts.base import Role
-from computemesh.contracts.nodes import NodeGet, NodeRefused, NodeView
+from computemesh.contracts.nodes import NodeGet, NodeView
 from computemesh.contracts.permissions import identity
 from computemesh.paths import Home, home, private_folder, write_private
 from computemesh.supervisor import MeshStatus, ServiceStatus, Supervisor, read_status
@@ -403,28 +403,21 @@ async def _confirm(bus: Bus, given: Invitation, agent: ServiceStatus | None) -> 
     Raises:
         Failure: the mesh has another machine of that name.
     """
-    refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def on_refused(told: NodeRefused) -> None:
-        if told.node_id == given.node_id and told.session == facts.get("session") and not refused.done():
-            refused.set_result(told.reason)
-
-    facts: dict[str, Any] = {}
-    await bus.subscribe(nodes.REFUSED, on_refused)
-    facts = await asyncio.to_thread(_health, agent.http if agent else "")
     deadline_s = time.monotonic() + LISTED_S
+    facts: dict[str, Any] = {"work_types": ["not known yet"]}
     while facts.get("work_types") and time.monotonic() < deadline_s:
+        facts = await asyncio.to_thread(_health, agent.http if agent else "")
         with contextlib.suppress(BusError):
             found = await bus.ask(nodes.GET, NodeGet(node_id=given.node_id))
             if isinstance(found, NodeView) and found.session == facts.get("session"):
                 return found
-        if refused.done():
+        if facts.get("problem") and facts.get("nats") == "connected":
             raise Failure(
-                f"the mesh refuses node {given.node_id}: {refused.result()}",
+                f"{given.node_id} is not taken into the mesh: {facts['problem']}",
                 hint="give this machine a name of its own: `computemesh nodes invite NAME` on the mesh's machine",
                 field="node_id", code="node_id_taken",
             )  # fmt: skip
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
     if not facts.get("work_types"):
         err.print(
             "[yellow]This node has nothing it can run, so the mesh does not list it:[/] "
