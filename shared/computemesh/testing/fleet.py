@@ -11,7 +11,10 @@ As a program it reads what to do from standard input, one command a line, and an
     silence 200        the first 200 fall silent; without a number, all
     wake               those that were silent go on
     restart 200        the first 200 begin a new session
+    beat 5000          so many heartbeats at once, in turn, from nodes that speak
     count              nothing but the counts
+
+With ``--held`` they say nothing until the command ``join``.
 """
 
 from __future__ import annotations
@@ -236,6 +239,8 @@ class Fleet:
         self._due: list[tuple[float, str]] = []
         """When whose heartbeat is due, in seconds of the loop; a heap."""
         self._beating: asyncio.Task[None] | None = None
+        self._turn = 0
+        """How many heartbeats were sent out of turn."""
 
     async def join(self) -> None:
         """Listens for discovery, announces every node, and sends heartbeats from now on."""
@@ -285,9 +290,17 @@ class Fleet:
         """The present life of a node."""
         return self._nodes[node_id].session
 
-    def payloads(self) -> list[bytes]:
-        """One heartbeat of every node, encoded, for those who send them faster than nodes do."""
-        return [node.heartbeat(time.time()) for node in self._nodes.values()]
+    async def beat(self, count: int) -> None:
+        """So many heartbeats at once, from each node that is not silent in turn: faster than nodes send them.
+
+        Raises:
+            BusError: the connection is down and its buffer full.
+        """
+        speaking = [node for node in self._nodes.values() if not node.silent]
+        first = self._turn
+        self._turn += count
+        for number in range(first, first + count if speaking else first):
+            await self._beat(speaking[number % len(speaking)])
 
     def _of(self, node_ids: Iterable[str] | None) -> list[SimulatedNode]:
         return list(self._nodes.values()) if node_ids is None else [self._nodes[node_id] for node_id in node_ids]
@@ -351,8 +364,12 @@ async def _obey(fleet: Fleet, command: str, number: str) -> None:
         await fleet.wake(some)
     elif command == "restart":
         await fleet.restart(some)
+    elif command == "join":
+        await fleet.join()
+    elif command == "beat":
+        await fleet.beat(int(number))
     elif command != "count":
-        sys.stderr.write(f"no command {command!r}: silence, wake, restart or count\n")
+        sys.stderr.write(f"no command {command!r}: silence, wake, restart, beat or count\n")
 
 
 async def _run(options: argparse.Namespace) -> None:
@@ -361,8 +378,7 @@ async def _run(options: argparse.Namespace) -> None:
     fleet = Fleet(bus, options.nodes, first=options.first, prefix=options.prefix, interval_s=options.interval)
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    await fleet.join()
-    line = b"count"
+    line = b"count" if options.held else b"join"
     while line:
         command, _, number = line.decode().strip().partition(" ")
         await _obey(fleet, command, number)
@@ -382,6 +398,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--prefix", default="sim", help="what their ids begin with")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between heartbeats")
+    parser.add_argument("--held", action="store_true", help="say nothing until told to join")
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(_run(parser.parse_args()))
 
