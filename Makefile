@@ -13,7 +13,7 @@ SAY := @printf '\033[1m%s\033[0m\n'
 .PHONY: help up down status test test-fast chaos mutants check lint format types bench bench-gpus bench-nodes ledger-sim docs golden lock wheel wheel-test clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(VENV)/.run $(VENV)/.model ## Start a mesh on this machine and run one work item on a real model
 	@$(BIN)/computemesh up --detach
