@@ -20,6 +20,9 @@ from computemesh.contracts.base import Role
 WARM_S: Final = 0.2
 """Time at the beginning that does not count."""
 
+GIVE_UP_S: Final = 60.0
+"""How long is waited for the answers that are under way at the end."""
+
 _HEADER_END: Final = b"\r\n\r\n"
 
 
@@ -281,7 +284,7 @@ async def measure(load: Load) -> Took:
     """As :func:`run`, in a process of its own.
 
     Raises:
-        RuntimeError: it failed; what it said.
+        RuntimeError: it failed, and what it said; or an answer did not come.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", __name__),
@@ -289,7 +292,13 @@ async def measure(load: Load) -> Took:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    answer, trouble = await process.communicate(msgspec.json.encode(load))
+    try:
+        async with asyncio.timeout(load.seconds + GIVE_UP_S):
+            answer, trouble = await process.communicate(msgspec.json.encode(load))
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise RuntimeError(f"{load.target}: no answer in {GIVE_UP_S:g} s") from None
     if process.returncode:
         raise RuntimeError(f"{load.target}: {trouble.decode().splitlines()[-1]}")
     return msgspec.json.decode(answer, type=Took)

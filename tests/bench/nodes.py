@@ -86,6 +86,8 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
 
     nodes: int
     join_s: float
+    cpu: float
+    """Cores the registry uses while the nodes send heartbeats as usual."""
     rss_mb: int
     floods: dict[str, Flood]
     requests: dict[str, Took]
@@ -242,6 +244,7 @@ async def measure_size(folder: Path, size: int, options: argparse.Namespace) -> 
         join_s = await measure_join(mesh, fleet, size)
         await raw_fleet.do("join")
         await until_calm(fleet)
+        cpu = await usual_cpu(pid, options.seconds)
         floods: dict[str, list[Flood]] = {}
         for rep in range(options.reps):
             say(f"{size} nodes: heartbeats {rep + 1}/{options.reps}")
@@ -258,6 +261,7 @@ async def measure_size(folder: Path, size: int, options: argparse.Namespace) -> 
         return Size(
             nodes=size,
             join_s=join_s,
+            cpu=cpu,
             rss_mb=rss_mb,
             floods={name: median(found) for name, found in floods.items()},
             requests=requests,
@@ -343,6 +347,13 @@ async def until_calm(fleet: FleetProcess) -> None:
     raise RuntimeError(f"{GIVE_UP_S:g} s after all nodes joined they are still asked to announce themselves")
 
 
+async def usual_cpu(pid: int, seconds: float) -> float:
+    """Cores a process uses, over twice that time."""
+    before_s = cpu_s(pid)
+    await asyncio.sleep(2 * seconds)
+    return (cpu_s(pid) - before_s) / (2 * seconds)
+
+
 def median(found: list[Flood]) -> Flood:
     return Flood(
         per_s=statistics.median(one.per_s for one in found),
@@ -380,9 +391,10 @@ def show(report: dict[str, Any]) -> None:
     """Tables for people."""
     lines: list[str] = []
     sizes: list[Size] = report["sizes"]
-    lines.append("nodes   join s   loss s beyond patience   told twice   RSS MB")
+    lines.append("nodes   join s   loss s beyond patience   told twice   RSS MB   cores, usual heartbeats")
     lines += [
-        f"{one.nodes:5}  {one.join_s:7.2f}  {one.loss_s:23.2f}  {one.lost_twice:11}  {one.rss_mb:7}" for one in sizes
+        f"{one.nodes:5}  {one.join_s:7.2f}  {one.loss_s:23.2f}  {one.lost_twice:11}  {one.rss_mb:7}  {one.cpu:24.3f}"
+        for one in sizes
     ]
     lines += ["", "nodes  heartbeats       per s   CPU us each   lag ms   lost   to counted"]
     for one in sizes:

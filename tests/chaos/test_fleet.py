@@ -35,9 +35,11 @@ SIZE: Final = 1000
 SILENT: Final = 200
 """Nodes that truly fall silent after each deed."""
 
-INTERVAL_S: Final = 0.5
-SUSPECT_S: Final = 2.5
-LOST_S: Final = 4.0
+INTERVAL_S: Final = 1.0
+"""Longer than it takes the registry to look at everyone's silence: it must not judge those it has yet to hear."""
+
+SUSPECT_S: Final = 3.0
+LOST_S: Final = 4.2
 LONGER_THAN_PATIENCE: Final = int(SIZE * (LOST_S + 1.0) / INTERVAL_S)
 """Heartbeats that a fleet sends in that time."""
 
