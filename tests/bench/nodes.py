@@ -109,8 +109,12 @@ class FleetProcess:
     async def do(self, command: str) -> Counts:
         """One command; returns when the server has all that it made the fleet say."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(command.encode() + b"\n")
+        return await self.answer()
+
+    async def answer(self) -> Counts:
+        """The next answer; the first comes without a command, when the fleet is ready."""
+        assert self._process.stdout is not None
         answer = await asyncio.wait_for(self._process.stdout.readline(), GIVE_UP_S)
         return msgspec.json.decode(answer, type=Counts)
 
@@ -135,7 +139,7 @@ async def simulated(mesh: RunningMesh, size: int, interval_s: float) -> AsyncGen
     options = ("--nodes", str(size), "--interval", str(interval_s), "--held")
     async with running("computemesh.testing.fleet", *options, url=mesh.url(Role.NODE)) as process:
         fleet = FleetProcess(process)
-        await fleet.do("count")
+        await fleet.answer()
         yield fleet
 
 

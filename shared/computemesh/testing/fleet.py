@@ -4,7 +4,8 @@ To the mesh each is a node: it announces itself with hardware one could buy, sen
 GPUs, answers discovery, can fall silent, come back, and begin a new life. It takes no work but of the type
 ``simulated``, and there does nothing. Ten thousand fit into one process: what a node says is encoded beforehand.
 
-As a program it reads what to do from standard input, one command a line, and answers each with a line of counts:
+As a program it reads what to do from standard input, one command a line, and answers each with a line of counts,
+after a first one that says that it is ready:
 
     $ eval "$(computemesh env --role node)"
     $ python -m computemesh.testing.fleet --nodes 1000 --interval 10
