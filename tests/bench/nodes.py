@@ -380,7 +380,7 @@ async def bench(options: argparse.Namespace) -> dict[str, Any]:
             found.append(await measure_size(Path(folder) / str(size), size, options))
             if program is not None:
                 say(f"{size} records: nanoctrl")
-                peers.append(await measure_peer(program, Path(folder) / f"peer-{size}", size, options.seconds))
+                peers.append(await measure_peer(program, Path(folder), size, options.seconds))
     say("")
     return {"interval_s": options.interval, "lost_after_s": options.lost, "sizes": found, "nanoctrl": peers}
 
