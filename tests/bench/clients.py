@@ -255,9 +255,8 @@ async def run(load: Load) -> Took:
 
     async def go_on(connection: Connection) -> None:
         nonlocal turn, answer_bytes
-        while (now_s := time.perf_counter()) < until_s or load.once:
-            if load.once and turn >= len(bodies):
-                return
+        while turn < len(bodies) if load.once else time.perf_counter() < until_s or len(times_s) < load.connections:
+            now_s = time.perf_counter()
             body = bodies[turn % len(bodies)]
             turn += 1
             answer_bytes = await whole(connection, body)
