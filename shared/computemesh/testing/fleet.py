@@ -29,7 +29,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Final
 
@@ -124,11 +124,13 @@ class SimulatedNode:
 
     Args:
         number: decides the hardware; see :data:`MIX`.
+        loads: how full it is, from one heartbeat to the next.
     """
 
-    def __init__(self, node_id: str, number: int) -> None:
+    def __init__(self, node_id: str, number: int, loads: Sequence[float] = LOADS) -> None:
         self.node_id: Final = node_id
         self.number: Final = number
+        self._loads = loads
         self.session = ""
         self.announcement = b""
         self.silent = True
@@ -144,7 +146,7 @@ class SimulatedNode:
         said = announcement(self.node_id, self.number, self.session)
         self.announcement = encode(said)
         self._beats = []
-        for full in LOADS:
+        for full in self._loads:
             before, mark, after = encode(heartbeat(said, full)).partition(_SENT_AT)
             assert mark, "a heartbeat has a time"
             self._beats.append((before, after))
@@ -152,7 +154,7 @@ class SimulatedNode:
     def heartbeat(self, now: float) -> bytes:
         """The next heartbeat, sent at *now* in Unix seconds."""
         self._next += 1
-        before, after = self._beats[self._next % len(LOADS)]
+        before, after = self._beats[self._next % len(self._beats)]
         return b'%b"sent_at":%.3f%b' % (before, now, after)
 
 
@@ -221,14 +223,23 @@ class Fleet:
         bus: connected as a node, any node: what a payload says is not checked by the server.
         first: number of the first node, so that several fleets make a larger one.
         interval_s: from one heartbeat of a node to its next, give or take a fifth.
+        loads: how full each node is, 0 to 1, from one heartbeat to the next.
     """
 
-    def __init__(self, bus: Bus, size: int, *, first: int = 0, prefix: str = "sim", interval_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        size: int,
+        *,
+        first: int = 0,
+        prefix: str = "sim",
+        interval_s: float = 10.0,
+        loads: Sequence[float] = LOADS,
+    ) -> None:
+        self.node_ids: Final = [f"{prefix}-{number:05}" for number in range(first, first + size)]
         self._nodes: Final = {
-            node.node_id: node
-            for node in (SimulatedNode(f"{prefix}-{number:05}", number) for number in range(first, first + size))
+            node_id: SimulatedNode(node_id, number, loads) for number, node_id in enumerate(self.node_ids, first)
         }
-        self.node_ids: Final = list(self._nodes)
         self.beats = 0
         """Heartbeats sent."""
         self.announced = 0
