@@ -11,162 +11,22 @@ heartbeats were, since a fleet that had no time to speak was truly silent.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-import httpx
-import msgspec
 import pytest
 
-from computemesh.bus import BusError, Mirror
-from computemesh.contracts import nodes, storage
-from computemesh.contracts.base import Role
-from computemesh.contracts.nodes import NodeLost, NodeRecord, NodeState
-from computemesh.testing import RunningMesh, running_mesh, until
-from computemesh.testing.fleet import Fleet
+from computemesh.testing import until
+from tests.chaos.watch import INTERVAL_S, LOST_S, SIZE, SLACK, WHOLE_S, Watch, kill_and_wait, watched_fleet
 
-SIZE: Final = 1000
 SILENT: Final = 200
 """Nodes that truly fall silent after each deed."""
 
-INTERVAL_S: Final = 1.0
-"""Longer than it takes the registry to look at everyone's silence: it must not judge those it has yet to hear."""
-
-SUSPECT_S: Final = 3.0
-LOST_S: Final = 4.2
 LONGER_THAN_PATIENCE: Final = int(SIZE * (LOST_S + 1.0) / INTERVAL_S)
-"""Heartbeats that a fleet sends in that time."""
-
-WHOLE_S: Final = 5.0
-SLACK: Final = 2.0
-"""A machine that has other things to do may take so many times as long as is promised."""
-
-PATIENCE: Final = {
-    "COMPUTEMESH_SUSPECT_AFTER_S": str(SUSPECT_S),
-    "COMPUTEMESH_LOST_AFTER_S": str(LOST_S),
-}
-
-
-class Seen(msgspec.Struct, frozen=True):
-    """What the tests look at of a node in an answer."""
-
-    node_id: str
-    state: NodeState
-    epoch: int
-    last_seen: float
-
-
-class Page(msgspec.Struct, frozen=True):
-    """An answer to a query."""
-
-    nodes: list[Seen]
-    count: int
-    next: str = ""
-
-
-class Watch:
-    """A mesh with its fleet; hears every loss that is told and sees every state that is recorded."""
-
-    def __init__(self, mesh: RunningMesh, fleet: Fleet) -> None:
-        self.mesh: Final = mesh
-        self.fleet: Final = fleet
-        self.told: Counter[str] = Counter()
-        """Losses heard, by node."""
-        self.doubted: set[str] = set()
-        """Nodes that were ever recorded as suspect or lost."""
-        self.epochs: dict[str, int] = {}
-        """As recorded last."""
-
-    async def told_lost(self, lost: NodeLost) -> None:
-        """Hears a loss."""
-        self.told[lost.node_id] += 1
-
-    def recorded(self, node_id: str, record: NodeRecord | None) -> None:
-        """Sees a record change."""
-        assert record is not None, f"the record of {node_id} is gone"
-        self.epochs[node_id] = record.epoch
-        if record.state is not NodeState.ONLINE:
-            self.doubted.add(node_id)
-
-    def registries(self) -> list[str]:
-        """Replicas of the registry, by name."""
-        return [s.name for s in self.mesh.supervisor.services if s.spec.name == "node-registry"]
-
-    async def all_seen_since(self, when: float) -> bool:
-        """Whether all nodes are online and were heard since then, to a client and to each replica's callers."""
-        pages = [await ask_all_by_bus(self.mesh)]
-        async with httpx.AsyncClient() as http:
-            pages += [await ask_all_by_http(http, self.mesh.http(name)) for name in self.registries()]
-        return all(
-            len(seen) == SIZE and all(one.state is NodeState.ONLINE and one.last_seen >= when for one in seen)
-            for seen in pages
-        )
-
-    async def seconds_until_all_are_seen(self, since: float) -> float:
-        """How long after *since*, in Unix seconds, every answer has all nodes online and lately seen."""
-        while time.time() - since < 4 * WHOLE_S:
-            with contextlib.suppress(BusError, httpx.TransportError):
-                if await self.all_seen_since(since):
-                    break
-            await asyncio.sleep(0.05)
-        return time.time() - since
-
-    def story(self) -> str:
-        """What helps to understand a failure."""
-        registry = [line for line in self.mesh.lines if line.startswith("node-registry")]
-        return "\n".join([f"the fleet's latest heartbeat was {self.fleet.late_s:.2f} s late", *registry[-40:]])
-
-
-async def ask_all_by_bus(mesh: RunningMesh) -> list[Seen]:
-    """All nodes, page by page."""
-    bus = await mesh.bus()
-    found: list[Seen] = []
-    page = Page([], 0, next=" ")
-    while page.next:
-        query = {"limit": 10_000} if not found else {"limit": 10_000, "after": page.next}
-        reply = await bus.call(nodes.QUERY.subject, msgspec.json.encode(query), timeout_s=2.0)
-        page = msgspec.json.decode(reply.data, type=Page)
-        found += page.nodes
-    return found
-
-
-async def ask_all_by_http(http: httpx.AsyncClient, url: str) -> list[Seen]:
-    """All nodes as one replica knows them, page by page."""
-    found: list[Seen] = []
-    page = Page([], 0, next=" ")
-    while page.next:
-        query = {"limit": 10_000} if not found else {"limit": 10_000, "after": page.next}
-        answer = await http.post(f"{url}/api/v1/nodes/query", json=query, timeout=2.0)
-        page = msgspec.json.decode(answer.content, type=Page)
-        found += page.nodes
-    return found
-
-
-@asynccontextmanager
-async def watched_fleet(folder: Path, *, registries: int = 1) -> AsyncGenerator[Watch]:
-    """A control plane without work, and a fleet that has joined."""
-    copies = {"node-registry": registries}
-    async with running_mesh(folder, ("node-registry",), copies=copies, environment=PATIENCE) as mesh:
-        watch = Watch(mesh, Fleet(await mesh.bus(Role.NODE), SIZE, interval_s=INTERVAL_S))
-        bus = await mesh.bus(Role.SERVICES)
-        await bus.subscribe(nodes.LOST, watch.told_lost)
-        following = asyncio.create_task(Mirror(bus, storage.NODES, watch.recorded).follow())
-        began = time.time()
-        await watch.fleet.join()
-        assert await watch.seconds_until_all_are_seen(began) < 2 * WHOLE_S * SLACK, watch.story()
-        await until(lambda: len(watch.epochs) == SIZE, what="every record")
-        try:
-            yield watch
-        finally:
-            await watch.fleet.leave()
-            following.cancel()
-
+"""Heartbeats that the fleet sends in that time."""
 
 # --- deeds: each gives the time of the return, in Unix seconds -------------------------------------------------------
 
@@ -181,10 +41,11 @@ async def stop_the_registry_for_longer_than_its_patience(watch: Watch) -> float:
 
 
 async def kill_the_acting_registry_of_two(watch: Watch) -> float:
-    """The other one answers all the time; back is who acts, when the other one does."""
+    """The other one answers all the time, so time runs from the kill."""
     acting = await until_one_acts(watch)
+    killed = time.time()
     await kill_and_wait(watch, acting)
-    return time.time()
+    return killed
 
 
 async def stop_the_acting_registry_of_two_for_longer_than_its_patience(watch: Watch) -> float:
@@ -200,18 +61,6 @@ async def kill_the_server(watch: Watch) -> float:
 async def stop_the_server_for_longer_than_the_patience(watch: Watch) -> float:
     """All connections stand, and nothing comes through them."""
     return await stop_for_long(watch, "nats-server")
-
-
-async def kill_and_wait(watch: Watch, name: str) -> None:
-    """Kills a process and waits until its next life is ready."""
-    before = watch.mesh.pid(name)
-    watch.mesh.kill(name)
-
-    def is_back() -> bool:
-        status = next(status for status in watch.mesh.supervisor.status().services if status.name == name)
-        return watch.mesh.pid(name) not in (0, before) and status.state == "ready"
-
-    await until(is_back, what=f"the next life of {name}")
 
 
 async def stop_for_long(watch: Watch, name: str) -> float:
