@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import sys
@@ -64,6 +65,7 @@ QUERIES: Final = {
     "few that match": ("query", {"model_name": "rare-70b", "online_only": True}, False),
     "a page of 100": ("query", {"limit": 100}, False),
     "all, in pages": ("query", {"limit": 10_000}, True),
+    "all, a line each": ("list", {"limit": 10_000}, True),
 }
 
 _HANDLED: Final = re.compile(rb"^computemesh_node_heartbeats_total (\S+)", re.MULTILINE)
@@ -256,7 +258,7 @@ async def measure_size(folder: Path, size: int, options: argparse.Namespace) -> 
                 floods.setdefault(name, []).append(await flood_raw(raw_mesh, raw_fleet, options.seconds, role))
             floods.setdefault("registry", []).append(await flood_registry(mesh, fleet, options.seconds))
         requests: dict[str, Took] = {}
-        for name, load in loads(mesh, options.seconds).items():
+        for name, load in loads(mesh, size, options.seconds).items():
             say(f"{size} nodes: {name}")
             requests[name] = await measure(load)
         rss_mb = round(psutil.Process(pid).memory_info().rss / 2**20)
@@ -274,8 +276,8 @@ async def measure_size(folder: Path, size: int, options: argparse.Namespace) -> 
         )
 
 
-def loads(mesh: RunningMesh, seconds: float) -> dict[str, Load]:
-    """The queries, by name."""
+def loads(mesh: RunningMesh, size: int, seconds: float) -> dict[str, Load]:
+    """The queries, by name, and heartbeats that are answered, as the peer's are."""
     found: dict[str, Load] = {}
     doors: tuple[tuple[Literal["http", "nats"], str, str], ...] = (
         ("nats", mesh.url(Role.CLIENT), "compute.nodes.{}.v1"),
@@ -290,6 +292,15 @@ def loads(mesh: RunningMesh, seconds: float) -> dict[str, Load]:
             connections=connections,
             seconds=seconds,
             paged=paged,
+        )
+    beats = [json.dumps({"node_id": f"sim-{number:05}", "cpu_percent": 12.5}) for number in range(min(size, 1000))]
+    ways: tuple[tuple[Literal["http", "nats"], str, str], ...] = (
+        ("nats", mesh.url(Role.NODE), "compute.nodes.alive.v1"),
+        ("http", mesh.http("node-registry"), "/api/v1/nodes/heartbeat"),
+    )
+    for (kind, address, target), connections in product(ways, (1, 16)):
+        found[f"heartbeat, answered, {kind}({connections})"] = Load(
+            kind=kind, address=address, target=target, bodies=beats, connections=connections, seconds=seconds
         )
     return found
 
@@ -375,6 +386,7 @@ async def bench(options: argparse.Namespace) -> dict[str, Any]:
     program = find_peer(options.peer)
     found: list[Size] = []
     peers: list[dict[str, Any]] = []
+    began_s, began_busy_s, began_own_s = time.perf_counter(), busy_s(), own_s()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for size in options.sizes:
             found.append(await measure_size(Path(folder) / str(size), size, options))
@@ -382,7 +394,26 @@ async def bench(options: argparse.Namespace) -> dict[str, Any]:
                 say(f"{size} records: nanoctrl")
                 peers.append(await measure_peer(program, Path(folder), size, options.seconds))
     say("")
-    return {"interval_s": options.interval, "lost_after_s": options.lost, "sizes": found, "nanoctrl": peers}
+    others_s = busy_s() - began_busy_s - (own_s() - began_own_s)
+    return {
+        "interval_s": options.interval,
+        "lost_after_s": options.lost,
+        "cores_used_by_others": max(0.0, others_s) / (time.perf_counter() - began_s),
+        "sizes": found,
+        "nanoctrl": peers,
+    }
+
+
+def busy_s() -> float:
+    """Seconds of CPU that this machine has spent on anything, or was denied."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def own_s() -> float:
+    """Seconds of CPU that this program, and all it started that have ended, have used."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, kinds))
 
 
 def say(what: str) -> None:
@@ -415,6 +446,7 @@ def show(report: dict[str, Any]) -> None:
         lines += [request_line(peer["nodes"], f"nanoctrl {name}", took) for name, took in peer["requests"].items()]
     if not report["nanoctrl"]:
         lines += ["", HOW_TO_GET]
+    lines += ["", f"cores used by others meanwhile: {report['cores_used_by_others']:.2f}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
