@@ -37,6 +37,7 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
+from computemesh import log
 from computemesh.bus import Bus, BusError, Where
 from computemesh.contracts import nodes
 from computemesh.contracts.base import Role, encode
@@ -411,6 +412,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="sim", help="what their ids begin with")
     parser.add_argument("--interval", type=float, default=10.0, help="seconds between heartbeats")
     parser.add_argument("--held", action="store_true", help="say nothing until told to join")
+    log.configure("fleet", out=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(_run(parser.parse_args()))
 
