@@ -36,8 +36,14 @@ async def kill_the_registry(watch: Watch) -> float:
     return time.time()
 
 
-async def stop_the_registry_for_longer_than_its_patience(watch: Watch) -> float:
-    return await stop_for_long(watch, "node-registry")
+async def suspend_the_registry_and_all_nodes(watch: Watch) -> float:
+    """As when a machine that simulates all of them goes to sleep: nothing waits to be heard when they wake up."""
+    watch.fleet.silence()
+    watch.mesh.kill("node-registry", signal.SIGSTOP)
+    await asyncio.sleep(LOST_S + 1.0)
+    watch.mesh.kill("node-registry", signal.SIGCONT)
+    await watch.fleet.wake()
+    return time.time()
 
 
 async def kill_the_acting_registry_of_two(watch: Watch) -> float:
@@ -86,7 +92,7 @@ Deed = Callable[[Watch], Awaitable[float]]
 @pytest.mark.parametrize(
     ("registries", "deeds"),
     [
-        (1, [kill_the_registry, stop_the_registry_for_longer_than_its_patience]),
+        (1, [kill_the_registry, suspend_the_registry_and_all_nodes]),
         (2, [kill_the_acting_registry_of_two, stop_the_acting_registry_of_two_for_longer_than_its_patience]),
         (1, [kill_the_server, stop_the_server_for_longer_than_the_patience]),
     ],
