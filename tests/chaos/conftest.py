@@ -11,4 +11,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_sep("-", "chaos")
     for report in played:
         facts = "; ".join(f"{name}: {value}" for name, value in report.user_properties)
-        terminalreporter.write_line(f"[{report.nodeid.partition('[')[2]} in {report.duration:.0f} s; {facts}")
+        name = report.nodeid.rpartition("::")[2]
+        terminalreporter.write_line(f"{name.partition('[')[2].rstrip(']') or name} in {report.duration:.0f} s; {facts}")
