@@ -124,9 +124,10 @@ async def test_what_one_replica_wrote_the_other_answers_at_once(mesh: RunningMes
         assert (drained.json()["node"]["drained"], drained.json()["changed"]) == (True, True)
         again = await first.post(f"/api/v1/nodes/{node_id}/drain", json={"reason": "fans"})
         assert (again.json()["node"]["drain_reason"], again.json()["changed"]) == ("fans", False)
-        free = await second.post(f"/api/v1/nodes/{node_id}/undrain", json={})
+        await second.post(f"/api/v1/nodes/{node_id}/drain", json={"reason": "more fans"})
+        free = await first.post(f"/api/v1/nodes/{node_id}/undrain", json={})
         assert (free.json()["node"]["drained"], free.json()["changed"]) == (False, True)
-        assert (await first.post(f"/api/v1/nodes/{node_id}/undrain", json={})).json()["changed"] is False
+        assert (await second.post(f"/api/v1/nodes/{node_id}/undrain", json={})).json()["changed"] is False
         assert (await first.delete(f"/api/v1/nodes/{node_id}")).status_code == 200
         assert (await second.delete(f"/api/v1/nodes/{node_id}")).status_code == 404
     for client in (first, second):

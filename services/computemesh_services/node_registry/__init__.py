@@ -4,8 +4,8 @@ Owns       the bucket ``compute-nodes``: a record for each node, and up to where
 Answers    ``compute.nodes.{register,alive,query,list,get,drain,undrain,forget,stats}.v1`` and their HTTP routes;
            ``POST /v1/nodes/register`` and ``/v1/nodes/heartbeat`` as RoleMesh's node agents post them
 Publishes  ``compute.nodes.{discover,lost,refused}.v1``; ``compute.nodes.heartbeat.v1`` for those that come as requests
-Promises   - Any replica answers, and at once what it or another one wrote when asked for that node. Lists come from
-             memory, which lags behind what other replicas write by milliseconds.
+Promises   - Any replica answers. Whoever writes answers with what is then recorded; a node that another replica wrote
+             is found at once, and what another changed is seen milliseconds later.
            - A node is never called suspect or lost because a registry, or the bus, was away, halted or behind, or
              because a clock jumped. Whoever starts, or hears of the bus again, gives everyone full patience: a node
              that died just before that is found one patience later.

@@ -349,10 +349,8 @@ class NodeRegistry:
             changed = after is not record
             return after
 
-        after = await self._writer.change(node_id, decide)
-        if after is None:
-            # Another replica may have written it this moment.
-            after = await self._writer.change(node_id, decide) if await self._reread(node_id) else None
+        # What another replica wrote this moment counts: else an undrain could find nothing to undo.
+        after = await self._writer.change(node_id, decide) if await self._reread(node_id) else None
         if after is None:
             return _no_node(node_id)
         _log.info("drained" if after.drained else "undrained", node=node_id, reason=after.drain_reason, changed=changed)
