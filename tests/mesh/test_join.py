@@ -205,7 +205,8 @@ def test_a_name_belongs_to_one_machine(mesh: Cli, machines: list[Machine], tmp_p
     """The one that has it keeps it; the other is told, and leaves nothing running."""
     file = invitation(mesh, "only-one", tmp_path)
     first, second = machines
-    first.ok("join", file, "--detach", COMPUTEMESH_MACHINE_ID="here")
+    first.ok("join", file, "--detach", COMPUTEMESH_MACHINE_ID="here", COMPUTEMESH_HEARTBEAT_INTERVAL_S="0.5")
+    until(lambda: listed(mesh)["only-one"]["monitored"], "its heartbeats to be heard")
     before = listed(mesh)["only-one"]
     told = second.refuses(2, "join", file, "--detach", COMPUTEMESH_MACHINE_ID="elsewhere")
     assert (told["field"], told["code"]) == ("node_id", "node_id_taken")
