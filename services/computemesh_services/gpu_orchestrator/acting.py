@@ -42,6 +42,9 @@ PRESSURE_S: Final = 1.0
 FORGOTTEN_S: Final = 60.0
 """How long a record without reservations stays after its node was removed."""
 
+FORGOTTEN_MARK_S: Final = 600
+"""How long its absence is marked for other replicas to read."""
+
 _log = log.get("acting")
 
 
@@ -134,7 +137,8 @@ class Acting:
             and entry.value.changed_at < now - FORGOTTEN_S
         ]
         for node_id, entry in gone:
-            await self._records.purge(node_id, last=entry.revision)
+            marker = await self._records.purge(node_id, last=entry.revision, marker_ttl_s=FORGOTTEN_MARK_S)
+            self._ledgers.wrote(node_id, None, marker)
 
     # --- work items --------------------------------------------------------------------------------------------------
 
