@@ -439,6 +439,33 @@ async def test_of_two_agents_on_one_machine_the_later_one_has_the_id_and_the_oth
         ).node_id == "n1"
 
 
+# --- a node comes, and goes in good order ---------------------------------------------------------------------------
+
+
+async def test_a_heartbeat_right_behind_the_announcement_counts(mesh: RunningMesh) -> None:
+    """It arrives before the announcement is stored, and the next one is seconds away."""
+    bus = await mesh.bus(Role.NODE, "q1")
+    await bus.publish(nodes.ANNOUNCE, NodeAnnouncement(node_id="q1", session="s1"))
+    await bus.publish(nodes.HEARTBEAT, NodeHeartbeat(node_id="q1", session="s1", cpu_percent=7.0))
+    assert (await becomes(mesh, "q1", monitored=True)).session == "s1"
+
+
+async def test_a_node_agent_that_is_told_to_end_is_gone_at_once(tmp_path: Path) -> None:
+    """It need not be missed first. Its next life is online again, with a higher epoch."""
+    patient = {"COMPUTEMESH_SUSPECT_AFTER_S": "60", "COMPUTEMESH_LOST_AFTER_S": "120"}
+    services = ("node-registry", "resource-detector", "node-agent")
+    async with running_mesh(
+        tmp_path, services, environment={**patient, **install_executor(tmp_path, "plugin", EXECUTOR)}
+    ) as mesh:
+        told: list[NodeLost] = await heard(await mesh.bus(Role.OBSERVER), nodes.LOST)
+        first = await becomes(mesh, "n1", monitored=True, state=NodeState.ONLINE)
+        mesh.kill("node-agent", signal.SIGTERM)
+        await until(lambda: told, what="its goodbye to be told")
+        assert [(lost.node_id, lost.left, lost.epoch) for lost in told] == [("n1", True, first.epoch)]
+        back = await becomes(mesh, "n1", monitored=True, state=NodeState.ONLINE, left=False)
+        assert (back.epoch, back.session != first.session) == (first.epoch + 1, True)
+
+
 # --- drained nodes and hosts of other kinds get no work -------------------------------------------------------------
 
 

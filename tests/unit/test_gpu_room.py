@@ -249,11 +249,12 @@ def test_among_more_than_sixteen_gpus_a_good_group_is_grown() -> None:
 
 
 def test_slices_are_had_one_by_one() -> None:
-    """A program uses one slice; who names several knows what it does."""
+    """A program uses one slice; who names several of a certain node knows what it does."""
     facts = facts_of(a_node(a_card(0, mig_parent="GPU-x"), a_card(1, mig_parent="GPU-x")))
     assert chosen(facts, GpuCanFit(required_mb=1)) == [0]
     assert chosen(facts, GpuCanFit(required_mb=1, gpu_count=2)) is None
-    assert chosen(facts, GpuCanFit(required_mb=1, gpu_indices=[0, 1])) == [0, 1]
+    assert chosen(facts, GpuCanFit(required_mb=1, gpu_indices=[0, 1])) is None
+    assert chosen(facts, GpuCanFit(required_mb=1, gpu_indices=[0, 1], node_id="n1")) == [0, 1]
 
 
 @pytest.mark.parametrize(

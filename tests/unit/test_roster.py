@@ -144,6 +144,39 @@ def test_a_node_that_announced_no_session_takes_that_of_its_first_heartbeat() ->
     assert not roster.of_this_life(after, a_beat(session="s8"))
 
 
+# --- a node that ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [NodeState.ONLINE, NodeState.SUSPECT])
+def test_a_node_that_says_goodbye_is_lost_at_once(state: NodeState) -> None:
+    """Nobody waits for its silence; that it left by itself can be told."""
+    gone = roster.heard(known(monitored=True, state=state), a_beat(leaving=True), 200.0)
+    assert (gone.state, gone.left, gone.epoch, gone.last_seen) == (NodeState.LOST, True, 1, 200.0)
+    assert roster.heard(gone, a_beat(leaving=True), 300.0) is gone
+
+
+def test_a_goodbye_counts_only_from_the_recorded_agent() -> None:
+    """The last word of an earlier life comes late, perhaps."""
+    record = known(monitored=True)
+    assert roster.heard(record, a_beat(session="s0", leaving=True), 200.0) is record
+
+
+def test_what_was_on_its_way_when_the_last_heartbeat_came_brings_nobody_back() -> None:
+    """A node that tells no sessions comes back with any heartbeat."""
+    gone = roster.heard(known(monitored=True), a_beat(leaving=True), 200.0)
+    assert roster.heard(gone, a_beat(), 200.1) is gone
+    nameless = roster.heard(known(session="", monitored=True), a_beat(session="", leaving=True), 200.0)
+    back = roster.heard(nameless, a_beat(session=""), 300.0)
+    assert (back.state, back.left, back.epoch) == (NodeState.ONLINE, False, 2)
+
+
+def test_the_next_life_of_a_node_that_left_is_like_that_of_any_other() -> None:
+    """Online, and with a higher epoch."""
+    gone = roster.heard(known(monitored=True), a_beat(leaving=True), 200.0)
+    back = roster.announced(gone, said(session="s2"), 300.0)
+    assert (back.state, back.left, back.epoch) == (NodeState.ONLINE, False, 2)
+
+
 # --- one node id, two agents ---------------------------------------------------------------------------------------
 
 

@@ -379,13 +379,19 @@ def _tightest(free: tuple[int, ...], count: int, required_mb: int) -> Group | No
 
 def _open(room: Room, ask: GpuCanFit, free: tuple[int, ...]) -> tuple[int, ...]:
     """What is free by position, below 0 where the request does not want that GPU."""
-    slices = room.sliced and count_of(ask) > 1 and not ask.gpu_indices
+    slices = room.sliced and _one_program(ask)
     if not slices and not ask.min_compute_capability and not ask.min_vram_mb:
         return free
     return tuple(
         -1 if _gpu_filter(room.spots[at].gpu, ask) or (slices and room.spots[at].gpu.mig_parent) else mb
         for at, mb in enumerate(free)
     )
+
+
+def _one_program(ask: GpuCanFit) -> bool:
+    """Whether several GPUs are wanted for a program, which can use one slice only. Who names GPUs of a certain
+    node knows what they are."""
+    return count_of(ask) > 1 and not (ask.gpu_indices and ask.node_id)
 
 
 def _node_filter(node: NodeRecord, ask: GpuCanFit) -> str:
@@ -471,7 +477,7 @@ _distance = attrgetter("distance")
 def why_not(room: Room, ask: GpuCanFit) -> Iterator[Against]:
     """Why a node that :func:`pick` got nothing from gives nothing, GPU by GPU."""
     named = set(ask.gpu_indices)
-    several = count_of(ask) > 1 and not named
+    several = _one_program(ask)
     against_node = _node_filter(room.node, ask)
     ever = not against_node and _could_ever(room, ask)
     would_do: list[Spot] = []

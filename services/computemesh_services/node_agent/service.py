@@ -118,6 +118,8 @@ class NodeAgent:
         self._answering: asyncio.Task[None] | None = None
         """Waits before it answers one who asked all nodes."""
         self._refused = ""
+        self._left = False
+        """The last heartbeat is out; nothing may follow it."""
         """Why the registry does not take this node; another agent has its id, for example."""
         self._beat_now = asyncio.Event()
         self._handing_back = False
@@ -146,7 +148,7 @@ class NodeAgent:
         spawn(self._prune_forever())
 
     async def drain(self) -> None:
-        """Takes nothing new, lets what runs finish for a while, and hands the rest back."""
+        """Takes nothing new, lets what runs finish for a while, hands the rest back, and says goodbye."""
         self._desk.accepting = False
         await self._heartbeat()
         if self._tasks:
@@ -158,6 +160,7 @@ class NodeAgent:
         if self._tasks:
             await asyncio.wait(self._tasks.values())
         await asyncio.gather(self._runner.close(), self._engines.close())
+        await self._heartbeat(leaving=True)
 
     def health(self) -> Mapping[str, Any]:
         return {
@@ -230,7 +233,7 @@ class NodeAgent:
         )
 
     async def _announce(self) -> None:
-        if not self._offered or self._refused:
+        if not self._offered or self._refused or self._left:
             return
         said = self._announcement()
         try:
@@ -311,16 +314,18 @@ class NodeAgent:
             self._beat_now.clear()
             await self._heartbeat()
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self, *, leaving: bool = False) -> None:
         RUNNING.set(len(self._desk.running))
-        if self._said is None or self._refused:
+        if self._said is None or self._refused or self._left:
             return
+        self._left = leaving
         load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
             session=self._session,
             running=[RunningWork(work_id=work_id, attempt=n) for work_id, n in self._desk.running.items()],
             accepting=self._desk.accepting,
+            leaving=leaving,
             loaded_models=self._engines.loaded(),
             cpu_percent=load.cpu_percent if load else None,
             memory_available_mb=load.memory_available_mb if load else None,

@@ -60,7 +60,9 @@ class Losses:
             self._seen = max(self._seen, revision)
             if revision > self._told and self._heard.get(node_id) != record.epoch:
                 silent_s = round(max(0.0, record.changed_at - record.last_seen), 1)
-                self._untold[node_id] = NodeLost(node_id=node_id, epoch=record.epoch, silent_s=silent_s)
+                self._untold[node_id] = NodeLost(
+                    node_id=node_id, epoch=record.epoch, silent_s=silent_s, left=record.left
+                )
 
     async def on_lost(self, told: NodeLost) -> None:
         """Somebody told of a loss."""

@@ -4,6 +4,8 @@
                      ^                   |                         |
                      +---- heartbeat ----+------- heartbeat -------+   a new epoch
 
+A node that ends in good order says so in its last heartbeat, and is lost at once.
+
 A node that never sent a heartbeat is unmonitored: silence means nothing, it stays online until
 ``unmonitored_ttl_s`` after its last announcement.
 
@@ -70,7 +72,9 @@ def announced(record: NodeRecord | None, said: NodeAnnouncement, now: float) -> 
     if new_life:
         facts["retired"] = _retired(record, said.session)
     back = new_life or record.state is NodeState.LOST
-    after = replace(record, **facts, state=NodeState.ONLINE, epoch=record.epoch + 1 if back else record.epoch)
+    after = replace(
+        record, **facts, state=NodeState.ONLINE, left=False, epoch=record.epoch + 1 if back else record.epoch
+    )
     # How much is used now is the business of heartbeats, where there are any.
     if after == record or (record.monitored and _lasting(after) == _lasting(record)):
         return record
@@ -105,14 +109,19 @@ def of_this_life(record: NodeRecord, beat: NodeHeartbeat) -> bool:
 
 def heard(record: NodeRecord, beat: NodeHeartbeat, now: float) -> NodeRecord:
     """The record after a heartbeat. The same object when it changes nothing, as when it is another agent's."""
-    if record.monitored and record.state is NodeState.ONLINE and beat.session == record.session:
+    ordinary = record.monitored and record.state is NodeState.ONLINE and beat.session == record.session
+    if (ordinary and not beat.leaving) or not of_this_life(record, beat):
         return record
-    if not of_this_life(record, beat):
-        return record
+    if beat.leaving:
+        gone = replace(record, state=NodeState.LOST, left=True)
+        return record if record.state is NodeState.LOST else replace(gone, changed_at=now, last_seen=now)
+    if record.left and beat.session == record.session != "":
+        return record  # It was on its way when the last one came; another life has another session.
     after = replace(
         record,
         monitored=True,
         state=NodeState.ONLINE,
+        left=False,
         session=record.session or beat.session,
         epoch=record.epoch + 1 if record.state is NodeState.LOST else record.epoch,
     )

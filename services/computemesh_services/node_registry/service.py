@@ -221,9 +221,12 @@ class NodeRegistry:
         HEARTBEATS.inc()
         known = self._fleet.get(beat.node_id)
         if known is None or not roster.of_this_life(known.record, beat):
-            if self._acting:
+            if self._acting and not beat.leaving:
                 await self._on_stranger(known, beat)
             return
+        await self._on_known(known, beat)
+
+    async def _on_known(self, known: Known, beat: NodeHeartbeat) -> None:
         now = time.time()
         known.says(beat, self._now_s(), now)
         if roster.heard(known.record, beat, now) is not known.record and self._acting:
@@ -405,6 +408,10 @@ class NodeRegistry:
             await asyncio.sleep(ASK_S)
             beats, self._unknown = self._unknown, {}
             unknown = [node_id for node_id, beat in beats.items() if self._is_strange(beat)]
+            for node_id in beats.keys() - set(unknown):  # Their announcements were on the way.
+                known = self._fleet.get(node_id)
+                if known is not None and known.beat is None:
+                    await self._on_known(known, beats[node_id])
             for at in range(0, len(unknown), ASKED_MAX):
                 try:
                     await self._bus.publish(nodes.DISCOVER, Discover(node_ids=unknown[at : at + ASKED_MAX]))

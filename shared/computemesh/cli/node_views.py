@@ -98,7 +98,7 @@ def row(node: NodeView, now: float) -> tuple[Cell, ...]:
 
 def state(node: NodeView) -> Text:
     """How it is with a node, and why."""
-    said = Text(str(node.state), STATE_COLOURS.get(node.state, "default"))
+    said = Text("left", "dim") if node.left else Text(str(node.state), STATE_COLOURS.get(node.state, "default"))
     if not node.monitored:
         said.append(" (unmonitored)")
     if node.drained:

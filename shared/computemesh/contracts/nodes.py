@@ -92,6 +92,8 @@ class NodeRecord(NodeAnnouncement, frozen=True, kw_only=True):
     """Unix seconds of the last change of this record."""
     last_seen: float = 0.0
     """Unix seconds of the last sign of life, as precise as the registry that answers knows it."""
+    left: bool = False
+    """It is lost because it said that it ends."""
     drained: bool = False
     """An operator said that it gets no new work."""
     drain_reason: Reason = ""
@@ -131,6 +133,8 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     running: Annotated[list[RunningWork], msgspec.Meta(max_length=100_000)] = []
     accepting: bool = True
     """False while the node drains: it finishes what it has and takes nothing new."""
+    leaving: bool = False
+    """The last one of this session: the node ends in good order, and need not be waited for."""
     loaded_models: Names = []
     """Models in memory now: work for them starts without a load."""
     cpu_percent: Annotated[float, msgspec.Meta(ge=0)] | None = None
@@ -158,6 +162,8 @@ class NodeLost(Message, frozen=True, kw_only=True):
     node_id: Id
     epoch: int
     silent_s: float
+    left: bool = False
+    """It said that it ends."""
 
 
 class NodeRefused(Message, frozen=True, kw_only=True):
