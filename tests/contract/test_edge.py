@@ -32,11 +32,12 @@ from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts import catalog, nodes, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
-from computemesh.contracts.nodes import NodeGet, NodeView
+from computemesh.contracts.nodes import NodeAnnouncement, NodeGet, NodeRecord, NodeView
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.contracts.work import Assignment, WorkCompleted, WorkGet, WorkItem, WorkRecord
 from computemesh.edge import application
 from computemesh.edge.http import Doors, is_loopback
+from computemesh.hardware import Gpu
 from computemesh.nats_server import NatsServer
 from computemesh.testing import RunningMesh, running_mesh, running_server, until
 from computemesh_services.work_marshaller.config import MarshallerConfig
@@ -65,9 +66,12 @@ every_route = pytest.mark.parametrize(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[RunningMesh]:
-    """Every service, without a model."""
+    """Every service, without a model, and a node with two GPUs, which says nothing but that it is there."""
     folder: Path = tmp_path_factory.mktemp("edge")
     async with running_mesh(folder, SERVICES, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as running:
+        cards = [Gpu(index=at, uuid=f"GPU-{at}", vram_total_mb=24_576) for at in range(2)]
+        box = NodeAnnouncement(node_id="gpu-box", work_types=["nothing"], gpus=cards)
+        assert isinstance(await (await running.bus(Role.NODE, "gpu-box")).ask(nodes.REGISTER, box), NodeRecord)
         yield running
 
 
@@ -217,7 +221,7 @@ async def test_a_wrong_value_in_path_or_query_is_refused_by_name(
 
 async def test_query_parameters_are_read_as_what_their_fields_hold(edges: Mapping[str, httpx.AsyncClient]) -> None:
     """Numbers, truth and tiers in any case, all from text."""
-    answer = await edges["node-registry"].get("/api/v1/nodes?requires_gpu=true&min_tier=gpu_peer&limit=5")
+    answer = await edges["node-registry"].get("/api/v1/nodes?requires_gpu=true&min_tier=ai_factory&limit=5")
     assert (answer.status_code, answer.json()) == (200, {"nodes": [], "count": 0, "next": ""})
 
 

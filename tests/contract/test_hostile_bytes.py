@@ -42,7 +42,7 @@ NODE_ID: Final = "n1"
 
 READERS: Final[dict[str, int]] = {
     nodes.ANNOUNCE.subject: 1,  # node-registry
-    nodes.HEARTBEAT.subject: 2,  # node-registry, work-marshaller
+    nodes.HEARTBEAT.subject: 3,  # node-registry, work-marshaller, gpu-orchestrator
     nodes.DISCOVER.subject: 1,  # node-agent
     resources.CHANGED.at(NODE_ID): 1,  # node-agent
     resources.LOAD.at(NODE_ID): 1,  # node-agent

@@ -111,11 +111,11 @@ class GpuOrchestrator:
         return [
             serve(gpus.RESERVE, self.on_reserve),
             serve(gpus.RENEW, self.on_renew),
-            serve(gpus.RELEASE, self.on_release),
             serve(gpus.CAN_FIT, self.on_can_fit),
             serve(gpus.STATES, self.on_states),
             serve(gpus.GET, self.on_get),
             serve(gpus.LIST, self.on_list),
+            serve(gpus.RELEASE, self.on_release),
         ]
 
     def extras(self) -> list[Extra]:

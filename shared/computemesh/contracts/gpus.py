@@ -427,7 +427,7 @@ RESERVE: Final = Request(
         Refusal(code="quota_exceeded", status=429, when="the owner would have more than its quota"),
         Refusal(code="busy", status=503, when="others changed the node's reservations each time it was tried"),
     ),
-    example=GpuReserve(gpu_indices=[0, 1], required_mb=24576, timeout_seconds=300),
+    example=GpuReserve(gpu_indices=[0, 1], required_mb=24576, timeout_seconds=300, reservation_id="g-example"),
     about="Reserves GPU memory, all of it or none.",
 )
 RENEW: Final = Request(
@@ -440,17 +440,6 @@ RENEW: Final = Request(
     refuses=(_NOT_FOUND, _TOO_LONG, Refusal(code="busy", status=503, when="others changed the node each time")),
     example=GpuRenew(reservation_id="g-example", timeout_seconds=600),
     about="Lets a reservation end later.",
-)
-RELEASE: Final = Request(
-    subject="compute.gpus.release.v1",
-    takes=GpuRelease,
-    gives=GpuReleased,
-    asked_by=_ASKERS,
-    service=GPU_ORCHESTRATOR,
-    http=(Http(method="DELETE", path="/api/v1/gpu/reservations/{reservation_id}"),),
-    refuses=(_NOT_FOUND, Refusal(code="busy", status=503, when="others changed the node each time")),
-    example=GpuRelease(reservation_id="g-example"),
-    about="Ends a reservation. One that has ended is not found, so asking again does no harm.",
 )
 CAN_FIT: Final = Request(
     subject="compute.gpus.can_fit.v1",
@@ -494,6 +483,17 @@ LIST: Final = Request(
     http=(Http(method="GET", path="/api/v1/gpu/reservations"),),
     example=GpuList(owner="alice", limit=20),
     about="The reservations that stand.",
+)
+RELEASE: Final = Request(
+    subject="compute.gpus.release.v1",
+    takes=GpuRelease,
+    gives=GpuReleased,
+    asked_by=_ASKERS,
+    service=GPU_ORCHESTRATOR,
+    http=(Http(method="DELETE", path="/api/v1/gpu/reservations/{reservation_id}"),),
+    refuses=(_NOT_FOUND, Refusal(code="busy", status=503, when="others changed the node each time")),
+    example=GpuRelease(reservation_id="g-example"),
+    about="Ends a reservation. One that has ended is not found, so asking again does no harm.",
 )
 RESERVED: Final = Event(
     subject="compute.gpus.reserved.v1",
