@@ -80,6 +80,7 @@ def test_sizes_are_shown_in_the_unit_that_says_most() -> None:
     assert share(0, 24564) == "0/24 GiB"
     assert share(12_595, 81559) == "12.3/79.6 GiB"
     assert share(1, 512) == "1/512 MiB"
+    assert share(2280, 1_572_864) == "2.2 GiB/1.5 TiB"
 
 
 # --- what fits ---------------------------------------------------------------------------------------------------

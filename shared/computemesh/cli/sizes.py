@@ -44,8 +44,9 @@ def number(value: float) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """Two sizes in the same unit: ``12.3/80 GiB``."""
+    """Two sizes, in the same unit where that says something: ``12.3/80 GiB``, ``285 MiB/1.5 TiB``."""
     for unit, least in (("TiB", 1024**2), ("GiB", 1024)):
         if whole >= least:
-            return f"{number(part / least)}/{number(whole / least)} {unit}"
+            used = number(part / least)
+            return f"{size(part)}/{size(whole)}" if part and used == "0" else f"{used}/{number(whole / least)} {unit}"
     return f"{part}/{whole} MiB"
