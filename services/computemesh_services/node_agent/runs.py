@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Final
 
 import msgspec
+import psutil
 
 from computemesh import log as logs
 from computemesh.contracts.base import encode
@@ -274,8 +275,8 @@ class _Child:
 
     def usable(self) -> bool:
         """Whether it runs and has not said that it cannot."""
-        if self._process.returncode is not None:
-            return False
+        if self._process.returncode is not None or not psutil.pid_exists(self._process.pid):
+            return False  # The second is known a moment earlier: the exit is told from another thread.
         return not self._ready.done() or isinstance(self._ready.result(), Ready)
 
     async def ready(self) -> Ready | Broke:
