@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos mutants check lint format types bench bench-gpus bench-nodes ledger-sim docs golden lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos mutants check lint format types bench bench-gpus bench-nodes bench-peers ledger-sim docs golden lock wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,7 +67,10 @@ lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
 	  --custom-compile-command "make lock" --python-version 3.11 requirements/model.in -o requirements/model.txt
 
 bench: $(VENV)/.dev ## Measure the mesh against the raw limit (BENCH="--items 10000 --reps 5 --json FILE")
-	@$(BIN)/python tests/bench $(BENCH)
+	@$(BIN)/python -m tests.bench $(BENCH)
+
+bench-peers: $(VENV)/.dev ## Measure the mesh beside FastStream, Ray, dramatiq and Celery (BENCH="--quick --json FILE")
+	@$(BIN)/python -m tests.bench.peers $(BENCH)
 
 bench-gpus: $(VENV)/.dev ## Measure reservations of GPU memory against raw compare-and-set (BENCH="--pairs N --json FILE")
 	@$(BIN)/python -m tests.bench.gpus $(BENCH)
