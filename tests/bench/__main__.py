@@ -62,13 +62,13 @@ async def bench(items: int, reps: int) -> Report:
 def show(report: Report) -> None:
     """A table for people."""
     parts = [
-        f"{name:20} " + ", ".join(f"{part} {cpu:.0f}" for part, cpu in row.cpu_us.items())
+        f"  {name:13} " + ", ".join(f"{part} {cpu:.0f}" for part, cpu in row.cpu_us.items())
         for name, row in report.flows.items()
     ]
     text = [
         *lines(report.flows),
         "",
-        f"{'CPU µs/item':20} of each part",
+        "CPU µs/item of each part:",
         *parts,
         "",
         f"latency:    {report.latency_to_raw1:.2f} × raw(1)      (aim: at most 1.75)",

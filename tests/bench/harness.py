@@ -185,11 +185,13 @@ def median(rows: Sequence[Row]) -> Row:
 
 
 def lines(rows: Mapping[str, Row]) -> list[str]:
-    """A table for people."""
-    found = [f"{'flow':20}  p50 µs   p99 µs  items/s  CPU µs/item   RSS MB"]
-    found += [
-        f"{name:20} {row.p50_us:7.0f}  {row.p99_us:7.0f}  {row.items_per_s:7.0f}  {sum(row.cpu_us.values()):11.0f}  "
-        f"{sum(row.rss_mb.values()):7.0f}"
-        for name, row in rows.items()
+    """A table for people, in Markdown."""
+    return [
+        f"| {'flow':21} | p50 µs | p99 µs | items/s | CPU µs/item | RSS MB |",
+        f"|{'-' * 23}|-------:|-------:|--------:|------------:|-------:|",
+        *(
+            f"| {name:21} | {row.p50_us:6,.0f} | {row.p99_us:6,.0f} | {row.items_per_s:7,.0f} "
+            f"| {sum(row.cpu_us.values()):11,.0f} | {sum(row.rss_mb.values()):6,.0f} |"
+            for name, row in rows.items()
+        ),
     ]
-    return found
