@@ -44,7 +44,7 @@ from computemesh.contracts.nodes import NodeHeartbeat, NodeLost
 from computemesh.testing import RunningMesh, running_mesh
 from computemesh.testing.fleet import Counts
 from tests.bench.clients import Load, Took, connect_http, measure
-from tests.bench.peer import HOW_TO_GET, find_peer, measure_peer
+from tests.bench.nanoctrl import HOW_TO_GET, find_peer, measure_peer
 
 # pyright: reportUnknownMemberType=false
 

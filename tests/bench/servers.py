@@ -39,25 +39,31 @@ async def nats_server(folder: Path) -> AsyncGenerator[tuple[str, int]]:
 
 
 @asynccontextmanager
-async def redis_server(folder: Path) -> AsyncGenerator[tuple[str, int]]:
-    """A Redis that appends every write to a file and syncs it each second, which its documentation advises."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+async def redis_server(folder: Path, *, durable: bool = True) -> AsyncGenerator[tuple[str, int]]:
+    """A Redis; a durable one appends every write to a file and syncs it each second, as its documentation advises."""
+    port = free_port()
+    keeps = ("--appendonly", "yes", "--appendfsync", "everysec") if durable else ()
     process = await asyncio.create_subprocess_exec(
         *("redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
-        *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
+        *("--save", "", *keeps),
         stdout=DEVNULL,
         start_new_session=True,
     )
     try:
-        await _until_open(port)
+        await until_open(port)
         yield f"redis://127.0.0.1:{port}", process.pid
     finally:
         await end(process, grace_s=GRACE_S)
 
 
-async def _until_open(port: int) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until_open(port: int) -> None:
+    """Returns once something listens on a port of this machine."""
     async with asyncio.timeout(GRACE_S):
         while True:
             with contextlib.suppress(OSError):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
-import socket
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -17,14 +15,13 @@ from typing import Any, Final
 import psutil
 
 from computemesh.process import end
-from tests.bench.clients import Load, Took, connect_http, measure
+from tests.bench.clients import Load, Took, measure
+from tests.bench.servers import GRACE_S, free_port, redis_server, until_open
 
 HOW_TO_GET: Final = (
     "for the peer: apt-get install redis-server; python3 -m venv PEER; PEER/bin/pip install nanoctrl==0.0.5; "
     "then --peer PEER/bin/nanoctrl"
 )
-
-START_S: Final = 10.0
 
 
 def find_peer(named: Path | None) -> Path | None:
@@ -36,46 +33,22 @@ def find_peer(named: Path | None) -> Path | None:
 @asynccontextmanager
 async def running_peer(program: Path, folder: Path) -> AsyncGenerator[tuple[str, Callable[[], int]]]:
     """The peer on a Redis of its own that stores nothing; gives its address, and what tells the RSS of both."""
-    redis_port, port = _free_port(), _free_port()
-    redis = await asyncio.create_subprocess_exec(
-        *("redis-server", "--bind", "127.0.0.1", "--port", str(redis_port), "--save", "", "--dir", str(folder)),
-        stdout=DEVNULL,
-        start_new_session=True,
-    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NANOCTRL_")}
-    server = None
-    try:
-        await _until_open(redis_port)
+    port = free_port()
+    async with redis_server(folder, durable=False) as (redis_url, redis_pid):
         server = await asyncio.create_subprocess_exec(
-            *(str(program), "server", "--host", "127.0.0.1", "--port", str(port)),
-            *("--redis-url", f"redis://127.0.0.1:{redis_port}"),
+            *(str(program), "server", "--host", "127.0.0.1", "--port", str(port), "--redis-url", redis_url),
             stdout=DEVNULL,
             stderr=DEVNULL,
             env=environment,
             start_new_session=True,
         )
-        await _until_open(port)
-        processes = [psutil.Process(redis.pid), psutil.Process(server.pid)]
-        yield f"http://127.0.0.1:{port}", lambda: sum(process.memory_info().rss for process in processes)
-    finally:
-        for process in (server, redis):
-            if process is not None:
-                await end(process, grace_s=5.0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def _until_open(port: int) -> None:
-    async with asyncio.timeout(START_S):
-        while True:
-            with contextlib.suppress(OSError):
-                (await connect_http(f"http://127.0.0.1:{port}")).close()
-                return
-            await asyncio.sleep(0.02)
+        try:
+            await until_open(port)
+            processes = [psutil.Process(redis_pid), psutil.Process(server.pid)]
+            yield f"http://127.0.0.1:{port}", lambda: sum(process.memory_info().rss for process in processes)
+        finally:
+            await end(server, grace_s=GRACE_S)
 
 
 async def measure_peer(program: Path, folder: Path, size: int, seconds: float) -> dict[str, Any]:
