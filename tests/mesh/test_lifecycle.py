@@ -29,7 +29,7 @@ from computemesh.bus.micro import CONCURRENCY
 from computemesh.cli.services import SERVICES
 from computemesh.contracts import nodes, storage
 from computemesh.contracts.base import Refused, Role
-from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery
+from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery, NodeView
 from computemesh.lifecycle import EXIT_CONFIG, EXIT_DEFECT
 from computemesh.nats_server import NatsServer
 from computemesh.paths import Home
@@ -109,7 +109,7 @@ async def slow_service(server: NatsServer, **settings: str) -> AsyncGenerator[Sl
         await slow.exit_status()
 
 
-async def get(bus: Bus, node_id: str) -> NodeRecord | Refused:
+async def get(bus: Bus, node_id: str) -> NodeView | Refused:
     """The answer of the slow service, however long it takes."""
     return await bus.ask(nodes.GET, NodeGet(node_id=node_id), timeout_s=20)
 
@@ -141,7 +141,7 @@ async def test_a_signal_lets_requests_in_hand_and_those_behind_them_be_answered(
         assert not [task for task in asked if task.done()]
         await bus.publish(nodes.DISCOVER, Discover())
         answers = await asyncio.gather(*asked)
-        assert answers == [NodeRecord(node_id=f"n{number}") for number in range(count)]
+        assert answers == [NodeView(node_id=f"n{number}") for number in range(count)]
         assert await slow.exit_status() == 0
         assert slow.lines[-1]["event"] == "stopped"
 
