@@ -68,7 +68,7 @@ EXPECTED: Final = (
     *("grants", "groups", "repeated", "renewed", "grants beside others", "near a quota", "not answered"),
     *("no_room", "quota_exceeded", "impossible", "conflict", "not_found", "wrong_session"),
     *("ran out", "released", "orphaned", "work ended", "node changes", "GPUs pulled", "killed", "cut off"),
-    *("fits", "does not fit", "free and had", "handed over"),
+    *("fits", "does not fit", "free and had", "handed over", "overtaken"),
 )
 """What must have happened in the runs together."""
 
@@ -638,6 +638,21 @@ class Mesh:
             await self.release(second, again.reservation_id)
             self.steps["handed over"] += 1
 
+    async def check_twins(self) -> None:
+        """One request that reaches two replicas at once leaves nothing behind when its reservation is released."""
+        for number in range(50):
+            ask = GpuReserve(required_mb=1_000, reservation_id=f"twin-{number}", timeout_seconds=3600)
+            twins = [
+                asyncio.create_task(replica.ask(gpus.RESERVE, ask)) for replica in self.rng.sample(self.replicas, 2)
+            ]
+            done, _ = await asyncio.wait(twins, return_when=asyncio.FIRST_COMPLETED)
+            (got, *_) = [task.result() for task in done]
+            assert isinstance(got, GpuReservation), got
+            await self.release(self._replica(), got.reservation_id)
+            late = await asyncio.gather(*twins)
+            self.steps["overtaken"] += sum(isinstance(answer, Refused) for answer in late)
+            assert got.reservation_id not in self.standing()
+
     def _free(self, machine: Machine, key: str) -> int:
         grants = [g for g in self.held.get(machine.node_id, {}).values() if g.expires_at > self.clock.now]
         shares = {g.reservation_id: s.mb for g in grants for s in g.gpus if key_of(s.uuid, s.index) == key}
@@ -666,6 +681,7 @@ async def live(mesh: Mesh, steps: int) -> None:
     await mesh.check_fits()
     await mesh.check_free()
     await mesh.check_handover()
+    await mesh.check_twins()
     for replica in mesh.replicas:
         replica.kill()
     await asyncio.sleep(1)

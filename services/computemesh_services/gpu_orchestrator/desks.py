@@ -69,6 +69,8 @@ class Waiting:
 
     want: Want
     claims: bool
+    since: int
+    """Revision up to which the mirror showed the store when it was asked."""
     answer: asyncio.Future[Outcome]
     traceparent: str
 
@@ -125,7 +127,7 @@ class Desks:
             BusError: it may have been written or not.
         """
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(want, claims, answer, trace.to_send())
+        waiting = Waiting(want, claims, self._mirror.seen, answer, trace.to_send())
         if (queue := self._waiting.get(node_id)) is not None:
             queue.append(waiting)
         else:
@@ -305,20 +307,29 @@ class Desks:
             known.owners[owner] = self._owner_marks[owner] = mark.revision if mark else 0
 
     async def _read_claims(self, node_id: str, group: list[Waiting], known: Known) -> None:
-        """Sends those away whose id stands elsewhere, and learns which claims are only left over."""
+        """Sends those away whose id stands elsewhere, or had its time since they asked, and learns which claims are
+        only left over."""
         for one in list(group):
             if not one.claims or not isinstance(one.want, Reserve):
                 continue
             key = _claim(one.want.reservation_id)
             mark = await self._bucket.read_other(key, LedgerMark)
             known.claims[key] = mark.revision if mark else 0
-            if mark is None or mark.value.node_id == node_id:
+            if mark is None:
                 continue
-            await self._reach(mark.revision + mark.value.behind)
+            if mark.value.node_id != node_id:
+                await self._reach(mark.revision + mark.value.behind)
+            else:
+                await self._read(node_id)  # It may have been written since the record was read.
             there = self._mirror.get(mark.value.node_id)
             if there is not None and ledgers.find(there, one.want.reservation_id, time.time()):
+                if mark.value.node_id != node_id:
+                    group.remove(one)
+                    _give(one, Elsewhere(mark.value.node_id))
+            elif mark.revision > one.since:
+                # Asked twice at once: the other was granted, heard and released. Nobody would release this one.
                 group.remove(one)
-                _give(one, Elsewhere(mark.value.node_id))
+                _give(one, ledgers.ended_meanwhile(one.want.reservation_id))
 
     async def _told(self, group: list[Waiting], before: GpuLedger, decided: Decided) -> None:
         """Publishes what began and what ended, each within the trace of who asked for it."""

@@ -273,6 +273,16 @@ def _conflict(grant: GpuGrant) -> Refused:
     )
 
 
+def ended_meanwhile(reservation_id: str) -> Refused:
+    """The refusal of a request that was overtaken by another under the same id."""
+    return Refused(
+        code="conflict",
+        reason=f"{reservation_id} was granted to another request and has ended since this one was sent",
+        field="reservation_id",
+        status=409,
+    )
+
+
 def _wrong_session(node: NodeRecord, ask: GpuReserve) -> Refused:
     return Refused(
         code="wrong_session",
