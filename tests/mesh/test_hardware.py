@@ -24,15 +24,16 @@ import pytest
 from msgspec.structs import replace
 
 from computemesh import __version__
+from computemesh.bus import MicroService
 from computemesh.contracts import nodes, resources
-from computemesh.contracts.base import Role
+from computemesh.contracts.base import Role, serve
 from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, NodeList, NodesQuery
-from computemesh.contracts.resources import Inventory, InventoryGet
+from computemesh.contracts.resources import Inventory, InventoryGet, Load
 from computemesh.hardware import LinkKind, Platform, Tier
 from computemesh.lifecycle import EXIT_CONFIG
+from computemesh.machine import machine_id
 from computemesh.testing import RunningMesh, install_executor, running_mesh, until
 from computemesh.testing.mesh import QUICK, STRICT
-from computemesh_services.node_agent.machine import machine_id
 
 EXAMPLES: Final = Path(__file__).parents[2] / "docs/examples/hardware"
 
@@ -151,7 +152,9 @@ async def test_the_machine_is_named_by_a_hash(tmp_path: Path) -> None:
     """Where nobody names it."""
     async with node(tmp_path, "rtx4070.json") as one:
         await one.discover("n1")
-        assert (await one.announcement(lambda said: True, "the announcement")).machine_id == machine_id()
+        assert (await one.announcement(lambda said: True, "the announcement")).machine_id == machine_id(
+            one.mesh.home.root
+        )
 
 
 async def test_hardware_that_changes_is_announced_and_use_is_not(tmp_path: Path) -> None:
@@ -188,6 +191,47 @@ async def test_what_the_detector_says_is_announced_only_where_it_is_another_mach
             await bus.publish(resources.CHANGED, said, target="n1")
         await until(lambda: len(one.announced) > count, what="the announcement of another GPU")
         assert [said.gpus[0].vram_total_mb for said in one.announced[count:]] == [24_564]
+
+
+async def test_what_the_detector_of_another_machine_says_in_this_nodes_name_does_not_count(tmp_path: Path) -> None:
+    """Else a machine that joins with another's invitation is refused, and the other announces its hardware."""
+    async with node(tmp_path, "rtx4070.json") as one:
+        await one.discover("n1")
+        mine = await one.announcement(lambda said: bool(said.gpus), "the announcement")
+        found = await one.inventory()
+        assert found.machine_id == mine.machine_id != ""
+        bus = await one.mesh.bus(Role.NODE)
+        other = replace(found, gpus=[], tier=Tier.CPU_ONLY, machine_id="another")
+        await bus.publish(resources.CHANGED, other, target="n1")
+        load = Load(node_id="n1", cpu_percent=1.0, memory_available_mb=7, machine_id="another")
+        for _ in range(20):
+            await bus.publish(resources.LOAD, load, target="n1")
+            await one.discover("n1")
+            await asyncio.sleep(0.01)
+        count = len(one.announced)
+        await one.discover("n1")
+        await until(lambda: len(one.announced) > count, what="the answer")
+        assert {said.tier for said in one.announced if said.platform} == {Tier.GPU_INFRA}
+        assert 7 not in {beat.memory_available_mb for beat in one.beats}
+
+
+async def test_an_agent_that_the_detector_of_another_machine_answers_asks_until_its_own_does(tmp_path: Path) -> None:
+    """Both answer in the name of the node."""
+    async with node(tmp_path, "rtx4070.json", COMPUTEMESH_INVENTORY_INTERVAL_S="3600") as one:
+        found = await one.inventory()
+        bus = await one.mesh.bus(Role.NODE)
+
+        async def answer(_: InventoryGet) -> Inventory:
+            return replace(found, gpus=[], tier=Tier.CPU_ONLY, machine_id="another")
+
+        other = MicroService(bus, name="resource-detector", description="", metadata={})
+        for _ in range(4):  # The agent's own detector is the likeliest to be asked only after a while.
+            await other.add(serve(resources.INVENTORY, answer, target="n1"))
+        await bus.flush()
+        one.mesh.kill("node-agent")
+        said = await one.announcement(lambda said: bool(said.gpus), "its own hardware")
+        assert said.gpus[0].vram_total_mb == found.gpus[0].vram_total_mb
+        await other.drain()
 
 
 async def scraped(mesh: RunningMesh) -> str:

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from computemesh import models
 from computemesh.contracts.resources import EngineFound, ModelFound, Nic, RdmaPort
 from computemesh.hardware import PROCESSES_TOLD_MAX, Gpu, GpuProcess, LinkKind, lasting, use_of
-from computemesh_services.node_agent.machine import machine_id
+from computemesh.machine import machine_id
 from computemesh_services.resource_detector.probes import network, processes, software, system
+
+HOME: Final = Path("/home/mesh")
 
 
 def write(folder: Path, files: Mapping[str, object]) -> None:
@@ -286,19 +288,25 @@ def test_a_machine_has_a_name_that_stays_and_does_not_tell_its_own_number(tmp_pa
     """Another machine has another."""
     own = "4ebd8f0a0fd04c5c8b5f2f0f3f7d1a11"
     write(tmp_path, {"etc/machine-id": own})
-    name = machine_id(root=tmp_path)
-    assert name == machine_id(root=tmp_path)
+    name = machine_id(HOME, root=tmp_path)
+    assert name == machine_id(HOME, root=tmp_path)
     assert len(name) == 32
     assert own not in name
     write(tmp_path, {"etc/machine-id": "00000000000000000000000000000001"})
-    assert machine_id(root=tmp_path) != name
+    assert machine_id(HOME, root=tmp_path) != name
+
+
+def test_two_homes_on_one_machine_have_two_names(tmp_path: Path) -> None:
+    """Each has a detector and an agent of its own, and one node id is for one of them."""
+    write(tmp_path, {"etc/machine-id": "4ebd8f0a0fd04c5c8b5f2f0f3f7d1a11"})
+    assert machine_id(Path("/a"), root=tmp_path) != machine_id(Path("/b"), root=tmp_path)
 
 
 def test_a_machine_without_such_a_number_takes_the_next_it_has(tmp_path: Path) -> None:
     """An image that was never started says ``uninitialized``, and all its machines would be one."""
     write(tmp_path, {"etc/machine-id": "uninitialized"})
-    none = machine_id(root=tmp_path)
+    none = machine_id(HOME, root=tmp_path)
     write(tmp_path, {"sys/class/dmi/id/product_uuid": "ec2f1a5c"})
-    assert machine_id(root=tmp_path) not in (none, "")
+    assert machine_id(HOME, root=tmp_path) not in (none, "")
     write(tmp_path, {"var/lib/dbus/machine-id": "beef"})
-    assert machine_id(root=tmp_path) not in (none, "")
+    assert machine_id(HOME, root=tmp_path) not in (none, "")

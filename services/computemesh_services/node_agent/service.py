@@ -38,13 +38,13 @@ from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, R
 from computemesh.hardware import Memory, lasting, use_of
 from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
+from computemesh.machine import machine_id
 from computemesh.models import find_models
 from computemesh.paths import Home
 from computemesh_services.node_agent import llama_server
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
-from computemesh_services.node_agent.machine import machine_id
 from computemesh_services.node_agent.runs import Runner
 
 REPORT_AGAIN_S: Final = 0.5
@@ -107,7 +107,7 @@ class NodeAgent:
         self._inventory: Inventory | None = None
         self._load: Load | None = None
         self._load_at_s = 0.0
-        self._machine_id = config.machine_id or machine_id()
+        self._machine_id = config.machine_id or machine_id(home.root)
         self._said: NodeAnnouncement | None = None
         """What this node announced last."""
         self._micro: MicroService | None = None
@@ -202,12 +202,22 @@ class NodeAgent:
         return ""
 
     async def _say_hello(self) -> None:
+        await self._look()
+        await self._announce()
+
+    async def _look(self) -> bool:
+        """Asks this machine's detector what is there; True when it answered."""
         with contextlib.suppress(BusError, TimeoutError):
             async with asyncio.timeout(DETECTOR_S):
                 answer = await self._bus.ask(resources.INVENTORY, InventoryGet(), target=self._config.node_id)
-                if isinstance(answer, Inventory):
+                if isinstance(answer, Inventory) and self._is_own(answer):
                     self._inventory = answer
-        await self._announce()
+                    return True
+        return False
+
+    def _is_own(self, told: Inventory | Load) -> bool:
+        """Whether this machine's detector says it, and not that of another with the same node id."""
+        return told.machine_id in ("", self._machine_id)
 
     def _announcement(self) -> NodeAnnouncement:
         seen = self._inventory
@@ -248,12 +258,18 @@ class NodeAgent:
 
     async def _on_inventory(self, found: Inventory) -> None:
         """Announces what changed for good; what is merely in use goes with heartbeats."""
+        if not self._is_own(found):
+            return
         self._inventory = found
         if self._said is None or _lasting(self._said) != _lasting(self._announcement()):
             await self._announce()
 
     async def _on_load(self, load: Load) -> None:
+        if not self._is_own(load):
+            return
         self._load, self._load_at_s = load, time.monotonic()
+        if self._inventory is None and await self._look():  # Another machine's detector had answered instead.
+            await self._announce()
 
     async def _on_discover(self, ask: Discover) -> None:
         if self._config.node_id in ask.node_ids:

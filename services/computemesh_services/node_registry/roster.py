@@ -49,7 +49,7 @@ def why_refused(record: NodeRecord | None, said: NodeAnnouncement) -> str:
         return ""
     if _another_machine(record, said):
         where = record.hostname or "another machine"
-        return f"node id {record.node_id!r} belongs to the agent on {where}, whose heartbeats are heard"
+        return f"node id {record.node_id!r} belongs to another agent, on {where}, whose heartbeats are heard"
     if said.session in record.retired:
         return f"node id {record.node_id!r} was taken over by another agent on this machine, which is alive"
     return ""

@@ -24,6 +24,8 @@ class GpuConfig(ServiceConfig, frozen=True, kw_only=True):
 class DetectorConfig(GpuConfig, frozen=True, kw_only=True):
     node_id: Id
     """The node this machine is."""
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """As the node-agent's, which heeds no other machine's detector."""
     tier: Tier | None = None
     """The tier to report instead of the one that follows from the GPUs."""
     models: str = ""

@@ -46,9 +46,10 @@ M = TypeVar("M", bound=Message)
 class ResourceDetector:
     """Tells what this machine is made of. Drivers may block or break; the service goes on."""
 
-    def __init__(self, bus: Bus, config: DetectorConfig, provider: GpuProvider) -> None:
+    def __init__(self, bus: Bus, config: DetectorConfig, provider: GpuProvider, machine_id: str) -> None:
         self._bus = bus
         self._config = config
+        self._machine_id = machine_id
         nothing = GpuReading(provider=provider.name)
         patience_s = config.gpu_patience_s
         self._gpus = Patient(provider.read, initial=nothing, patience_s=patience_s)
@@ -100,13 +101,14 @@ class ResourceDetector:
     async def _read(self) -> Inventory:
         host, gpus = await asyncio.gather(self._host.get(), self._gpus.get())
         SILENT.set(gpus.silent_s)
-        return inventory.assemble(
+        found = inventory.assemble(
             self._config.node_id,
             host.value,
             gpus.value,
             tier_override=self._config.tier,
             warnings=[*_silence("the machine", host), *_silence("the driver of the GPUs", gpus)],
         )
+        return replace(found, machine_id=self._machine_id)
 
     def _read_host(self) -> Host:
         return Host(
@@ -147,7 +149,7 @@ class ResourceDetector:
             CPU.set(load.cpu_percent)
             MEMORY.set(load.memory_available_mb * _MB)
             measure(reading.gpus)
-            await self._tell(resources.LOAD, load)
+            await self._tell(resources.LOAD, replace(load, machine_id=self._machine_id))
 
     async def _tell(self, event: Event[M], payload: M) -> None:
         try:

@@ -177,7 +177,7 @@ def show(node_id: str, watching: bool, interval: float, as_json: bool) -> None:
 
     async def fetch(bus: Bus, _lines: int | None) -> NodePage:
         node = await common.ask(bus, nodes.GET, NodeGet(node_id=node_id))
-        return NodePage(node=node, inventory=await _inventory(bus, node_id))
+        return NodePage(node=node, inventory=await _inventory(bus, node))
 
     def draw(found: NodePage, width: int, _lines: int | None) -> RenderableType:
         return node_views.page(found.node, found.inventory, width=width, now=time.time())
@@ -193,12 +193,14 @@ class NodePage(msgspec.Struct, frozen=True, kw_only=True):
     inventory: Inventory | None
 
 
-async def _inventory(bus: Bus, node_id: str) -> Inventory | None:
+async def _inventory(bus: Bus, node: NodeView) -> Inventory | None:
     try:
-        found = await bus.ask(resources.INVENTORY, InventoryGet(), target=node_id, timeout_s=INVENTORY_S)
+        found = await bus.ask(resources.INVENTORY, InventoryGet(), target=node.node_id, timeout_s=INVENTORY_S)
     except BusError:  # A plain node has no detector, and a lost one does not answer.
         return None
-    return found if isinstance(found, Inventory) else None
+    if not isinstance(found, Inventory) or found.machine_id not in ("", node.machine_id):
+        return None  # Another machine answers in the node's name.
+    return found
 
 
 @nodes_group.command()

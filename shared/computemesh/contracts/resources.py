@@ -90,6 +90,8 @@ class Inventory(Message, frozen=True, kw_only=True):
     """Where the GPU facts come from: `nvml`, `rocm`, `metal` or `none`; `scripted` for hardware that is made up."""
     warnings: list[str] = []
     """What a provider could not read, in words."""
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """As the announcement's: which machine this is, where two claim one node id."""
 
 
 class InventoryGet(Message, frozen=True, kw_only=True):
@@ -101,6 +103,8 @@ class Load(Message, frozen=True, kw_only=True):
     cpu_percent: float
     memory_available_mb: MegaBytes
     gpus: list[Gpu] = []
+    machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
+    """As the inventory's."""
 
 
 _READERS: Final = frozenset(Role)

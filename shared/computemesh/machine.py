@@ -1,4 +1,4 @@
-"""What tells this machine from others."""
+"""What tells a machine from others."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ FILES: Final = ("etc/machine-id", "var/lib/dbus/machine-id", "sys/class/dmi/id/p
 _PURPOSE: Final = b"computemesh machine id"
 
 
-def machine_id(*, root: Path = Path("/")) -> str:
+def machine_id(home: Path, *, root: Path = Path("/")) -> str:
     """A name for this machine that stays the same, and from which its own number cannot be told; 32 hex digits.
 
-    Where no such number can be read it follows from the address of a network card; empty if there is none
-    either.
+    Two homes on one machine are two machines to the mesh: each has a detector and an agent of its own. Where the
+    machine's number cannot be read the address of a network card stands for it; empty if there is none either.
     """
-    own = next((text for text in map(_text, (root / name for name in FILES)) if text), "")
-    return hashlib.blake2b(own.encode(), key=_PURPOSE, digest_size=16).hexdigest() if own else _by_network_card()
+    own = next((text for text in map(_text, (root / name for name in FILES)) if text), "") or _network_card()
+    said = f"{own}\0{home}".encode(errors="surrogateescape")
+    return hashlib.blake2b(said, key=_PURPOSE, digest_size=16).hexdigest() if own else ""
 
 
-def _by_network_card() -> str:
+def _network_card() -> str:
     address = uuid.getnode()
-    if address >> 40 & 1:  # Without a card Python makes up a number, which this bit tells.
-        return ""
-    return hashlib.blake2b(f"{address:x}".encode(), key=_PURPOSE, digest_size=16).hexdigest()
+    return "" if address >> 40 & 1 else f"{address:x}"  # Without a card Python makes up a number; this bit tells.
 
 
 def _text(path: Path) -> str:
