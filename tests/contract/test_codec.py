@@ -220,6 +220,35 @@ def test_bad_utf8_in_an_unknown_field_is_refused() -> None:
     assert refusal(b'{"unknown": "\xff"}', Lenient).reason == "not valid UTF-8"
 
 
+CHOICES: Final = {
+    ("min_tier", b'{"min_tier": "gpu_huge"}'): "'gpu_huge' is none of AI_FACTORY, GPU_PEER, GPU_INFRA, CPU_ONLY",
+    ("states[1]", b'{"states": ["online", "dead"]}'): "'dead' is none of online, suspect, lost",
+}
+
+
+@pytest.mark.parametrize(("field", "data", "reason"), [(*given, reason) for given, reason in CHOICES.items()])
+def test_who_names_no_choice_is_told_which_there_are(field: str, data: bytes, reason: str) -> None:
+    assert (refusal(data, nodes.NodesQuery).field, refusal(data, nodes.NodesQuery).reason) == (field, reason)
+
+
+def test_every_choice_in_every_message_is_told() -> None:
+    """At the place where it stands, also in lists of structs."""
+    answer = refusal(b'{"node_id": "a", "gpu_links": [{"a": 0, "b": 1, "kind": "wire"}]}', nodes.NodeAnnouncement)
+    assert answer.field == "gpu_links[0].kind"
+    assert answer.reason.startswith("'wire' is none of NVLINK, ")
+    answer = refusal(b'{"node_id": "a", "delivery": "post"}', nodes.NodeAnnouncement)
+    assert answer.reason == "'post' is none of direct, plain"
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_json_does_not_have_is_told_with_its_field(word: str) -> None:
+    """Python's json writes it for a measurement that failed."""
+    data = f'{{"node_id": "NaN", "gpus": [{{"vram_gb": {word}}}]}}'.encode()
+    answer = refusal(data, nodes.NodeAnnouncement)
+    assert answer.field == "vram_gb"
+    assert answer.reason.startswith(f"{word} is no JSON")
+
+
 @pytest.mark.parametrize(
     "inner", [b"[" * 20_000, b"{" * 100, b'\\"[' * 100, b"\\\\"], ids=["[", "{", "quotes", "slash"]
 )

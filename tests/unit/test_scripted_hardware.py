@@ -157,7 +157,7 @@ WRONG: Final = {
     '{"platform": "CUDA", "gpus": [{}], "links": [{"a": 0, "b": 1, "kind": "PIX"}]}': "links[0]: a must be below b",
     '{"platform": "CUDA", "gpus": [{"count": 2}], "links": [{"a": 1, "b": 0, "kind": "PIX"}]}': "links[0]: a must be",
     '{"platform": "CUDA", "gpus": [{"count": 2}], "links": [{"a": 0, "b": 1, "kind": "XGMI"}]}': "links[0].kind: XGMI",
-    '{"platform": "CUDA", "nvlink": "some"}': "nvlink: Invalid enum value 'some'",
+    '{"platform": "CUDA", "nvlink": "some"}': "nvlink: 'some' is none of all",
     '{"platform": "CUDA", "xgmi": "all"}': "xgmi: goes with the platform ROCM",
     '{"platform": "ROCM", "nvlink": "all"}': "nvlink: goes with the platform CUDA",
     '{"platform": "CUDA", "faults": [{"call": "nvmlFoo", "error": "UNKNOWN"}]}': "faults[0].call: 'nvmlFoo' is none of",

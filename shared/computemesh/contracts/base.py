@@ -205,7 +205,7 @@ def decode(data: bytes, kind: type[S]) -> S | Refused:
         message: S = _decoder(kind).decode(data or b"{}")
         return message
     except (ValueError, RecursionError) as error:
-        return refused(error)
+        return refused(error, kind, data)
 
 
 def convert(fields: Mapping[str, Any], kind: type[M]) -> M | Refused:
@@ -213,22 +213,36 @@ def convert(fields: Mapping[str, Any], kind: type[M]) -> M | Refused:
     try:
         return msgspec.convert(fields, kind)
     except (ValueError, RecursionError) as error:
-        return refused(error)
+        return refused(error, kind)
 
 
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)`$")
 _NAMED: Final = re.compile(r"(?:missing required|unknown) field `(.*?)`")
+_NO_CHOICE: Final = re.compile(r"Invalid enum value ('.*'|\S+)")
+_OFFSET: Final = re.compile(r"\(byte (\d+)\)$")
+_NO_JSON: Final = re.compile(rb"-?(NaN|Infinity)")
+_LAST_KEY: Final = re.compile(rb'"([^"\\]*)"\s*:[\s\[]*$')
 _BACKTICK: Final = re.compile(r"`")
 _ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]
 
 
-def refused(error: Exception) -> Refused:
-    """A decoder's complaint as a refusal that names the field."""
+def refused(error: Exception, kind: Any = None, data: bytes = b"") -> Refused:
+    """A decoder's complaint as a refusal that names the field.
+
+    Args:
+        kind: what was expected, to say what could have stood there.
+        data: what was read.
+    """
     text = str(error) or type(error).__name__
     at = _AT.search(text)
     named = _NAMED.search(text)
-    parts = [at.group(1) if at else "", named.group(1) if named else ""]
-    if _ID_PATTERN_SHOWN in text:
+    where = at.group(1).removeprefix("[...]") if at else ""  # So the fields of any object are called.
+    parts = [where, named.group(1) if named else ""]
+    if no_number := _no_number(text, data):
+        text, parts[0] = no_number
+    elif (no_choice := _NO_CHOICE.match(text)) and (choices := _choices(kind, where)):
+        text = f"{no_choice.group(1)} is none of {', '.join(choices)}"
+    elif _ID_PATTERN_SHOWN in text:
         text = "an id is one token of letters, digits, '_' and '-', 1 to 63 long"
     elif isinstance(error, RecursionError):
         text = f"nested deeper than {DEPTH_MAX} levels"
@@ -239,6 +253,50 @@ def refused(error: Exception) -> Refused:
         reason=_BACKTICK.sub("'", _AT.sub("", text)),
         field=".".join(part for part in parts if part),
     )
+
+
+def _no_number(text: str, data: bytes) -> tuple[str, str] | None:
+    """The reason and the field, where the decoder stumbled over what many programs write for want of a number."""
+    offset = _OFFSET.search(text)
+    if offset is None:
+        return None
+    start = int(offset.group(1))
+    start -= data[start - 1 : start] == b"-"
+    word = _NO_JSON.match(data, start)
+    if word is None:
+        return None
+    key = _LAST_KEY.search(data[:start])
+    return f"{word.group().decode()} is no JSON: leave the field out when nothing is known", key.group(
+        1
+    ).decode() if key else ""
+
+
+def _choices(kind: Any, where: str) -> list[str]:
+    """What may stand at a place in a message of a kind, as ``gpus[0].platform``; empty where it is no choice."""
+    if kind is None:
+        return []
+    return _choices_at(msgspec.inspect.type_info(kind), re.findall(r"\[|[^.\[\]]+(?=[.\[]|$)", where))
+
+
+def _choices_at(info: msgspec.inspect.Type, steps: list[str]) -> list[str]:
+    match info:
+        case msgspec.inspect.Metadata():
+            return _choices_at(info.type, steps)
+        case msgspec.inspect.UnionType():
+            return [choice for one in info.types for choice in _choices_at(one, steps)]
+        case msgspec.inspect.EnumType() if not steps:
+            return [str(one.value) for one in info.cls]
+        case msgspec.inspect.LiteralType() if not steps:
+            return [str(one) for one in info.values]
+        case msgspec.inspect.StructType() if steps:
+            inner = [field.type for field in info.fields if field.encode_name == steps[0]]
+            return [choice for one in inner for choice in _choices_at(one, steps[1:])]
+        case msgspec.inspect.ListType() if steps:
+            return _choices_at(info.item_type, steps[1:])
+        case msgspec.inspect.DictType() if steps:
+            return _choices_at(info.value_type, steps[1:])
+        case _:
+            return []
 
 
 def too_deep(data: bytes) -> bool:

@@ -186,7 +186,7 @@ def _parse_object(body: bytes) -> dict[str, Any] | Refused:
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
     except (ValueError, RecursionError) as error:
-        return refused(error)
+        return refused(error, data=body)
 
 
 def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
@@ -214,7 +214,7 @@ def _texts(request: Request, kind: type[Any]) -> dict[str, Any] | Refused:
         try:
             value = msgspec.convert(text, types[name], strict=False)
         except ValueError as error:
-            return msgspec.structs.replace(refused(error), field=name)
+            return msgspec.structs.replace(refused(error, types[name]), field=name)
         found[name] = msgspec.to_builtins(value)
     return found
 

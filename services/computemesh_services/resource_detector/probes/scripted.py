@@ -109,7 +109,7 @@ def parse(data: bytes, *, seed: str = "") -> Hardware:
     try:
         told = msgspec.json.decode(data, type=Hardware)
     except (ValueError, RecursionError) as error:
-        no = refused(error)
+        no = refused(error, Hardware, data)
         raise ValueError(f"{no.field}: {no.reason}" if no.field else no.reason) from None
     alike = [gpu for gpu in told.gpus for _ in range(gpu.count)]
     if len(alike) > GPUS_MAX:
