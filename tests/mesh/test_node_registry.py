@@ -365,6 +365,25 @@ async def _noted(mesh: RunningMesh) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_an_announcement_that_cannot_be_used_is_answered_by_an_event_that_names_the_field(
+    mesh: RunningMesh,
+) -> None:
+    """An announcement has no reply, and its sender would wait for work for ever. What tells nobody's name is logged."""
+    bus = await mesh.bus(Role.NODE, "odd")
+    refused: list[NodeRefused] = await heard(await mesh.bus(Role.OBSERVER), nodes.REFUSED)
+    subject = nodes.ANNOUNCE.subject
+    for garbage in (b"{", b"[]", b'{"node_id": "a b", "tier": "x"}', b'{"tier": "x"}'):
+        await bus.send(subject, garbage)
+    for _ in range(3):
+        await bus.send(subject, b'{"node_id": "odd", "session": "s1", "tier": "GPU_HUGE"}')
+    await bus.send(subject, b'{"node_id": "odder", "gpus": [{"vram_gb": -24}]}')
+    await until(lambda: len(refused) == 2, what="the events, one a node")
+    odd, odder = refused
+    assert (odd.node_id, odd.session, odd.code, odd.field) == ("odd", "s1", "bad_message", "tier")
+    assert odd.reason == "'GPU_HUGE' is none of AI_FACTORY, GPU_PEER, GPU_INFRA, CPU_ONLY"
+    assert (odder.node_id, odder.field) == ("odder", "gpus[0].vram_gb")
+
+
 # --- one node id, two agents ----------------------------------------------------------------------------------------
 
 

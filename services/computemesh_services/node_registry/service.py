@@ -14,7 +14,7 @@ from prometheus_client import Gauge
 from computemesh import log
 from computemesh.bus import Bucket, Bus, BusError, Conflict, MicroService, Mirror, Writer, lease
 from computemesh.contracts import nodes, storage
-from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, serve
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Message, Refused, decode, serve
 from computemesh.contracts.nodes import (
     Discover,
     NodeAlive,
@@ -35,10 +35,12 @@ from computemesh.contracts.nodes import (
     NodeState,
     NodeUndrain,
     NodeView,
+    Session,
     StatsAsk,
 )
 from computemesh.contracts.services import NODE_REGISTRY
 from computemesh.edge import Extra
+from computemesh.ids import Id
 from computemesh.lifecycle import Spawn
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.config import RegistryConfig
@@ -85,6 +87,13 @@ _log = log.get("service")
 NODES = Gauge("computemesh_nodes", "Nodes by state.", ["state"])
 HEARTBEATS = Total("computemesh_node_heartbeats_total", "Heartbeats heard.")
 LOSSES = Total("computemesh_nodes_lost_total", "Losses told by this replica.")
+
+
+class _Claim(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Who says it, of what cannot be used otherwise."""
+
+    node_id: Id
+    session: Session = ""
 
 
 class Seldom:
@@ -156,7 +165,7 @@ class NodeRegistry:
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         await self._writer.start()
         spawn(self._mirror.follow())
-        await self._bus.subscribe(nodes.ANNOUNCE, self.on_announce)
+        await self._bus.subscribe(nodes.ANNOUNCE, self.on_announce, garbled=self._on_garbled)
         await self._bus.subscribe(nodes.LOST, self._losses.on_lost)
         beats = await self._bus.subscribe(nodes.HEARTBEAT, self.on_heartbeat)
         self._heard_all = lambda: self._bus.caught_up(beats, within_s=self._patience.suspect_after_s / SWEEPS)
@@ -263,8 +272,15 @@ class NodeRegistry:
             hostname=said.hostname,
             code=refused.code,
             reason=refused.reason,
+            field=refused.field,
         )
         await self._bus.publish(nodes.REFUSED, event)
+
+    async def _on_garbled(self, data: bytes, refused: Refused) -> None:
+        """Answers an announcement that is none, where it can be read whose it was meant to be."""
+        whose = decode(data, _Claim)
+        if isinstance(whose, _Claim):
+            await self._tell_refused(NodeAnnouncement(node_id=whose.node_id, session=whose.session), refused)
 
     async def on_register(self, said: NodeAnnouncement) -> NodeRecord | Refused:
         """Any replica may write this one: the compare-and-set is the fence, and the caller waits for it."""

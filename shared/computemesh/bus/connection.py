@@ -423,14 +423,18 @@ class Bus:
         *,
         target: str = "",
         queue: str = "",
+        garbled: Callable[[bytes, Refused], Awaitable[None]] | None = None,
     ) -> Subscription:
-        """Hears an event, one message at a time and in order. What does not decode is logged and skipped."""
+        """Hears an event, one message at a time and in order. What does not decode is logged, shown to *garbled*,
+        and skipped."""
         subject = event.at(target or ("*" if event.target else ""))
 
         async def on_message(message: Msg) -> None:
             payload = decode(message.data, event.payload)
             if isinstance(payload, Refused):
                 _log.warning("ignored a message", subject=message.subject, reason=payload.reason, field=payload.field)
+                if garbled is not None:
+                    await garbled(message.data, payload)
                 return
             with trace.within(sender_of(message.headers)):
                 await handler(payload)

@@ -167,7 +167,7 @@ class NodeLost(Message, frozen=True, kw_only=True):
 
 
 class NodeRefused(Message, frozen=True, kw_only=True):
-    """An announcement that does not count: its node id belongs to another agent, or it cannot be stored."""
+    """An announcement that does not count: its node id belongs to another agent, it cannot be stored, or it is none."""
 
     node_id: Id
     session: Session = ""
@@ -176,6 +176,8 @@ class NodeRefused(Message, frozen=True, kw_only=True):
     hostname: Annotated[str, msgspec.Meta(max_length=253)] = ""
     code: str = "duplicate_node"
     reason: str = ""
+    field: str = ""
+    """Of the announcement, as in ``gpus[0].vram_gb``; empty when it is about all of it."""
 
 
 class Discover(Message, frozen=True, kw_only=True):
