@@ -13,6 +13,7 @@ from computemesh.contracts.gpus import GpuCanFit, GpuGrant, GpuLedger, GpuShare,
 from computemesh.contracts.nodes import NodeRecord, NodeState
 from computemesh.hardware import Gpu, GpuLink, GpuProcess, GpuUse, LinkKind, Platform, Tier
 from computemesh_services.gpu_orchestrator import topology
+from computemesh_services.gpu_orchestrator.ledger import refusal
 from computemesh_services.gpu_orchestrator.room import (
     GRANTS_MAX,
     Facts,
@@ -348,3 +349,15 @@ def test_of_many_gpus_those_that_come_closest_are_told_and_all_are_counted() -> 
         against.add(room_of(a_ledger(), facts_of(a_node(*cards, node_id=f"n{n}")), NOW))
     assert against.counts == {WhyNot.USED: 400}
     assert [verdict.node_id for verdict in against.closest] == [f"n{n}" for n in range(4) for _ in range(8)]
+
+
+def test_a_refusal_blames_the_gpus_that_were_named_and_counts_all_that_it_counts() -> None:
+    """Not a number of GPUs that nobody asked for."""
+    ask = GpuCanFit(required_mb=1, gpu_indices=[0, 5])
+    against = Refusals(ask)
+    for n in range(4):
+        against.add(room_of(a_ledger(), facts_of(a_node(a_card(0), a_card(1), node_id=f"n{n}")), NOW))
+    refused = refusal(ask, against)
+    assert (refused.code, refused.field) == ("impossible", "gpu_indices")
+    assert "n0/0: 1 GPU of the node would do, needs GPUs 0, 5. " in refused.reason
+    assert refused.reason.endswith(". 3 more; of all 8, by reason: 4 absent, 4 too_few")

@@ -360,19 +360,21 @@ def refusal(ask: GpuCanFit, against: Refusals) -> Refused:
     lines = [f"{verdict.node_id}/{verdict.index}: {verdict.reason}" for verdict in closest]
     others = against.counts.total() - len(closest)
     if others > 0:
-        lines.append(f"{others} more, by reason: {_counted(against)}")
+        lines.append(f"{others} more; of all {against.counts.total()}, by reason: {_counted(against)}")
     text = f"{what} cannot be had on {where}. " + (". ".join(lines) if lines else "There is no GPU.")
     if against.may_change:
         return Refused(code="no_room", reason=text, status=409, retry="later")
-    return Refused(code="impossible", reason=text, field=_fault(closest), status=422)
+    return Refused(code="impossible", reason=text, field=_fault(ask, closest), status=422)
 
 
 def _counted(against: Refusals) -> str:
     return ", ".join(f"{count} {code}" for code, count in against.counts.most_common())
 
 
-def _fault(closest: Iterable[GpuVerdict]) -> str:
+def _fault(ask: GpuCanFit, closest: Iterable[GpuVerdict]) -> str:
     """The field that asks for what there is not."""
+    if ask.gpu_indices and any(verdict.code in (WhyNot.ABSENT, WhyNot.TOO_FEW) for verdict in closest):
+        return "gpu_indices"
     return next((_FIELDS[verdict.code] for verdict in closest if verdict.code in _FIELDS), "")
 
 

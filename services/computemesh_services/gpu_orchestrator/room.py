@@ -512,7 +512,8 @@ def why_not(room: Room, ask: GpuCanFit) -> Iterator[Against]:
             text = f"no fabric joins it to {count_of(ask) - 1} others that have {ask.required_mb} MiB free"
             yield _against(room, spot, ask, WhyNot.UNLINKED, text, may_change=ever)
         else:
-            text = f"{len(would_do)} GPUs of the node would do, needs {count_of(ask)}"
+            would = f"{len(would_do)} GPU{'s' * (len(would_do) > 1)} of the node would do"
+            text = f"{would}, needs {'GPUs ' + ', '.join(map(str, ask.gpu_indices)) if named else count_of(ask)}"
             yield _against(room, spot, ask, WhyNot.TOO_FEW, text, may_change=ever)
 
 
