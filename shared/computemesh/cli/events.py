@@ -28,7 +28,7 @@ ROUTINE: Final = (nodes.HEARTBEAT, resources.LOAD)
 
 SHOWN: Final[Mapping[type[Any], tuple[str, ...]]] = {
     nodes.NodeAnnouncement: ("node_id", "hostname", "delivery", "work_types", "models", "slots", "gpus"),
-    nodes.NodeRefused: ("node_id", "hostname", "code", "reason"),
+    nodes.NodeRefused: ("node_id", "hostname", "code", "field", "reason"),
     nodes.NodeHeartbeat: ("node_id", "running", "accepting", "loaded_models", "cpu_percent"),
     gpus.GpuReserved: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "timeout_seconds", "work_id"),
     gpus.GpuReleased: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "work_id", "reason"),
