@@ -12,7 +12,7 @@ from computemesh_services.resource_detector.config import GpuConfig
 from computemesh_services.resource_detector.probes import GpuReading
 from computemesh_services.resource_detector.probes.choice import choose
 
-TODO = {
+REMEDIES = {
     "rocm": "see what `rocminfo` says, and whether this user is in the groups `render` and `video`",
     "metal": "see what `system_profiler SPDisplaysDataType` says",
     "scripted": "this hardware is made up: edit the file that COMPUTEMESH_SCRIPTED_HARDWARE names",
@@ -22,7 +22,7 @@ NVIDIA = "see what `nvidia-smi` says; pip install 'computemesh[cuda]' if it work
 
 def gpus(reading: GpuReading) -> list[Finding]:
     """Whether the GPUs can be read, if there are any."""
-    todo = TODO.get(reading.provider, NVIDIA)
+    todo = REMEDIES.get(reading.provider, NVIDIA)
     said = [findings.warning("gpus", text, todo) for text in reading.warnings]
     if reading.gpus:
         alike = Counter(f"{gpu.name or 'unnamed'} {gpu.vram_total_mb / 1024:.0f} GiB" for gpu in reading.gpus)
