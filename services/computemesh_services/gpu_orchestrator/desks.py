@@ -70,7 +70,7 @@ class Waiting:
     want: Want
     claims: bool
     since: int
-    """Revision up to which the mirror showed the store when it was asked."""
+    """Revision up to which the store was known when it was asked."""
     answer: asyncio.Future[Outcome]
     traceparent: str
 
@@ -117,17 +117,26 @@ class Desks:
         self._one_owner = asyncio.Lock()
         self._together = asyncio.Semaphore(TOGETHER_MAX)
 
-    async def put(self, node_id: str, want: Want, *, claims: bool = False) -> Outcome:
+    async def since(self) -> int:
+        """Up to which revision the store is known: what is marked behind it happened since.
+
+        Raises:
+            BusError: the store is away.
+        """
+        return self._mirror.seen if self._mirror.synced.is_set() else await self._bucket.newest()
+
+    async def put(self, node_id: str, want: Want, *, claims: bool = False, since: int = 0) -> Outcome:
         """Has a request decided and written, with whatever else waits for the node.
 
         Args:
             claims: its id must not stand on any other node.
+            since: with *claims*, what :meth:`since` said when the request came.
 
         Raises:
             BusError: it may have been written or not.
         """
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(want, claims, self._mirror.seen, answer, trace.to_send())
+        waiting = Waiting(want, claims, since, answer, trace.to_send())
         if (queue := self._waiting.get(node_id)) is not None:
             queue.append(waiting)
         else:

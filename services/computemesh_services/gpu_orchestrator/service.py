@@ -175,12 +175,13 @@ class GpuOrchestrator:
     # --- reserve -----------------------------------------------------------------------------------------------------
 
     async def on_reserve(self, ask: GpuReserve) -> GpuReservation | Refused:
+        since = await self._desks.since() if ask.reservation_id else 0  # Before anything is waited for.
         await self._ready()
-        answer = await self._reserve(ask)
+        answer = await self._reserve(ask, since)
         REQUESTS.labels(answer.code if isinstance(answer, Refused) else "granted").inc()
         return answer
 
-    async def _reserve(self, ask: GpuReserve) -> GpuReservation | Refused:
+    async def _reserve(self, ask: GpuReserve, since: int) -> GpuReservation | Refused:
         refusal = self._contradiction(ask) or self._too_long(ask.timeout_seconds) or await self._after_work(ask)
         if refusal:
             return refusal
@@ -191,17 +192,17 @@ class GpuOrchestrator:
         )
         chosen = ask.reservation_id is not None
         if ask.reservation_id and (present := self._known.grant(ask.reservation_id, time.time())):
-            answer = await self._desks.put(present.node_id, want, claims=chosen)
+            answer = await self._desks.put(present.node_id, want, claims=chosen, since=since)
             # The terms name no other node, or this is the refusal; unless it ended just now.
             if not isinstance(answer, NoRoom) or ask.node_id == present.node_id:
                 return self._final(ask, answer)
         if ask.node_id is not None:
             if refusal := await self._no_node(ask):
                 return refusal
-            return self._final(ask, await self._follow(ask, want, ask.node_id))
-        return await self._reserve_anywhere(ask, want)
+            return self._final(ask, await self._follow(ask, want, ask.node_id, since))
+        return await self._reserve_anywhere(ask, want, since)
 
-    async def _reserve_anywhere(self, ask: GpuReserve, want: Reserve) -> GpuReservation | Refused:
+    async def _reserve_anywhere(self, ask: GpuReserve, want: Reserve, since: int) -> GpuReservation | Refused:
         """On the best node by what is known; whoever was faster there makes it choose again."""
         caught_up = False
         for _ in range(CHOICES_MAX):
@@ -212,17 +213,17 @@ class GpuOrchestrator:
                 await self._desks.catch_up()
                 caught_up = True
                 continue
-            answer = await self._follow(ask, want, best.node_id)
+            answer = await self._follow(ask, want, best.node_id, since)
             if not isinstance(answer, NoRoom):
                 return self._final(ask, answer)
         return ledgers.refusal(ask, self._why_nowhere(ask))
 
-    async def _follow(self, ask: GpuReserve, want: Reserve, node_id: str) -> Outcome:
+    async def _follow(self, ask: GpuReserve, want: Reserve, node_id: str, since: int) -> Outcome:
         """Decides at a node, or where the id turns out to stand already."""
         claims = ask.reservation_id is not None
-        answer = await self._desks.put(node_id, want, claims=claims)
+        answer = await self._desks.put(node_id, want, claims=claims, since=since)
         if isinstance(answer, Elsewhere):
-            answer = await self._desks.put(answer.node_id, want, claims=claims)
+            answer = await self._desks.put(answer.node_id, want, claims=claims, since=since)
         return answer
 
     def _final(self, ask: GpuReserve, answer: Outcome) -> GpuReservation | Refused:
