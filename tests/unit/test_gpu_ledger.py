@@ -65,6 +65,20 @@ def test_a_decision_that_changes_nothing_gives_the_same_record() -> None:
     assert [type(answer) for answer in decided.answers] == [NoRoom, type(None), type(None), type(None), GpuReservation]
 
 
+@pytest.mark.parametrize(
+    "terms", [{"mb": 9_000}, {"owner": "alice"}, {"gpu_count": 2}, {"node_id": "n2"}, {"work_id": "w1"}]
+)
+def test_other_terms_under_the_id_of_a_reservation_are_a_conflict(terms: dict[str, Any]) -> None:
+    """How long is not among the terms; what stands is left as it is."""
+    ledger = granted(a_wish()).ledger
+    decided = decide(ledger, FACTS, [a_wish(**terms), a_wish(timeout_s=5)], NOW + 1)
+    refused, same = decided.answers
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.field) == ("conflict", "reservation_id")
+    assert isinstance(same, GpuReservation)
+    assert decided.ledger is ledger
+
+
 def test_a_renewal_counts_from_now_and_keeps_what_it_does_not_name() -> None:
     """Shorter or longer; pids are replaced when named."""
     ledger = granted(a_wish(node_id="n1", pids=[7])).ledger
