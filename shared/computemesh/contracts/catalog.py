@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, nodes, resources, work
+from computemesh.contracts import gpus, nodes, objects, resources, work
 from computemesh.contracts.base import Event, Request
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -13,6 +13,7 @@ CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     resources,
     work,
     gpus,
+    objects,
 )
 
 

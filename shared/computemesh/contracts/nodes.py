@@ -123,6 +123,7 @@ class NodeView(NodeRecord, frozen=True, kw_only=True):
 class RunningWork(Message, frozen=True, kw_only=True):
     work_id: Id
     attempt: int = 0
+    replica: int = 0
 
 
 class NodeHeartbeat(Message, frozen=True, kw_only=True):

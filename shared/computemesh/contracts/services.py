@@ -15,6 +15,9 @@ WORK_MARSHALLER: Final = ServiceCard(
 GPU_ORCHESTRATOR: Final = ServiceCard(
     name="gpu-orchestrator", about="Who may use how much memory of which GPU.", role=Role.SERVICES, port=8098
 )
+GATEWAY: Final = ServiceCard(
+    name="gateway", about="The front door: tasks as YAML, and the OpenAI interface.", role=Role.CLIENT, port=8000
+)
 RESOURCE_DETECTOR: Final = ServiceCard(
     name="resource-detector", about="What this machine is made of.", role=Role.NODE, port=8116
 )
@@ -26,6 +29,7 @@ SERVICES: Final = (
     NODE_REGISTRY,
     WORK_MARSHALLER,
     GPU_ORCHESTRATOR,
+    GATEWAY,
     RESOURCE_DETECTOR,
     NODE_AGENT,
 )

@@ -9,7 +9,9 @@
     the server       --state-->      anyone           the recorded outcome, published if and only if stored
     work-marshaller  --rejected-->   anyone           a submission or report that could not be used, and why
     work-marshaller  --stop-->       one direct node  an attempt that no longer counts
-    anyone           --get / list / cancel / explain-->  work-marshaller
+    work-marshaller  --node_log-->   one direct node  what an attempt has printed so far
+    anyone           --get / list / cancel / explain / result / logs-->  work-marshaller
+    anyone           --blacklist / pardon-->  work-marshaller
 
 Reports may be stale or doubled; whoever needs the outcome reads ``state``.
 
@@ -28,15 +30,28 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.gpus import GpuShare
 from computemesh.contracts.nodes import Labels, Name
 from computemesh.contracts.services import NODE_AGENT, WORK_MARSHALLER
-from computemesh.hardware import Count, MegaBytes, Tier
+from computemesh.hardware import Count, MegaBytes, Platform, Tier
 from computemesh.ids import Id
 
-WORK_TYPES: Final = ("inference",)
-"""Work types that every mesh knows. Others are known once a node has announced them."""
+WORK_TYPES: Final = ("inference", "ppo", "benchmark", "command")
+"""Work types that every mesh knows: an item of one waits until some node does such work. Others are known once a
+node has announced them."""
 
 PRIORITY_MAX: Final = 9
+
+REPLICAS_MAX: Final = 64
+"""Replicas of one item."""
+
+AFTER_MAX: Final = 100
+"""Items that one item may wait for."""
+
+LOG_PART_MAX: Final = 256 * 1024
+"""Bytes of an attempt's output in one message."""
+
+LOG_WAIT_S_MAX: Final = 4.0
 
 HANDED_BACK: Final = "handed_back"
 """Code of a failure report that is none: the node ends and gives the item back."""
@@ -56,6 +71,19 @@ class WorkState(StrEnum):
 FINAL: Final = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED, WorkState.DEAD})
 
 
+NodeIds = Annotated[list[Id], msgspec.Meta(max_length=1000)]
+
+
+class ObjectRef(Message, frozen=True, kw_only=True):
+    """What is too large for a message, kept in the object store: see ``compute.objects.get.v1``."""
+
+    object_id: Id
+    size: Count
+    """Bytes."""
+    sha256: str = ""
+    """In hexadecimal."""
+
+
 class Requirements(Message, frozen=True, kw_only=True):
     """What a node must have for this item. The default asks for nothing."""
 
@@ -68,8 +96,22 @@ class Requirements(Message, frozen=True, kw_only=True):
     min_tier: Tier | None = None
     labels: Labels = {}
     """Labels the node must carry, with these values."""
+    not_labels: Labels = {}
+    """Labels the node must not carry with these values."""
+    prefer_labels: Labels = {}
+    """Of the nodes that fit, rather those with more of these."""
     node_id: Id | None = None
     """Only this node."""
+    node_ids: NodeIds = []
+    """Only one of these nodes."""
+    not_node_ids: NodeIds = []
+    """None of these nodes."""
+    gpu_model: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Only GPUs with this in their name, in any case, such as `H100`."""
+    platform: Platform | None = None
+    """Only nodes of this platform."""
+    spread: bool = False
+    """Of an item with replicas: each on a node of its own."""
 
 
 class WorkItem(Message, frozen=True, kw_only=True):
@@ -90,7 +132,17 @@ class WorkItem(Message, frozen=True, kw_only=True):
     retries_max: Annotated[int, msgspec.Meta(ge=0, le=100)] | None = None
     """Attempts after the first that fails; left out, the mesh's `WORK_RETRY_MAX`."""
     owner: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """For whom. Owners with items of the same priority take turns."""
     labels: Labels = {}
+    deadline_at: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Unix seconds after which the outcome is of no use: an item that has not ended by then fails, and what runs of
+    it is ended."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=REPLICAS_MAX)] = 1
+    """Runs that start together, each with the same requirements, or not at all."""
+    after: Annotated[list[Id], msgspec.Meta(max_length=AFTER_MAX)] = []
+    """Items that must have completed before this one starts. When one of them ends in another way, this one fails."""
+    payload_object: ObjectRef | None = None
+    """The payload, as a JSON object, when it is too large for a message; `payload` is then empty."""
 
 
 class WorkError(Message, frozen=True, kw_only=True):
@@ -112,6 +164,17 @@ class Move(Message, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class Member(Message, frozen=True, kw_only=True):
+    """One replica of the present attempt of an item that has several."""
+
+    replica: Annotated[int, msgspec.Meta(ge=0, lt=REPLICAS_MAX)]
+    node_id: str
+    completed: bool = False
+    result: Any = None
+    result_object: ObjectRef | None = None
+    log_object: ObjectRef | None = None
+
+
 class WorkRecord(Message, frozen=True, kw_only=True):
     """The truth about one item: the value in ``compute-work`` and the payload of ``state``."""
 
@@ -126,6 +189,10 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     retries_max: int | None = None
     owner: str = ""
     labels: dict[str, str] = {}
+    deadline_at: float | None = None
+    replicas: int = 1
+    after: list[str] = []
+    payload_object: ObjectRef | None = None
 
     attempt: int = 0
     """Number of the latest attempt; a report with another one is stale."""
@@ -134,7 +201,9 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     losses: int = 0
     """Attempts that vanished with their node."""
     node_id: str = ""
-    """Where the latest attempt runs or ran."""
+    """Where the latest attempt runs or ran; of an item with replicas, the first of them."""
+    members: list[Member] = []
+    """The replicas of the latest attempt, in order, when the item has more than one."""
     plain: bool = False
     """That node has no direct delivery, so its report need not name the attempt."""
     not_before: float = 0.0
@@ -143,6 +212,11 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     changed_at: float = 0.0
     finished_at: float | None = None
     result: Any = None
+    """Of an item with replicas, the list of their results, in order."""
+    result_object: ObjectRef | None = None
+    """The result, as JSON, when it is too large for a message; `result` is then null."""
+    log_object: ObjectRef | None = None
+    """What the latest attempt printed, once it has ended."""
     error: WorkError | None = None
     """Why the latest attempt failed; stays beside the result of a later one that did not."""
     story: list[Move] = []
@@ -165,8 +239,20 @@ class Assignment(Message, frozen=True, kw_only=True):
     model_name: str = ""
     priority: int = 5
     payload: dict[str, Any] = {}
+    payload_object: ObjectRef | None = None
     timeout_s: float = 3600.0
     owner: str = ""
+    requirements: Requirements = Requirements()
+    """What of the node the attempt may use."""
+    replica: int = 0
+    """Which replica of the item this is, from 0."""
+    replicas: int = 1
+    peers: list[str] = []
+    """The nodes of all replicas, in order, when there is more than one."""
+    reservation_id: str = ""
+    """The GPU memory that is reserved for this attempt."""
+    gpus: list[GpuShare] = []
+    """Its GPUs: the attempt may use no others."""
 
 
 class Delivery(Message, frozen=True, kw_only=True):
@@ -178,14 +264,22 @@ class Delivery(Message, frozen=True, kw_only=True):
     """The node's present session, as in its heartbeats."""
 
 
+Replica = Annotated[int, msgspec.Meta(ge=0, lt=REPLICAS_MAX, description="Which replica of the item, from 0.")]
+
+
 class WorkCompleted(Message, frozen=True, kw_only=True):
     """A node's report: it is done."""
 
     work_id: Id
     result: Any = None
+    result_object: ObjectRef | None = None
+    """The result, as JSON, when it is too large for this message."""
+    log_object: ObjectRef | None = None
+    """What the attempt printed."""
     attempt: int | None = None
     """Which attempt this was. Only plain nodes may leave it out."""
     node_id: str = ""
+    replica: Replica = 0
 
 
 class WorkFailed(Message, frozen=True, kw_only=True):
@@ -196,14 +290,18 @@ class WorkFailed(Message, frozen=True, kw_only=True):
     code: Annotated[str, msgspec.Meta(max_length=63)] = "failed"
     fault: Literal["work", "node"] = "node"
     """`work`: it would fail anywhere, do not try again."""
+    log_object: ObjectRef | None = None
+    """What the attempt printed."""
     attempt: int | None = None
     node_id: str = ""
+    replica: Replica = 0
 
 
 class WorkProgress(Message, frozen=True, kw_only=True):
     work_id: Id
     attempt: int
     node_id: str
+    replica: Replica = 0
     fraction: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     """Share that is done, when it can be known."""
     message: str = ""
@@ -266,6 +364,7 @@ class WorkStop(Message, frozen=True, kw_only=True):
 
     work_id: Id
     attempt: int
+    replica: Replica = 0
     reason: str = ""
 
 
@@ -291,6 +390,81 @@ class WorkExplanation(Message, frozen=True, kw_only=True):
     state: WorkState
     summary: str
     nodes: list[NodeVerdict] = []
+
+
+class WorkResult(Message, frozen=True, kw_only=True):
+    """The result of an item that has completed."""
+
+    work_id: str
+    result: Any = None
+    result_object: ObjectRef | None = None
+    """Where the result is, as JSON, when it is too large for a message. Over HTTP it is put in place of `result`."""
+
+
+class WorkLogsGet(Message, frozen=True, kw_only=True):
+    """Asks for what an attempt has printed."""
+
+    work_id: Id
+    replica: Replica = 0
+    attempt: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Left out, the latest."""
+    offset: Count = 0
+    """From this byte on."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=LOG_PART_MAX)] = LOG_PART_MAX
+    """At most so many bytes."""
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=LOG_WAIT_S_MAX)] = 0.0
+    """How long to wait for more when there is nothing yet beyond `offset`."""
+
+
+class WorkLogs(Message, frozen=True, kw_only=True):
+    """A part of what an attempt has printed."""
+
+    work_id: str
+    attempt: int
+    replica: int = 0
+    node_id: str = ""
+    text: str = ""
+    """Bytes that are not UTF-8 are replaced."""
+    offset: Count = 0
+    next: Count = 0
+    """`offset` of the part that follows."""
+    complete: bool = False
+    """The attempt has ended, and this part reaches to the end."""
+
+
+class BlacklistGet(Message, frozen=True, kw_only=True):
+    """Asks which nodes get no work of some type, as it kept failing there."""
+
+    node_id: Id | None = None
+
+
+class Blacklisted(Message, frozen=True, kw_only=True):
+    """A node that gets no work of one type for a while."""
+
+    node_id: str
+    work_type: str
+    failures: int
+    """In a row."""
+    since: float
+    """Unix seconds."""
+    until: float
+    """Unix seconds from which one item is tried on it again; it gets more once that one has gone well."""
+    probing: str = ""
+    """The item that is tried on it at present."""
+    reason: str = ""
+    """Why the last attempt failed."""
+
+
+class Blacklist(Message, frozen=True, kw_only=True):
+    entries: list[Blacklisted] = []
+
+
+class BlacklistPardon(Message, frozen=True, kw_only=True):
+    """Asks that a node gets work again at once."""
+
+    node_id: Id
+    work_type: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Left out, all types."""
 
 
 _EVERYONE: Final = frozenset(Role)
@@ -433,4 +607,60 @@ EXPLAIN: Final = Request(
     refuses=(_NOT_FOUND,),
     example=WorkGet(work_id="w-example"),
     about="Why an item is where it is: each node, and what speaks for or against it.",
+)
+RESULT: Final = Request(
+    subject="compute.work.result.v1",
+    takes=WorkGet,
+    gives=WorkResult,
+    asked_by=_ASKERS,
+    service=WORK_MARSHALLER,
+    http=(Http(method="GET", path="/api/v1/work/{work_id}/result"),),
+    refuses=(
+        _NOT_FOUND,
+        Refusal(code="not_finished", status=409, when="the item has not ended yet"),
+        Refusal(code="no_result", status=409, when="the item ended without a result; the reason says why"),
+    ),
+    example=WorkGet(work_id="w-example"),
+    about="The result of an item that has completed.",
+)
+LOGS: Final = Request(
+    subject="compute.work.logs.v1",
+    takes=WorkLogsGet,
+    gives=WorkLogs,
+    asked_by=_ASKERS,
+    service=WORK_MARSHALLER,
+    http=(Http(method="GET", path="/api/v1/work/{work_id}/logs"),),
+    refuses=(_NOT_FOUND, Refusal(code="no_log", status=404, when="nothing is kept of what the attempt printed")),
+    example=WorkLogsGet(work_id="w-example"),
+    about="What an attempt has printed, while it runs and afterwards.",
+)
+NODE_LOG: Final = Request(
+    subject="compute.work.log.v1",
+    target="node_id",
+    takes=WorkLogsGet,
+    gives=WorkLogs,
+    asked_by=_SERVICES,
+    service=NODE_AGENT,
+    about="What an attempt has printed on this node.",
+)
+BLACKLIST: Final = Request(
+    subject="compute.work.blacklist.v1",
+    takes=BlacklistGet,
+    gives=Blacklist,
+    asked_by=_EVERYONE,
+    service=WORK_MARSHALLER,
+    http=(Http(method="GET", path="/api/v1/blacklist"),),
+    example=BlacklistGet(),
+    about="Nodes that get no work of some type for a while, as it kept failing there.",
+)
+PARDON: Final = Request(
+    subject="compute.work.pardon.v1",
+    takes=BlacklistPardon,
+    gives=Blacklist,
+    asked_by=_SERVICES,
+    service=WORK_MARSHALLER,
+    http=(Http(method="DELETE", path="/api/v1/blacklist/{node_id}"),),
+    refuses=(Refusal(code="not_found", status=404, when="the node is not on the list"),),
+    example=BlacklistPardon(node_id="gpu-box-1", work_type="inference"),
+    about="Takes a node off the list, so that it gets work again at once. Answers with what was on it.",
 )

@@ -46,6 +46,8 @@ def _sample(info: msgspec.inspect.Type, name: str) -> Any:
             return _sample(next(t for t in types if not isinstance(t, msgspec.inspect.NoneType)), name)
         case msgspec.inspect.StrType():
             return f"{name}-1"[: info.max_length or 63]
+        case msgspec.inspect.BytesType():
+            return f"{name}-1".encode()
         case msgspec.inspect.BoolType():
             return True
         case msgspec.inspect.IntType(ge=low, gt=above):
