@@ -7,6 +7,7 @@ messages are generated from the types themselves; invalid ones are those, spoile
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -60,9 +61,12 @@ def values(info: inspect.Type) -> st.SearchStrategy[Any]:
             return _ID
         case inspect.StrType(min_length=least, max_length=most):
             return st.text(st.characters(exclude_categories=["Cs"]), min_size=least or 0, max_size=min(most or 8, 8))
+        case inspect.BytesType():
+            return st.binary(max_size=8).map(lambda data: base64.b64encode(data).decode())
         case inspect.BoolType():
             return st.booleans()
-        case inspect.IntType(ge=least, le=most):
+        case inspect.IntType(ge=least, lt=below, le=most):
+            most = below - 1 if most is None and below is not None else most
             return st.integers(-(2**63) if least is None else least, 2**63 - 1 if most is None else most)
         case inspect.FloatType(gt=above, ge=least, le=most):
             low = above if least is None else least
@@ -122,6 +126,8 @@ def _least(info: inspect.Type) -> Any:
     match _bare(info):
         case inspect.StrType():
             return "a"
+        case inspect.BytesType():
+            return ""
         case inspect.BoolType():
             return True
         case inspect.IntType() | inspect.FloatType():
