@@ -439,12 +439,13 @@ class BlacklistGet(Message, frozen=True, kw_only=True):
 
 
 class Blacklisted(Message, frozen=True, kw_only=True):
-    """A node that gets no work of one type for a while."""
+    """A node that gets no work of one kind for a while."""
 
     node_id: str
     work_type: str
+    model_name: str = ""
     failures: int
-    """In a row."""
+    """Items that failed on it in a row."""
     since: float
     """Unix seconds."""
     until: float
