@@ -129,11 +129,11 @@ def test_a_host_that_takes_no_work_makes_no_work_type_known() -> None:
 
 def test_a_work_type_that_nobody_announced_is_refused_with_those_that_are_known() -> None:
     """The submitter sees what it could have meant."""
-    refusal = with_nodes(a_node(work_types=["ppo"])).refusal(an_item(work_type="pop"))
+    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="pop"))
     assert isinstance(refusal, Refused)
     assert (refusal.code, refusal.field, refusal.retry) == ("unknown_work_type", "work_type", "never")
     assert "'pop'" in refusal.reason
-    assert "known: inference, ppo" in refusal.reason
+    assert "known: benchmark, command, inference, ppo, tune" in refusal.reason
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class ObjectRef(Message, frozen=True, kw_only=True):
     """In hexadecimal."""
 
 
-class Requirements(Message, frozen=True, kw_only=True):
+class Requirements(Message, frozen=True, kw_only=True, omit_defaults=True):
     """What a node must have for this item. The default asks for nothing."""
 
     gpus: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
