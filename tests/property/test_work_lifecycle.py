@@ -42,8 +42,9 @@ from computemesh.testing.builders import a_gpu
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.roster import Patience
 from computemesh_services.work_marshaller import scheduler as scheduling
+from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
-from computemesh_services.work_marshaller.scheduler import Deliver, Limits, Scheduler, Stop, consequences
+from computemesh_services.work_marshaller.scheduler import Limits, Scheduler
 from computemesh_services.work_marshaller.workitem import NEXT, STORY_MAX, RetryPolicy
 
 LIMITS: Final = Limits(waiting_max=1000, retry=RetryPolicy(retries_max=2, delay_s=2.0))

@@ -25,19 +25,9 @@ from computemesh.contracts.work import (
 from computemesh.testing.builders import a_beat, a_node, a_plain_node, a_record, an_item
 from computemesh_services.work_marshaller import scheduler as scheduling
 from computemesh_services.work_marshaller import workitem
-from computemesh_services.work_marshaller.scheduler import (
-    ANSWER_GRACE_S,
-    MISSED_S,
-    REST_S,
-    STRIKES_MAX,
-    WRITE_LATE_S,
-    Deliver,
-    Effect,
-    Limits,
-    Scheduler,
-    Stop,
-    consequences,
-)
+from computemesh_services.work_marshaller.effects import Deliver, Effect, Stop, consequences
+from computemesh_services.work_marshaller.scheduler import ANSWER_GRACE_S, MISSED_S, WRITE_LATE_S, Limits, Scheduler
+from computemesh_services.work_marshaller.seats import REST_S, STRIKES_MAX
 from computemesh_services.work_marshaller.workitem import RetryPolicy
 
 NOW = 1_000_000.0

@@ -29,17 +29,11 @@ from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
 from computemesh.contracts.work import FINAL, WorkItem, WorkRecord, WorkState
 from computemesh.tasks import end_all
 from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
 from computemesh_services.work_marshaller.retention import make_room_forever
-from computemesh_services.work_marshaller.scheduler import (
-    REMEMBERED_MAX,
-    Deliver,
-    Limits,
-    Scheduler,
-    Stop,
-    consequences,
-)
+from computemesh_services.work_marshaller.scheduler import REMEMBERED_MAX, Limits, Scheduler
 
 STORE_TIMEOUT_S: Final = 5.0
 """An acknowledgement that takes longer counts as lost, and the truth is read again."""

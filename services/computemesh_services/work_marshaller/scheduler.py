@@ -2,15 +2,14 @@
 
 The shell feeds it what happened (a submission, a report, an answer, a heartbeat, time passing) and takes
 from ``outbox`` what must follow. Records are replaced, never edited. What must be *sent* because a record
-was stored is decided by :func:`consequences`, so it can never leave before the record is safe, and is the
-same after a crash.
+was stored is decided in ``effects.py``.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -21,7 +20,6 @@ from computemesh.contracts.work import (
     FINAL,
     HANDED_BACK,
     WORK_TYPES,
-    NodeVerdict,
     WorkCompleted,
     WorkError,
     WorkExplanation,
@@ -30,23 +28,16 @@ from computemesh.contracts.work import (
     WorkRecord,
     WorkState,
 )
-from computemesh_services.work_marshaller import placement, workitem
-from computemesh_services.work_marshaller.placement import Candidate
-from computemesh_services.work_marshaller.workitem import RetryPolicy
+from computemesh_services.work_marshaller import explaining, placement, workitem
+from computemesh_services.work_marshaller.effects import Stop
+from computemesh_services.work_marshaller.seats import REST_S, REST_S_MAX, Seat
+from computemesh_services.work_marshaller.workitem import OUT, WAITING, RetryPolicy
 
 WRITE_LATE_S: Final = 0.25
 """An item that waits, or an attempt that runs, for longer than this is written as such."""
 
-REST_S: Final = 1.0
-REST_S_MAX: Final = 30.0
-"""A node that could not be reached, or refused an item, is left alone this long unless it shows up; the
-pause doubles while it goes on."""
-
 MISSED_S: Final = 3.0
 """A running attempt that its node's heartbeats do not list for this long is lost."""
-
-STRIKES_MAX: Final = 3
-"""Timeouts in a row after which a node that never sends heartbeats gets no more work."""
 
 REMEMBERED_MAX: Final = 10_000
 """Finished items kept in memory for lists; all others are read from the bucket."""
@@ -56,69 +47,6 @@ CLOCK_SLACK: Final = 10_000
 
 ANSWER_GRACE_S: Final = 5.0
 """A direct node enforces the timeout itself and reports it; the marshaller steps in this much later."""
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """Hand the record's attempt to its node."""
-
-    record: WorkRecord
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End an attempt that no longer counts."""
-
-    work_id: str
-    attempt: int
-    node_id: str
-    reason: str
-
-
-Effect = Deliver | Stop
-
-
-def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
-    """What must be sent because *stored* now stands in place of *before*."""
-    effects: list[Effect] = []
-    if before and before.state in _OUT and not before.plain and _moved_on(before, stored):
-        reason = stored.story[-1].reason or str(stored.state) if stored.story else str(stored.state)
-        # A node that reported the attempt's end need not be told to end it.
-        if stored.state not in (WorkState.COMPLETED, WorkState.FAILED):
-            effects.append(Stop(before.work_id, before.attempt, before.node_id, reason))
-    if stored.state is WorkState.ASSIGNED and (before is None or before.attempt != stored.attempt):
-        effects.append(Deliver(stored))
-    return effects
-
-
-_OUT: Final = frozenset({WorkState.ASSIGNED, WorkState.RUNNING})
-_WAITING: Final = frozenset({WorkState.PENDING, WorkState.RETRYING})
-
-
-def _moved_on(before: WorkRecord, after: WorkRecord) -> bool:
-    return after.state not in _OUT or after.attempt != before.attempt
-
-
-@dataclass
-class Seat:
-    """What the scheduler knows of a node."""
-
-    node: NodeRecord
-    taken: set[str] = field(default_factory=set[str])
-    loaded_models: frozenset[str] = frozenset()
-    accepting: bool = True
-    strikes: int = 0
-    rests: int = 0
-    """Rests in a row, without a sign of life between them."""
-    rests_until: float = 0.0
-    rest_reason: str = ""
-    session: str = ""
-
-    def candidate(self, now: float) -> Candidate:
-        reason = self.rest_reason if now < self.rests_until else ""
-        if self.strikes >= STRIKES_MAX and not self.node.monitored:
-            reason = f"let {self.strikes} items time out in a row"
-        return Candidate(self.node, len(self.taken), self.loaded_models, self.accepting, reason)
 
 
 @dataclass(slots=True)
@@ -195,7 +123,7 @@ class Scheduler:
 
     def recovered(self, now: float) -> None:
         """All that is stored was restored: what is out on nodes that are gone meanwhile is lost."""
-        for record in [record for record in self.records.values() if record.state in _OUT]:
+        for record in [record for record in self.records.values() if record.state in OUT]:
             seat = self.seats.get(record.node_id)
             if seat is None or seat.node.state is NodeState.LOST:
                 self._write(workitem.lost(record, f"node {record.node_id} is gone", now), now)
@@ -258,7 +186,10 @@ class Scheduler:
         """Why the item is where it is."""
         verdicts = placement.explain(record, [seat.candidate(now) for seat in self.seats.values()])
         return WorkExplanation(
-            work_id=record.work_id, state=record.state, summary=_summary(record, verdicts, now), nodes=verdicts
+            work_id=record.work_id,
+            state=record.state,
+            summary=explaining.summary(record, verdicts, now),
+            nodes=verdicts,
         )
 
     # --- answers of nodes --------------------------------------------------------------------------------------
@@ -286,7 +217,7 @@ class Scheduler:
 
     def _out(self, work_id: str, attempt: int) -> WorkRecord | None:
         record = self.records.get(work_id)
-        return record if record and record.state in _OUT and record.attempt == attempt else None
+        return record if record and record.state in OUT and record.attempt == attempt else None
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
@@ -296,7 +227,7 @@ class Scheduler:
         seat = self.seats.get(node.node_id)
         if seat is None:
             seat = self.seats[node.node_id] = Seat(node, session=node.session)
-            seat.taken = {r.work_id for r in self.records.values() if r.state in _OUT and r.node_id == node.node_id}
+            seat.taken = {r.work_id for r in self.records.values() if r.state in OUT and r.node_id == node.node_id}
             return
         back = node.changed_at != seat.node.changed_at and node.state is NodeState.ONLINE
         seat.node = node
@@ -340,7 +271,7 @@ class Scheduler:
     def _is_stale(self, work_id: str, attempt: int, node_id: str) -> bool:
         record = self.records.get(work_id)
         return record is not None and not (
-            record.state in _OUT and record.attempt == attempt and record.node_id == node_id
+            record.state in OUT and record.attempt == attempt and record.node_id == node_id
         )
 
     def _renew(self, record: WorkRecord, running: set[tuple[str, int]], now: float) -> None:
@@ -390,7 +321,7 @@ class Scheduler:
             self._write(workitem.due(record, now), now)
         elif record.state is WorkState.PENDING and now - record.changed_at >= WRITE_LATE_S:
             self.outbox.append(record)  # Seen to wait: not written until now, or written again at no harm.
-        elif record.state in _OUT:
+        elif record.state in OUT:
             watch = self._watches.get(record.work_id)
             if now >= self._deadline(record):
                 self._time_out(record, now)
@@ -471,18 +402,18 @@ class Scheduler:
         return record
 
     def _leave(self, record: WorkRecord) -> None:
-        if record.state in _WAITING:
+        if record.state in WAITING:
             self._waiting -= 1
-        elif record.state in _OUT:
+        elif record.state in OUT:
             self._changed = True
             if seat := self.seats.get(record.node_id):
                 seat.taken.discard(record.work_id)
 
     def _put(self, record: WorkRecord, now: float) -> None:
         self.records[record.work_id] = record
-        if record.state not in _OUT:
+        if record.state not in OUT:
             self._watches.pop(record.work_id, None)
-        if record.state in _WAITING:
+        if record.state in WAITING:
             self._waiting += 1
         if record.state is WorkState.PENDING:
             self._changed = True
@@ -490,7 +421,7 @@ class Scheduler:
             self._at(now + WRITE_LATE_S, record)
         elif record.state is WorkState.RETRYING:
             self._at(record.not_before, record)
-        elif record.state in _OUT:
+        elif record.state in OUT:
             self._put_out(record)
         elif record.state in FINAL:
             self._finished[record.work_id] = None
@@ -539,20 +470,3 @@ def _shape(record: WorkRecord) -> bytes:
 
 def _rank(record: WorkRecord) -> tuple[int, int, str]:
     return (-record.priority, record.inbox_seq, record.work_id)
-
-
-def _summary(record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
-    if record.state in _OUT:
-        return f"attempt {record.attempt} is {record.state} on {record.node_id}"
-    if record.state is WorkState.RETRYING:
-        reason = record.error.reason if record.error else ""
-        return f"tried again in {max(0.0, record.not_before - now):.1f} s: {reason}"
-    if record.state in FINAL:
-        return f"{record.state}" + (f": {record.error.reason}" if record.error else "")
-    if not verdicts:
-        return "waits: no node is registered"
-    fits = sum(verdict.fits for verdict in verdicts)
-    hopeful = sum(verdict.may_change for verdict in verdicts)
-    if fits:
-        return f"waits its turn: {fits} of {len(verdicts)} nodes fit"
-    return f"waits: no node fits now; {hopeful} of {len(verdicts)} could later, the others are not made for it"

@@ -45,6 +45,12 @@ NEXT: Final[Mapping[WorkState, frozenset[WorkState]]] = {
     DEAD: frozenset(),
 }
 
+OUT: Final = frozenset({A, RUN})
+"""States of an item that is with a node."""
+
+WAITING: Final = frozenset({P, RE})
+"""States of an item that waits for a node, or for its next attempt."""
+
 STORY_MAX: Final = 32
 """Moves a record remembers."""
 

@@ -1,0 +1,49 @@
+"""What must be sent because a record was stored. Pure.
+
+Decided from two stored records alone, so it can never leave before the record is safe, and is the same after
+a crash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from computemesh.contracts.work import WorkRecord, WorkState
+from computemesh_services.work_marshaller.workitem import OUT
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Hand the record's attempt to its node."""
+
+    record: WorkRecord
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End an attempt that no longer counts."""
+
+    work_id: str
+    attempt: int
+    node_id: str
+    reason: str
+
+
+Effect = Deliver | Stop
+
+
+def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
+    """What must be sent because *stored* now stands in place of *before*."""
+    effects: list[Effect] = []
+    if before and before.state in OUT and not before.plain and _moved_on(before, stored):
+        reason = stored.story[-1].reason or str(stored.state) if stored.story else str(stored.state)
+        # A node that reported the attempt's end need not be told to end it.
+        if stored.state not in (WorkState.COMPLETED, WorkState.FAILED):
+            effects.append(Stop(before.work_id, before.attempt, before.node_id, reason))
+    if stored.state is WorkState.ASSIGNED and (before is None or before.attempt != stored.attempt):
+        effects.append(Deliver(stored))
+    return effects
+
+
+def _moved_on(before: WorkRecord, after: WorkRecord) -> bool:
+    return after.state not in OUT or after.attempt != before.attempt
