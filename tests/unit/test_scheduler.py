@@ -6,7 +6,7 @@ number. What must be *sent* is :func:`consequences` of two stored records, tried
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
@@ -931,3 +931,108 @@ def test_an_attempt_that_a_heartbeat_showed_to_run_is_not_taken_back() -> None:
     assert scheduler.records[record.work_id].state is WorkState.ASSIGNED
     scheduler.tick(NOW + 6)
     assert scheduler.records[record.work_id].state is WorkState.RUNNING
+
+
+# --- the blacklist -------------------------------------------------------------------------------------------------
+
+
+def broken(scheduler: Scheduler, work_id: str, now: float) -> str:
+    """One item fails once by its node's fault; gives the node."""
+    submit(scheduler, work_id, 1, now=now, retries_max=0)
+    advance(scheduler, now)
+    record = scheduler.records[work_id]
+    assert record.state is WorkState.ASSIGNED
+    scheduler.failed(WorkFailed(work_id=work_id, attempt=record.attempt, error="no CUDA", code="oom"), now)
+    return record.node_id
+
+
+def test_a_node_on_which_items_keep_failing_gets_no_more_of_them_for_a_while() -> None:
+    """The others wait for another node, and are told why; once its time has passed one item is tried there."""
+    scheduler = with_nodes(a_node("n1"))
+    for n in range(3):
+        assert broken(scheduler, f"w{n}", NOW) == "n1"
+    record = submit(scheduler, "next", 9)
+    submit(scheduler, "after it", 10)
+    advance(scheduler, NOW + 59)
+    (verdict,) = scheduler.explain(record, NOW + 50).nodes
+    assert verdict.may_change
+    assert verdict.reasons == ["blacklisted for 'inference' for 10 s more: 3 items failed, last: no CUDA"]
+    advance(scheduler, NOW + 60)
+    assert states(scheduler)["next"] == "assigned"
+    assert states(scheduler)["after it"] == "pending"
+    assert [entry.probing for entry in scheduler.blacklist.entries()] == ["next"]
+    advance(scheduler, NOW + 61)
+    scheduler.completed(WorkCompleted(work_id="next", attempt=1), NOW + 62)
+    advance(scheduler, NOW + 62)
+    assert states(scheduler)["after it"] == "assigned"
+
+
+def test_a_blacklisted_node_does_other_kinds_of_work_and_other_nodes_do_this_one() -> None:
+    scheduler = with_nodes(a_node("n1"))
+    for n in range(3):
+        broken(scheduler, f"w{n}", NOW)
+    submit(scheduler, "other", 4, work_type="ppo")
+    scheduler.node_changed(a_node("n2"), NOW)
+    submit(scheduler, "next", 5)
+    advance(scheduler, NOW)
+    assert scheduler.records["other"].state is WorkState.ASSIGNED
+    assert scheduler.records["next"].node_id == "n2"
+
+
+@pytest.mark.parametrize(("code", "fault"), [("timeout", "node"), ("bad_payload", "work")])
+def test_what_is_not_known_to_be_the_nodes_fault_is_not_held_against_it(
+    code: str, fault: Literal["work", "node"]
+) -> None:
+    scheduler = with_nodes(a_node("n1"))
+    for n in range(20):
+        submit(scheduler, f"w{n}", n + 1, retries_max=0)
+        advance(scheduler, NOW)
+        scheduler.failed(WorkFailed(work_id=f"w{n}", attempt=1, code=code, fault=fault), NOW)
+    assert scheduler.blacklist.tallies() == []
+
+
+@pytest.mark.parametrize("how", ["cancelled", "lost", "declined"])
+def test_a_try_that_tells_nothing_is_followed_by_another(how: str) -> None:
+    scheduler = with_nodes(a_node("n1"))
+    for n in range(3):
+        broken(scheduler, f"w{n}", NOW)
+    submit(scheduler, "try", 4)
+    advance(scheduler, NOW + 60)
+    if how != "declined":
+        scheduler.accepted("try", 1, "", NOW + 60)
+        advance(scheduler, NOW + 61)
+        assert states(scheduler)["try"] == "running"  # And is still a try.
+    assert [entry.probing for entry in scheduler.blacklist.entries()] == ["try"]
+    match how:
+        case "cancelled":
+            scheduler.cancel("try", "", NOW + 61)
+        case "lost":
+            scheduler.failed(WorkFailed(work_id="try", attempt=1, code=HANDED_BACK), NOW + 61)
+        case _:
+            scheduler.declined("try", 1, "busy", NOW + 61)
+    assert [entry.probing for entry in scheduler.blacklist.entries()] == [""]
+
+
+def test_a_pardoned_node_gets_work_at_once() -> None:
+    scheduler = with_nodes(a_node("n1"))
+    for n in range(3):
+        broken(scheduler, f"w{n}", NOW)
+    submit(scheduler, "next", 4)
+    advance(scheduler, NOW)
+    assert [entry.node_id for entry in scheduler.pardon("n1", "")] == ["n1"]
+    advance(scheduler, NOW)
+    assert states(scheduler)["next"] == "assigned"
+
+
+def test_the_blacklist_is_the_same_for_a_successor_and_ends_there_too() -> None:
+    before = with_nodes(a_node("n1"))
+    for n in range(3):
+        broken(before, f"w{n}", NOW)
+    after = with_nodes(a_node("n1"))
+    after.restore_blacklist(before.blacklist.tallies(), NOW)
+    submit(after, "next", 4)
+    advance(after, NOW + 59)
+    assert states(after)["next"] == "pending"
+    assert after.next_at() == NOW + 60
+    advance(after, NOW + 60)
+    assert states(after)["next"] == "assigned"

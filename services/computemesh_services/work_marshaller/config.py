@@ -14,6 +14,10 @@ class MarshallerConfig(ServiceConfig, frozen=True, kw_only=True):
     """Attempts after the first that fails, unless the item says otherwise."""
     work_retry_delay: Annotated[float, msgspec.Meta(ge=0, le=3600, extra={"env": ["WORK_RETRY_DELAY"]})] = 5.0
     """Seconds before the first retry; doubled for each further one, with jitter."""
+    work_blacklist_after: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
+    """Different items that must fail in a row on a node before it gets no more of their kind for a while; 0 = never."""
+    work_blacklist_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 60.0
+    """Seconds until a blacklisted node is tried again with one item; doubled each time that fails, up to an hour."""
     work_waiting_max: Annotated[int, msgspec.Meta(ge=1)] = 100_000
     """Items that may wait; more are refused."""
     work_keep_s: Annotated[int, msgspec.Meta(ge=1)] = 7 * 86_400

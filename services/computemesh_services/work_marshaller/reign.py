@@ -24,11 +24,12 @@ from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Posts, Pull
 from computemesh.bus.lease import Held
 from computemesh.bus.provision import stream_created_at
 from computemesh.contracts import nodes, storage, work
-from computemesh.contracts.base import Refused, decode, encode
+from computemesh.contracts.base import Message, Refused, decode, encode
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
-from computemesh.contracts.work import FINAL, WorkItem, WorkRecord, WorkState
+from computemesh.contracts.work import FINAL, Blacklisted, WorkItem, WorkRecord, WorkState
 from computemesh.tasks import end_all
 from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.blacklist import Tally
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
@@ -52,6 +53,12 @@ CURSOR_S: Final = 0.25
 
 ORIGINAL_CHARS_MAX: Final = 2000
 """How much of a message that could not be used is shown in its rejection."""
+
+BLACKLIST_KEY: Final = "meta.blacklist"
+"""Where the blacklist is kept, beside the inbox position."""
+
+BLACKLIST_S: Final = 0.25
+"""How often it is looked whether the blacklist changed."""
 
 CHECKED_HEADER: Final = "Computemesh-Checked"
 """On items that a marshaller took already: they were answered, and must not be refused afterwards."""
@@ -83,6 +90,12 @@ _ENDED: Final = {state: DURATION.labels(state) for state in FINAL}
 REJECTED = Counter("computemesh_work_rejected_total", "Captured messages that could not be used.", ["code"])
 
 
+class Tallies(Message, frozen=True, kw_only=True):
+    """The blacklist, as it is kept."""
+
+    tallies: list[Tally] = []
+
+
 class Reign:
     """Everything the acting marshaller knows, and its hands."""
 
@@ -106,6 +119,8 @@ class Reign:
         self._wake = asyncio.Event()
         self._stream_created = ""
         self._floor = Floor(1)
+        self._blacklist_revision = 0
+        self._blacklist_lock = asyncio.Lock()
         self._journal = Journal(bus, self._bucket, self._floor, keep_s=keep_s, timeout_s=STORE_TIMEOUT_S)
 
     async def run(self, draining: asyncio.Event) -> str:
@@ -118,6 +133,7 @@ class Reign:
             await self._posts.start(self._on_unheard)
             await self._recover()
             loops.append(asyncio.create_task(self._tick_forever()))
+            loops.append(asyncio.create_task(self._keep_blacklist_forever()))
             loops.append(asyncio.create_task(make_room_forever(self._bus, lambda: self._journal.stored_up_to)))
             ends = {
                 "draining": draining,
@@ -192,6 +208,9 @@ class Reign:
         finished.sort(key=lambda record: record.finished_at or 0.0)
         for record in finished[-REMEMBERED_MAX:]:
             self.scheduler.restore(record, now)
+        if kept := await self._bucket.read_other(BLACKLIST_KEY, Tallies):
+            self._blacklist_revision = kept.revision
+            self.scheduler.restore_blacklist(kept.value.tallies, now)
         return len(entries)
 
     async def _replayed(self) -> None:
@@ -372,6 +391,29 @@ class Reign:
                 OUT.set(self.scheduler.out)
                 BEHIND.set(self._behind)
 
+    async def pardon(self, node_id: str, work_type: str) -> list[Blacklisted]:
+        """Trusts a node again at once; gives what it was blacklisted for, once that is stored."""
+        now = time.time()
+        pardoned = self.scheduler.pardon(node_id, work_type)
+        await self._advance(now)
+        await self._write_blacklist()
+        return pardoned
+
+    async def _keep_blacklist_forever(self) -> None:
+        while True:
+            await asyncio.sleep(BLACKLIST_S)
+            await self._write_blacklist()
+
+    async def _write_blacklist(self) -> None:
+        """Stores the blacklist if it changed. A conflict is another marshaller's write, and ends the reign."""
+        async with self._blacklist_lock:
+            if not self.scheduler.blacklist.changed:
+                return
+            self.scheduler.blacklist.changed = False
+            self._blacklist_revision = await self._bucket.update_other(
+                BLACKLIST_KEY, Tallies(tallies=self.scheduler.blacklist.tallies()), last=self._blacklist_revision
+            )
+
     async def _settle(self) -> None:
         """Stores all that is decided, so that the next reign has nothing to replay."""
         await self._pull.stop()
@@ -381,6 +423,7 @@ class Reign:
         await self._journal.settled()
         await self._journal.write_cursor(self._stream_created)
         await self._journal.settled()
+        await self._write_blacklist()
 
     # --- nodes -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord, NodeState
 from computemesh.contracts.work import (
     FINAL,
     HANDED_BACK,
+    TIMEOUT,
     WORK_TYPES,
+    Blacklisted,
     WorkCompleted,
     WorkError,
     WorkExplanation,
@@ -29,7 +31,9 @@ from computemesh.contracts.work import (
     WorkState,
 )
 from computemesh_services.work_marshaller import explaining, placement, workitem
+from computemesh_services.work_marshaller.blacklist import Blacklist, BlacklistPolicy, Kind, Tally
 from computemesh_services.work_marshaller.effects import Stop
+from computemesh_services.work_marshaller.placement import Candidate
 from computemesh_services.work_marshaller.seats import REST_S, REST_S_MAX, Seat
 from computemesh_services.work_marshaller.workitem import OUT, WAITING, RetryPolicy
 
@@ -63,6 +67,7 @@ class Limits(Message, frozen=True, kw_only=True):
 
     waiting_max: int = 100_000
     retry: RetryPolicy = RetryPolicy()
+    blacklist: BlacklistPolicy = BlacklistPolicy()
 
 
 class Scheduler:
@@ -77,6 +82,7 @@ class Scheduler:
         self.outbox: list[WorkRecord] = []
         """Records to store, in order. The shell empties it after every call."""
         self.seats: dict[str, Seat] = {}
+        self.blacklist = Blacklist(limits.blacklist)
         self._limits = limits
         self._jitter = jitter
         self._queues: dict[bytes, list[tuple[int, int, str]]] = {}
@@ -155,6 +161,7 @@ class Scheduler:
         record = self._about(report, seq)
         if record is None:
             return None
+        self.blacklist.succeeded(_kind(record), record.work_id)
         return self._write(workitem.completed(record, report, now), now)
 
     def failed(self, report: WorkFailed, now: float, *, seq: int = 0) -> WorkRecord | None:
@@ -184,13 +191,24 @@ class Scheduler:
 
     def explain(self, record: WorkRecord, now: float) -> WorkExplanation:
         """Why the item is where it is."""
-        verdicts = placement.explain(record, [seat.candidate(now) for seat in self.seats.values()])
+        verdicts = placement.explain(record, [self._candidate(seat, record, now) for seat in self.seats.values()])
         return WorkExplanation(
             work_id=record.work_id,
             state=record.state,
             summary=explaining.summary(record, verdicts, now),
             nodes=verdicts,
         )
+
+    def restore_blacklist(self, tallies: list[Tally], now: float) -> None:
+        """Takes over the blacklist as it was stored; to be called when all records are restored."""
+        self.blacklist.restore(tallies, ((r.work_id, r.node_id) for r in self.records.values() if r.state in OUT))
+        for entry in self.blacklist.entries():
+            self._clock_at(max(entry.until, now), "", 0)
+
+    def pardon(self, node_id: str, work_type: str) -> list[Blacklisted]:
+        """Trusts a node again at once; gives what it was blacklisted for."""
+        self._changed = True
+        return self.blacklist.pardon(node_id, work_type)
 
     # --- answers of nodes --------------------------------------------------------------------------------------
 
@@ -337,7 +355,7 @@ class Scheduler:
     def _time_out(self, record: WorkRecord, now: float) -> None:
         if seat := self.seats.get(record.node_id):
             seat.strikes += 1
-        error = WorkError(reason=f"no outcome after {record.timeout_s:g} s", code="timeout", fault="node")
+        error = WorkError(reason=f"no outcome after {record.timeout_s:g} s", code=TIMEOUT, fault="node")
         self._fail(record, error, now)
 
     def next_at(self) -> float | None:
@@ -365,13 +383,18 @@ class Scheduler:
             if record is None or record.state is not WorkState.PENDING:
                 self._pop(shape)
                 continue
-            chosen = placement.choose(record, (seat.candidate(now) for seat in self.seats.values()))
+            chosen = placement.choose(record, (self._candidate(seat, record, now) for seat in self.seats.values()))
             if chosen is None:
                 blocked.add(shape)
                 continue
             self._pop(shape)
             plain = self.seats[chosen].node.delivery != "direct"
-            self._write(workitem.assigned(record, chosen, now, plain=plain), now)
+            placed = self._write(workitem.assigned(record, chosen, now, plain=plain), now)
+            self.blacklist.probe(_kind(placed), record.work_id)
+
+    def _candidate(self, seat: Seat, record: WorkRecord, now: float) -> Candidate:
+        kind = (seat.node.node_id, record.work_type, record.model_name)
+        return seat.candidate(now, self.blacklist.objection(kind, now))
 
     def _pop(self, shape: bytes) -> None:
         heapq.heappop(self._queues[shape])
@@ -391,12 +414,19 @@ class Scheduler:
         return len(self._watches)
 
     def _fail(self, record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
+        # Long items time out on good nodes too.
+        if error.fault == "node" and error.code != TIMEOUT:
+            until = self.blacklist.failed(_kind(record), record.work_id, error.reason, now)
+            if until is not None:
+                self._clock_at(until, "", 0)
         return self._write(workitem.failed(record, error, self._limits.retry, now, self._jitter()), now)
 
     def _write(self, record: WorkRecord, now: float) -> WorkRecord:
         before = self.records.get(record.work_id)
         if before is not None:
             self._leave(before)
+            if before.state in OUT and record.state not in OUT:
+                self.blacklist.tried(_kind(before), record.work_id)
         self._put(record, now)
         self.outbox.append(record)
         return record
@@ -452,6 +482,10 @@ class Scheduler:
     def _matters(self, _when: float, work_id: str, attempt: int) -> bool:
         record = self.records.get(work_id)
         return work_id == "" or (record is not None and record.attempt == attempt and record.state not in FINAL)
+
+
+def _kind(record: WorkRecord) -> Kind:
+    return record.node_id, record.work_type, record.model_name
 
 
 class _Shape(msgspec.Struct, frozen=True):

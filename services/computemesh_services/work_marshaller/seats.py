@@ -32,8 +32,13 @@ class Seat:
     rest_reason: str = ""
     session: str = ""
 
-    def candidate(self, now: float) -> Candidate:
-        reason = self.rest_reason if now < self.rests_until else ""
+    def candidate(self, now: float, objection: str = "") -> Candidate:
+        """The node as placement sees it.
+
+        Args:
+            objection: why it gets nothing of the kind that is to be placed.
+        """
+        reason = self.rest_reason if now < self.rests_until else objection
         if self.strikes >= STRIKES_MAX and not self.node.monitored:
             reason = f"let {self.strikes} items time out in a row"
         return Candidate(self.node, len(self.taken), self.loaded_models, self.accepting, reason)

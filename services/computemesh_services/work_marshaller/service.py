@@ -17,6 +17,9 @@ from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, enc
 from computemesh.contracts.nodes import NodeRecord
 from computemesh.contracts.services import WORK_MARSHALLER
 from computemesh.contracts.work import (
+    Blacklist,
+    BlacklistGet,
+    BlacklistPardon,
     WorkCancel,
     WorkExplanation,
     WorkGet,
@@ -29,6 +32,7 @@ from computemesh.edge import Extra
 from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
 from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.blacklist import BlacklistPolicy
 from computemesh_services.work_marshaller.config import MarshallerConfig
 from computemesh_services.work_marshaller.reign import CHECKED_HEADER, Reign
 from computemesh_services.work_marshaller.scheduler import Limits
@@ -69,6 +73,7 @@ class WorkMarshaller:
         self._limits = Limits(
             waiting_max=config.work_waiting_max,
             retry=RetryPolicy(retries_max=config.work_retry_max, delay_s=config.work_retry_delay),
+            blacklist=BlacklistPolicy(after=config.work_blacklist_after, hold_s=config.work_blacklist_s),
         )
 
     def endpoints(self) -> list[AnyBound]:
@@ -78,6 +83,8 @@ class WorkMarshaller:
             serve(work.LIST, self.on_list, acting=True),
             serve(work.CANCEL, self.on_cancel, acting=True),
             serve(work.EXPLAIN, self.on_explain, acting=True),
+            serve(work.BLACKLIST, self.on_blacklist, acting=True),
+            serve(work.PARDON, self.on_pardon, acting=True),
         ]
 
     def extras(self) -> list[Extra]:
@@ -234,6 +241,22 @@ class WorkMarshaller:
             return await self._bus.ask(work.EXPLAIN, ask)
         record = await self._find(reign, ask.work_id)
         return reign.scheduler.explain(record, time.time()) if record else _unknown(ask.work_id)
+
+    async def on_blacklist(self, ask: BlacklistGet) -> Blacklist | Refused:
+        if self._reign is None:
+            return await self._bus.ask(work.BLACKLIST, ask)
+        return Blacklist(entries=self._reign.scheduler.blacklist.entries(ask.node_id))
+
+    async def on_pardon(self, ask: BlacklistPardon) -> Blacklist | Refused:
+        if self._reign is None:
+            return await self._bus.ask(work.PARDON, ask)
+        pardoned = await self._reign.pardon(ask.node_id, ask.work_type)
+        if not pardoned:
+            what = f" for {ask.work_type!r}" if ask.work_type else ""
+            return Refused(
+                code="not_found", reason=f"{ask.node_id} is not blacklisted{what}", field="node_id", status=404
+            )
+        return Blacklist(entries=pardoned)
 
     async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
         if record := reign.scheduler.records.get(work_id):

@@ -145,6 +145,12 @@ class Bucket(Generic[V]):
             raise BusError(f"{self.spec.name}: cannot read {key}: {headers}")
         return Entry(msgspec.json.decode(reply.data, type=kind), int(headers["Nats-Sequence"]))
 
+    async def update_other(self, key: str, value: msgspec.Struct, *, last: int) -> int:
+        """As :meth:`update`, for a key of several tokens."""
+        subject = self.spec.subject(key)
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
+        return read_ack(subject, (await self._bus.call(subject, encode(value), headers=headers)).data).seq
+
     async def newest(self) -> int:
         """The revision of the key that was written last, 0 when there is none. Keys of several tokens do not count."""
         ask = msgspec.json.encode({"last_by_subj": self.spec.subject("*")})

@@ -53,6 +53,9 @@ LOG_PART_MAX: Final = 256 * 1024
 
 LOG_WAIT_S_MAX: Final = 4.0
 
+TIMEOUT: Final = "timeout"
+"""Code of a failure of which nobody knows whose fault it is: the attempt took longer than it may."""
+
 HANDED_BACK: Final = "handed_back"
 """Code of a failure report that is none: the node ends and gives the item back."""
 
