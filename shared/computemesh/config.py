@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import msgspec
 
+from computemesh.addresses import login_of
 from computemesh.contracts.base import Role
 from computemesh.contracts.permissions import identity
 from computemesh.log import LogFormat
@@ -34,7 +34,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What every service can be told."""
 
     nats_url: Annotated[str, msgspec.Meta(extra={"env": ["NATS_URL"]})] = "nats://127.0.0.1:4222"
-    """Where the bus is, with the credentials of this process's role in it."""
+    """Where the bus is, with the credentials of this process's role in it; several servers of one cluster are
+    separated by commas."""
     http_host: str = "127.0.0.1"
     """Address the HTTP edge binds. Beyond loopback a token is demanded."""
     http_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
@@ -50,7 +51,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 20.0
     """How long a service that was told to end may finish what it has in hand."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
-    """Copies of each stream and bucket in a JetStream cluster."""
+    """Copies of each stream and bucket in a JetStream cluster. Those that have more keep them."""
     ready_fd: int | None = None
     """Descriptor to which one line is written once the service is ready. Set by the supervisor."""
 
@@ -82,7 +83,7 @@ def node_of(url: str, named: str) -> str:
     Raises:
         ConfigError: these are two.
     """
-    who = identity(urlsplit(url).username or "")
+    who = identity(login_of(url).partition(":")[0])
     mine = who.node_id if who else ""
     if mine and named and mine != named:
         raise ConfigError(

@@ -141,23 +141,21 @@ class Server:
     ) -> Message:
         if subject.startswith("$KV."):
             return Message(subject, self.put(subject, data, headers, witness))
-        if subject.startswith("$JS.API.DIRECT.GET.KV_"):
-            return self._direct(subject.removeprefix("$JS.API.DIRECT.GET.KV_"), data)
+        if subject.startswith("$JS.API.STREAM.MSG.GET.KV_"):
+            return self._last(msgspec.json.decode(data)["last_by_subj"])
         assert subject.startswith("$JS.API.CONSUMER.CREATE.KV_"), subject
         return self._consume(bus, subject.removeprefix("$JS.API.CONSUMER.CREATE.KV_"), data)
 
-    def _direct(self, rest: str, data: bytes) -> Message:
-        bucket, _, subject = rest.partition(".")
-        if data:
-            wants = msgspec.json.decode(data)["last_by_subj"]
-            found = [kept for key in list(self.kept) if _matches(wants, key) and (kept := self.get(key))]
-            kept = max(found, key=lambda kept: kept.seq, default=None)
-        else:
-            kept = self.get(subject)
-        assert bucket
-        if kept is None:
-            return Message(subject, b"", {"Status": "404"})
-        return Message(subject, kept.data, {**(kept.headers or {}), "Nats-Sequence": str(kept.seq)})
+    def _last(self, wants: str) -> Message:
+        found = [(kept, key) for key in list(self.kept) if _matches(wants, key) and (kept := self.get(key))]
+        if not found:
+            return Message("", b'{"error":{"code":404,"err_code":10037,"description":"no message found"}}')
+        kept, key = max(found, key=lambda pair: pair[0].seq)
+        message: dict[str, Any] = {"subject": key, "seq": kept.seq, "data": kept.data}
+        if kept.headers:
+            lines = ["NATS/1.0", *(f"{name}: {value}" for name, value in kept.headers.items()), "", ""]
+            message["hdrs"] = "\r\n".join(lines).encode()
+        return Message("", msgspec.json.encode({"message": message}))
 
     def _consume(self, bus: SimulatedBus, stream: str, data: bytes) -> Message:
         wants = msgspec.json.decode(data)["config"]["filter_subjects"][0]

@@ -183,16 +183,12 @@ class Reign:
 
     async def _read_cursor(self) -> int:
         """Where to start in the inbox. Also sets up the floor."""
-        reply = await self._bus.call(
-            f"$JS.API.DIRECT.GET.{storage.WORK.stream}.{storage.WORK.subject(CURSOR_KEY)}", b""
-        )
-        headers = reply.headers or {}
+        cursor = await self._bucket.read_other(CURSOR_KEY, Cursor)
         start_seq = 1
-        if "Nats-Sequence" in headers:
-            cursor = msgspec.json.decode(reply.data, type=Cursor)
-            if cursor.stream_created == self._stream_created:
-                start_seq = cursor.next_seq
-            self._journal.adopt_cursor(cursor.next_seq, int(headers["Nats-Sequence"]))
+        if cursor is not None:
+            if cursor.value.stream_created == self._stream_created:
+                start_seq = cursor.value.next_seq
+            self._journal.adopt_cursor(cursor.value.next_seq, cursor.revision)
         self._floor.start(start_seq)
         return start_seq
 

@@ -8,7 +8,6 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import nats.errors
@@ -17,6 +16,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from computemesh import log, trace
+from computemesh.addresses import login_of, servers_of, without_login
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
 from computemesh.contracts.permissions import Identity, identity, inbox_prefix, is_inbox
@@ -87,6 +87,7 @@ class Where:
     """How to reach the bus, and as whom."""
 
     url: str
+    """One server, or several of one cluster, separated by commas."""
     role: Role
     name: str
     """Shown by the server beside the connection."""
@@ -94,12 +95,16 @@ class Where:
     @property
     def shown(self) -> str:
         """The address without its credentials, for messages."""
-        return "nats://" + self.url.partition("://")[2].rpartition("@")[2]
+        return without_login(self.url)
+
+    @property
+    def user(self) -> str:
+        return login_of(self.url).partition(":")[0]
 
     @property
     def inbox_prefix(self) -> str:
         """Where replies are received: the credentials decide what may be heard, hence this."""
-        who = identity(urlsplit(self.url).username or "") or Identity(self.role)
+        who = identity(self.user) or Identity(self.role)
         return inbox_prefix(who.role, who.node_id)
 
 
@@ -150,9 +155,13 @@ class Bus:
             NotAdmitted: it refuses the credentials.
         """
         self._wait_for_server = wait_for_server
+        user, _, password = login_of(self.where.url).partition(":")
         attempt = asyncio.ensure_future(
             self._nc.connect(
-                servers=[self.where.url],
+                servers=servers_of(self.where.url),
+                # For servers that the cluster tells of too; by itself nats-py takes the login out of each address.
+                user=user if password else None,
+                password=password or None,
                 name=self.where.name,
                 inbox_prefix=self.where.inbox_prefix,
                 connect_timeout=2,
@@ -481,7 +490,8 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server | None, float]:
-    """Any server of the pool, after a pause that grows with its failures. Jitter spreads a whole fleet."""
-    chosen = random.choice(servers)  # noqa: S311  # spreading load, not a secret
+    """Any of the servers that failed least, after a pause that grows with that. Jitter spreads a whole fleet."""
+    least = min(server.reconnects for server in servers)
+    chosen = random.choice([s for s in servers if s.reconnects == least])  # noqa: S311  # spreading load, not a secret
     ceiling_s = min(RECONNECT_DELAY_S_MAX, 0.1 * 2 ** min(chosen.reconnects, 8))
     return chosen, random.uniform(0.02, ceiling_s)  # noqa: S311

@@ -18,7 +18,7 @@ import msgspec
 from computemesh import log
 from computemesh.bus.connection import Bus, read_ack
 from computemesh.bus.errors import BusError, Conflict
-from computemesh.bus.pull import Pull, Stored, read_all
+from computemesh.bus.pull import Pull, Stored, read_all, read_last
 from computemesh.contracts import storage
 from computemesh.contracts.base import encode
 from computemesh.ids import new_id
@@ -83,15 +83,10 @@ class Bucket(Generic[V]):
 
     async def read(self, key: str) -> tuple[Entry[V] | None, int]:
         """The entry, and the revision a write must name: also that of a marker, 0 when there is nothing."""
-        subject = self.spec.subject(key)
-        reply = await self._bus.call(f"$JS.API.DIRECT.GET.{self.spec.stream}.{subject}", b"")
-        headers = reply.headers or {}
-        if headers.get("Status") == "404":
+        stored = await read_last(self._bus, self.spec.stream, self.spec.subject(key))
+        if stored is None:
             return None, 0
-        if "Nats-Sequence" not in headers:
-            raise BusError(f"{self.spec.name}: cannot read {key}: {headers}")
-        revision = int(headers["Nats-Sequence"])
-        return (None if is_gone(headers) else self._entry(key, reply.data, revision)), revision
+        return (None if is_gone(stored.headers) else self._entry(key, stored.data, stored.seq)), stored.seq
 
     async def update(self, key: str, value: V, *, last: int, ttl_s: int | None = None) -> int:
         """Writes if the key's revision is still *last* (0: it is not there), and gives the new revision.
@@ -137,13 +132,10 @@ class Bucket(Generic[V]):
 
     async def read_other(self, key: str, kind: type[Other]) -> Entry[Other] | None:
         """The value of a key of several tokens, which holds another type."""
-        reply = await self._bus.call(f"$JS.API.DIRECT.GET.{self.spec.stream}.{self.spec.subject(key)}", b"")
-        headers = reply.headers or {}
-        if headers.get("Status") == "404" or is_gone(headers):
+        stored = await read_last(self._bus, self.spec.stream, self.spec.subject(key))
+        if stored is None or is_gone(stored.headers):
             return None
-        if "Nats-Sequence" not in headers:
-            raise BusError(f"{self.spec.name}: cannot read {key}: {headers}")
-        return Entry(msgspec.json.decode(reply.data, type=kind), int(headers["Nats-Sequence"]))
+        return Entry(msgspec.json.decode(stored.data, type=kind), stored.seq)
 
     async def update_other(self, key: str, value: msgspec.Struct, *, last: int) -> int:
         """As :meth:`update`, for a key of several tokens."""
@@ -153,9 +145,8 @@ class Bucket(Generic[V]):
 
     async def newest(self) -> int:
         """The revision of the key that was written last, 0 when there is none. Keys of several tokens do not count."""
-        ask = msgspec.json.encode({"last_by_subj": self.spec.subject("*")})
-        reply = await self._bus.call(f"$JS.API.DIRECT.GET.{self.spec.stream}", ask)
-        return int((reply.headers or {}).get("Nats-Sequence", "0"))
+        stored = await read_last(self._bus, self.spec.stream, self.spec.subject("*"))
+        return stored.seq if stored else 0
 
     async def create(self, key: str, value: V, *, ttl_s: int | None = None) -> int:
         """Writes a key that is not there, or only as a marker.
@@ -215,7 +206,7 @@ class Bucket(Generic[V]):
         """Every key, as of now. Keys of several tokens are bookkeeping and left out."""
         prefix = self.spec.subject("")
         found: dict[str, Entry[V]] = {}
-        for message in await read_all(self._bus, self.spec.stream, [self.spec.subject("*")]):
+        for message in await read_all(self._bus, self.spec.stream, self.spec.subject("*")):
             key = message.subject.removeprefix(prefix)
             if not is_gone(message.headers) and (entry := self._entry(key, message.data, message.seq)):
                 found[key] = entry
@@ -291,9 +282,10 @@ class Mirror(Generic[V]):
     async def _read_from_start(self, pull: Pull) -> None:
         self._unseen = set(self.entries)
         self.seen = 0
-        waiting = await pull.start(self._on_stored, subjects=[self._spec.subject("*")], last_per_subject=True)
-        if waiting == 0:
-            self._caught_up()
+        subject = self._spec.subject("*")
+        await pull.start(self._on_stored, subjects=[subject], last_per_subject=True)
+        await pull.catch_up(subject)
+        self._caught_up()
 
     async def _on_stored(self, stored: Stored) -> None:
         key = stored.subject.removeprefix(self._spec.subject(""))
@@ -308,9 +300,7 @@ class Mirror(Generic[V]):
         elif entry := read_entry(self._spec, self._decode, key, stored.data, stored.seq):
             self._take(key, entry)
         self.seen = max(self.seen, stored.seq)
-        if stored.pending == 0 and not self.synced.is_set():
-            self._caught_up()
-        elif self._reached and self.synced.is_set():
+        if self._reached and self.synced.is_set():
             self._tell_reached()
 
     def _caught_up(self) -> None:

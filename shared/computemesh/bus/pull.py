@@ -30,7 +30,11 @@ EXPIRES_S: Final = 3600.0
 INACTIVE_S: Final = 10.0
 """After this long without us the server forgets the consumer."""
 
+CAUGHT_UP_S: Final = 0.5
+"""How often the leader is asked again what is newest, while that does not arrive."""
+
 _NS: Final = 1_000_000_000
+_NO_MESSAGE: Final = 10037
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -53,6 +57,18 @@ class _Created(msgspec.Struct, frozen=True, kw_only=True):
     error: ApiError | None = None
 
 
+class _Message(msgspec.Struct, frozen=True, kw_only=True):
+    subject: str
+    seq: int
+    hdrs: bytes = b""
+    data: bytes = b""
+
+
+class _Last(msgspec.Struct, frozen=True, kw_only=True):
+    message: _Message | None = None
+    error: ApiError | None = None
+
+
 class Pull:
     """One reader of one stream, from a position on, in order, without gaps.
 
@@ -64,6 +80,11 @@ class Pull:
         self._bus = bus
         self._stream = stream
         self.lost = asyncio.Event()
+        self._seen = 0
+        """Sequence of the newest message that was handled."""
+        self._wanted = 0
+        self._arrived = asyncio.Event()
+        """Set once the message that is wanted was handled."""
         self._left = 0
         self._inbox = ""
         self._next = ""
@@ -116,6 +137,28 @@ class Pull:
         self._watch = asyncio.create_task(self._watch_silence(self._bus.interrupted))
         return created.num_pending
 
+    async def catch_up(self, subject: str) -> None:
+        """Returns once everything that is stored under *subject* now was handled.
+
+        What waits for this reader does not tell: in a cluster it may read from a server that lags behind the one that
+        acknowledges. So the stream's leader is asked, and again while its newest does not arrive, which may be gone.
+
+        Raises:
+            BusError: the leader does not answer, or this reader was lost.
+        """
+        while not self.lost.is_set():
+            newest = await read_last(self._bus, self._stream, subject)
+            self._wanted = newest.seq if newest else 0
+            if self._seen >= self._wanted:
+                return
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CAUGHT_UP_S):
+                    await self._arrived.wait()
+            if self._seen >= self._wanted:
+                return
+        raise BusError(f"{self._stream}: reading it broke off")
+
     async def stop(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
@@ -138,9 +181,11 @@ class Pull:
         # $JS.ACK.<stream>.<consumer>.<delivered>.<seq>.<consumer seq>.<time>.<pending>; the longer form
         # has domain and account before the stream, and a random token at the end.
         at = 5 if len(parts) == 9 else 7
-        await self._on_stored(
-            Stored(message.subject, message.data, int(parts[at]), int(parts[at + 3]), message.headers)
-        )
+        seq = int(parts[at])
+        await self._on_stored(Stored(message.subject, message.data, seq, int(parts[at + 3]), message.headers))
+        self._seen = seq
+        if seq >= self._wanted:
+            self._arrived.set()
         self._left -= 1
         if self._left <= BATCH // 2:
             await self._request(BATCH // 2)
@@ -164,27 +209,52 @@ class Pull:
                 self.lost.set()
 
 
-async def read_all(bus: Bus, stream: str, subjects: list[str], *, timeout_s: float = 60.0) -> list[Stored]:
-    """The newest message of every subject, as of now."""
+async def read_all(bus: Bus, stream: str, subject: str, *, timeout_s: float = 60.0) -> list[Stored]:
+    """The newest message of every subject that *subject* stands for, as of now.
+
+    Raises:
+        BusError: reading them broke off, or took too long.
+    """
     found: list[Stored] = []
-    complete = asyncio.Event()
 
     async def on_stored(stored: Stored) -> None:
         found.append(stored)
-        if stored.pending == 0:
-            complete.set()
 
     pull = Pull(bus, stream)
     try:
-        waiting = await pull.start(on_stored, subjects=subjects, last_per_subject=True)
-        if waiting:
-            lost = asyncio.create_task(pull.lost.wait())
-            done = asyncio.create_task(complete.wait())
-            await asyncio.wait({lost, done}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            lost.cancel()
-            done.cancel()
-            if not complete.is_set():
-                raise BusError(f"{stream}: reading it broke off after {len(found)} of {waiting} messages")
+        waiting = await pull.start(on_stored, subjects=[subject], last_per_subject=True)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await pull.catch_up(subject)
+        except (BusError, TimeoutError):
+            raise BusError(f"{stream}: reading it broke off after {len(found)} of {waiting} messages") from None
     finally:
         await pull.stop()
     return found
+
+
+async def read_last(bus: Bus, stream: str, subject: str) -> Stored | None:
+    """The newest message of a subject, which may hold a wildcard; None when there is none.
+
+    The stream's leader answers. A direct get is answered by any server that has a copy, which may lag behind what
+    was acknowledged already.
+
+    Raises:
+        NotStored: the server refuses, with its reason.
+    """
+    reply = await bus.call(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode({"last_by_subj": subject}))
+    answer = msgspec.json.decode(reply.data, type=_Last)
+    if answer.error is not None:
+        if answer.error.err_code == _NO_MESSAGE:
+            return None
+        raise NotStored(f"{stream}: {answer.error.description}", code=answer.error.err_code)
+    assert answer.message is not None
+    found = answer.message
+    return Stored(found.subject, found.data, found.seq, 0, _headers(found.hdrs))
+
+
+def _headers(block: bytes) -> dict[str, str] | None:
+    """The headers of a stored message, which the server gives as they were sent; None when it has none."""
+    lines = block.decode("utf-8", "replace").split("\r\n")[1:]
+    pairs = [line.partition(":") for line in lines if line]
+    return {name.strip(): value.strip() for name, _, value in pairs} or None

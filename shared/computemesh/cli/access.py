@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from computemesh.addresses import servers_of, with_login
 from computemesh.bus import Where
 from computemesh.cli import common
 from computemesh.cli.common import Failure, err, out, print_json
@@ -46,13 +47,16 @@ class NodeName(click.ParamType[str]):
 
 
 class _Address(click.ParamType[str]):
-    """Where a NATS server is, without credentials."""
+    """Where a NATS server is, or each server of a cluster, without credentials."""
 
     name = "address"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return ",".join(self._server(server, param, ctx) for server in servers_of(value) or [value])
+
+    def _server(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
-            parts = urlsplit(value if "://" in value else f"nats://{value}")
+            parts = urlsplit(value)
             host, port = parts.hostname, parts.port or 4222
         except ValueError:
             return self.fail(f"{value!r} is no address of a server: write nats://HOST:PORT", param, ctx)
@@ -63,7 +67,11 @@ class _Address(click.ParamType[str]):
 
 @click.command()
 @click.argument("name", type=NodeName())
-@click.option("--url", type=_Address(), help="How the node reaches the NATS server, as nats://HOST:PORT.")
+@click.option(
+    "--url",
+    type=_Address(),
+    help="How the node reaches the NATS server, as nats://HOST:PORT; several of a cluster with commas between them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def invite(name: str, url: str | None, as_json: bool) -> None:
     """Let a node connect, and print what its machine needs.
@@ -80,13 +88,13 @@ def invite(name: str, url: str | None, as_json: bool) -> None:
     status = _here()
     address = url or _reached(status)
     made = _changed(admit_node(home().nats, home().credentials, name))
-    values = exports(Where(url=_with_login(address, made.login(Role.NODE, name)), role=Role.NODE, name=""))
+    values = exports(Where(url=with_login(address, made.login(Role.NODE, name)), role=Role.NODE, name=""))
     print_exports(values | {"COMPUTEMESH_NODE_ID": name}, as_json=as_json)
     err.print(f"\nNode {name} may connect. The above is all its machine needs, and holds its password. There:")
     err.print("  computemesh join FILE     with the above in that file, or - for standard input")
     if status is not None and not status.embedded:
         err.print(EXTERNAL_HINT)
-    elif _is_local(urlsplit(address).hostname or ""):
+    elif all(_is_local(urlsplit(server).hostname or "") for server in servers_of(address)):
         err.print("The NATS server listens on this machine only; `computemesh up --nats-host ADDRESS` changes that.")
 
 
@@ -132,7 +140,7 @@ def nats_config(address: str | None, name: str | None) -> None:
     name = name or next(iter(known.nodes), "")
     if name not in known.nodes:
         raise Failure(f"no node {name} was invited" if name else "no node was invited yet", hint=_invite_hint(name))
-    urls = {role: _with_login(address, known.login(role, name if role is Role.NODE else "")) for role in Role}
+    urls = {role: with_login(address, known.login(role, name if role is Role.NODE else "")) for role in Role}
     print_exports({f"COMPUTEMESH_NATS_URL_{role.value.upper()}": url for role, url in urls.items()}, as_json=False)
 
 
@@ -158,7 +166,7 @@ def node_url(status: MeshStatus, name: str) -> str:
     known = load_or_create(home().credentials)
     if name not in known.nodes:
         raise Failure(f"no node {name} was invited", hint=_invite_hint(name))
-    return _with_login(status.nats_urls[Role.NODE.value], known.login(Role.NODE, name))
+    return with_login(status.nats_urls[Role.NODE.value], known.login(Role.NODE, name))
 
 
 def not_a_node(role: str) -> NoReturn:
@@ -182,11 +190,6 @@ def _reached(status: MeshStatus | None) -> str:
         return status.nats_urls[Role.NODE.value]
     host, port = min(found, key=lambda address: (_is_local(address[0]), ":" in address[0]))
     return f"nats://{_bracketed(host)}:{port}"
-
-
-def _with_login(url: str, login: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{login}@{rest.rpartition('@')[2]}"
 
 
 def _bracketed(host: str) -> str:

@@ -19,6 +19,7 @@ import click
 import msgspec
 import urllib3
 
+from computemesh.addresses import login_of, servers_of, with_login
 from computemesh.bus import Bus, BusError, NotAdmitted, Unreachable, Where
 from computemesh.cli import access, common, mesh, running
 from computemesh.cli.common import CONNECT_S, Failure, NoMesh, ago, err, out, print_json
@@ -100,23 +101,33 @@ def checked(url: str, node_id: str, where: str) -> Invitation:
     def bad(reason: str, hint: str = "") -> Failure:
         return Failure(f"{where}: {reason}", hint=hint, field="invitation", code="bad_invitation")
 
-    hint = "write nats://HOST:PORT, or give the file with what `computemesh nodes invite NAME` printed"
+    servers = [_server(server) for server in servers_of(url)]
+    if not servers or not all(servers):
+        raise bad(
+            "no address of a NATS server",
+            "write nats://HOST:PORT, or give the file with what `computemesh nodes invite NAME` printed",
+        )
+    user, _, password = login_of(url).partition(":")
+    who = identity(user)
+    if user and (who is None or who.role is not Role.NODE):
+        raise bad(f"{user!r} is no user of a node", "`computemesh nodes invite NAME` on the mesh's machine makes one")
+    address = ",".join(servers)
+    return Invitation(
+        nats_url=with_login(address, f"{user}:{password}") if user else address,
+        node_id=who.node_id if who else node_id,
+    )
+
+
+def _server(address: str) -> str:
+    """One server without its login, the port spelled out; empty when it is none."""
     try:
-        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        parts = urlsplit(address)
         host, port = parts.hostname, parts.port or 4222
     except ValueError:
-        raise bad("no address of a NATS server", hint) from None
+        return ""
     if parts.scheme not in SCHEMES or not host or not _HOST.fullmatch(host) or parts.path not in ("", "/"):
-        raise bad("no address of a NATS server", hint)
-    who = identity(parts.username or "")
-    if parts.username and (who is None or who.role is not Role.NODE):
-        raise bad(
-            f"{parts.username!r} is no user of a node",
-            "`computemesh nodes invite NAME` on the mesh's machine makes one",
-        )
-    login = f"{parts.username}:{parts.password or ''}@" if parts.username else ""
-    shown = f"[{host}]" if ":" in host else host
-    return Invitation(nats_url=f"{parts.scheme}://{login}{shown}:{port}", node_id=who.node_id if who else node_id)
+        return ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _given(source: str | None, place: Home) -> Invitation:
@@ -131,7 +142,7 @@ def _given(source: str | None, place: Home) -> Invitation:
         if "://" not in source and (os.sep in source or "." in source) and ":" not in source:
             raise Failure(f"{source}: no such file", field="invitation", code="bad_invitation")
         given = checked(source, "", "the address")
-        if urlsplit(given.nats_url).password:
+        if ":" in login_of(given.nats_url):
             err.print(
                 "[yellow]The password is on the command line, where others on this machine can read it.[/] "
                 "A file, or - for standard input, keeps it private."
@@ -246,7 +257,7 @@ def _node_id(given: Invitation, named: str | None, place: Home) -> str:
     try:
         return node_of(given.nats_url, told) if told else mesh.node_id(place, given.nats_url)
     except ConfigError:
-        who = identity(urlsplit(given.nats_url).username or "")
+        who = identity(login_of(given.nats_url).partition(":")[0])
         raise Failure(
             f"the invitation is for node {who.node_id if who else ''}, not for {told}",
             hint=f"`computemesh nodes invite {told}` on the mesh's machine invites that one",

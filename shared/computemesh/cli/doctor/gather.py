@@ -20,13 +20,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import psutil
 import urllib3
 
 from computemesh import __version__
+from computemesh.addresses import login_of, without_login
 from computemesh.bus import Bucket, Bus, BusError, NotAdmitted, Unreachable, Where, survey
 from computemesh.bus.provision import drift
 from computemesh.cli.doctor import logs
@@ -347,18 +347,14 @@ def _readyz(service: str, url: str) -> Edge:
 
 def _same_server(url: str, status: MeshStatus) -> bool:
     """Whether *url* leads to the server of this home's mesh, as after ``eval "$(computemesh env)"``."""
-    return _address(url) in {_address(known) for known in status.nats_urls.values() if known}
-
-
-def _address(url: str) -> str:
-    return url.partition("://")[2].rpartition("@")[2]
+    return without_login(url) in {without_login(known) for known in status.nats_urls.values() if known}
 
 
 def _urls(place: Home, status: MeshStatus | None, named: str) -> dict[Role, str]:
     """Where the bus is, by role; a URL that stands for all is tried once, as the role its user has."""
     found = {Role(role): url for role, url in status.nats_urls.items() if url} if status else {}
     if named:
-        user = urlsplit(named).username or ""
+        user = login_of(named).partition(":")[0]
         # A server that knows no users lets everybody do everything.
         anyone = Role.CLIENT if user else Role.SERVICES
         found[who.role if (who := identity(user)) else anyone] = named
