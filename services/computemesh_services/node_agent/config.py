@@ -19,6 +19,10 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     """GGUF files and folders to serve, separated by commas; left out, the embedded model."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
     """Work items that run at the same time; the engines serve as many requests."""
+    work_cpus: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
+    """Logical CPUs that work items may ask for, all together; left out, all of the machine."""
+    work_ram_mb: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None
+    """MiB of RAM that work items may ask for, all together; left out, all of the machine."""
     engines_max: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Models in memory at the same time."""
     engine_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0

@@ -10,7 +10,9 @@ from collections import OrderedDict
 from enum import Enum
 from typing import Final
 
+from computemesh.contracts.nodes import NodeAnnouncement
 from computemesh.contracts.work import Assignment
+from computemesh_services.node_agent.room import shortage
 
 FINISHED_MAX: Final = 10_000
 """Attempts a node remembers to have finished."""
@@ -18,8 +20,6 @@ FINISHED_MAX: Final = 10_000
 
 class Verdict(Enum):
     START = "start"
-    REPLACE = "replace"
-    """Start it, and end the older attempt at the same item that runs here."""
     KNOWN = "known"
     """It runs, or ran, already."""
     DECLINE = "decline"
@@ -32,40 +32,46 @@ class Desk:
         self.node_id = node_id
         self.slots = slots
         self.accepting = True
-        self.running: dict[str, int] = {}
-        """Attempt by work id."""
+        self.running: dict[str, Assignment] = {}
+        """By work id."""
         self._finished: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def judge(self, asked: Assignment, offered: frozenset[str]) -> tuple[Verdict, str]:
+    def judge(self, asked: Assignment, offered: frozenset[str], node: NodeAnnouncement) -> tuple[Verdict, str]:
         """What to do with an assignment, and the reason of a refusal.
 
         Args:
             offered: work types this node runs.
+            node: what there is of this machine for work.
         """
         if asked.node_id != self.node_id:
             return Verdict.DECLINE, f"this is node {self.node_id}, the assignment is for {asked.node_id}"
         key = (asked.work_id, asked.attempt)
         running = self.running.get(asked.work_id)
-        if running == asked.attempt or key in self._finished:
+        if (running and running.attempt == asked.attempt) or key in self._finished:
             return Verdict.KNOWN, ""
-        if running is not None and running > asked.attempt:
-            return Verdict.DECLINE, f"attempt {running} runs here already"
+        if running and running.attempt > asked.attempt:
+            return Verdict.DECLINE, f"attempt {running.attempt} runs here already"
         if not self.accepting:
             return Verdict.DECLINE, "draining"
         if asked.work_type not in offered:
             return Verdict.DECLINE, f"runs no {asked.work_type!r}, but {', '.join(sorted(offered)) or 'nothing'}"
-        if running is not None:
-            return Verdict.REPLACE, ""
-        if len(self.running) >= self.slots:
+        if running is None and len(self.running) >= self.slots:
             return Verdict.DECLINE, f"busy: {len(self.running)} of {self.slots} slots taken"
+        # What an older attempt at the same item has is free once that one is ended.
+        others = [other for other in self.running.values() if other is not running]
+        if reason := shortage(asked, others, node):
+            return Verdict.DECLINE, reason
         return Verdict.START, ""
 
-    def started(self, work_id: str, attempt: int) -> None:
-        self.running[work_id] = attempt
+    def started(self, asked: Assignment) -> Assignment | None:
+        """Takes it in hand. Gives the older attempt at the same item that runs here, if one does: it is to be ended."""
+        older = self.running.get(asked.work_id)
+        self.running[asked.work_id] = asked
+        return older
 
     def ended(self, work_id: str, attempt: int) -> None:
         """The attempt is over and its report is stored, or no longer wanted."""
-        if self.running.get(work_id) == attempt:
+        if (running := self.running.get(work_id)) and running.attempt == attempt:
             del self.running[work_id]
         self._finished[work_id, attempt] = None
         while len(self._finished) > FINISHED_MAX:

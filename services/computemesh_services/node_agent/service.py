@@ -234,6 +234,8 @@ class NodeAgent:
             platform=seen.platform if seen else None,
             cpu=seen.cpu if seen else None,
             memory=seen.memory if seen else None,
+            work_cpus=self._config.work_cpus,
+            work_ram_mb=self._config.work_ram_mb,
             # Heartbeats tell of the processes, as they come and go.
             gpus=[replace(gpu, processes=None) for gpu in seen.gpus] if seen else [],
             gpu_links=seen.gpu_links if seen else [],
@@ -339,7 +341,7 @@ class NodeAgent:
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
             session=self._session,
-            running=[RunningWork(work_id=work_id, attempt=n) for work_id, n in self._desk.running.items()],
+            running=[RunningWork(work_id=one.work_id, attempt=one.attempt) for one in self._desk.running.values()],
             accepting=self._desk.accepting,
             leaving=leaving,
             loaded_models=self._engines.loaded(),
@@ -357,12 +359,10 @@ class NodeAgent:
 
     async def on_deliver(self, asked: Assignment) -> Delivery | Refused:
         trace.at_work(asked.work_id)
-        verdict, reason = self._desk.judge(asked, frozenset(self._offered))
+        verdict, reason = self._desk.judge(asked, frozenset(self._offered), self._said or self._announcement())
         if verdict is Verdict.DECLINE:
             _log.info("declined", work_id=asked.work_id, attempt=asked.attempt, reason=reason)
             return Delivery(accepted=False, reason=reason, session=self._session)
-        if verdict is Verdict.REPLACE:
-            await self._end(asked.work_id, self._desk.running[asked.work_id])
         if verdict is not Verdict.KNOWN:
             self._start(asked)
         return Delivery(accepted=True, session=self._session)
@@ -385,8 +385,9 @@ class NodeAgent:
 
     def _start(self, asked: Assignment) -> None:
         key = (asked.work_id, asked.attempt)
-        self._desk.started(*key)
-        task = self._tasks[key] = asyncio.create_task(self._attempt(asked))
+        # The desk has it from now on: the same assignment may come again while an older attempt is still ending.
+        older = self._desk.started(asked)
+        task = self._tasks[key] = asyncio.create_task(self._attempt(asked, older))
         task.add_done_callback(lambda done: self._attempt_over(key, done))
 
     def _attempt_over(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
@@ -395,12 +396,14 @@ class NodeAgent:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("an attempt ended by a defect", work_id=key[0], exc_info=error)
 
-    async def _attempt(self, asked: Assignment) -> None:
-        """Runs an attempt and stores its report. Cancelled, it ends its processes and reports nothing,
-        unless the whole node ends: then it hands the item back."""
+    async def _attempt(self, asked: Assignment, older: Assignment | None) -> None:
+        """Runs an attempt, once the *older* one at the same item has ended, and stores its report. Cancelled, it ends
+        its processes and reports nothing, unless the whole node ends: then it hands the item back."""
         started_s = time.monotonic()
         _log.info("running", work_id=asked.work_id, attempt=asked.attempt, work_type=asked.work_type)
         try:
+            if older:
+                await self._end(older.work_id, older.attempt)
             outcome = await self._outcome(asked, started_s)
         except asyncio.CancelledError:
             if not self._handing_back:

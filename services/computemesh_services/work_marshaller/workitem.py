@@ -182,6 +182,7 @@ def assignment(record: WorkRecord) -> Assignment:
         payload=record.payload,
         timeout_s=record.timeout_s,
         owner=record.owner,
+        requirements=record.requirements,
     )
 
 

@@ -53,6 +53,10 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     platform: Platform | None = None
     cpu: Cpu | None = None
     memory: Memory | None = None
+    work_cpus: Count | None = None
+    """Logical CPUs that work may ask for, all items together; left out, all that `cpu` tells."""
+    work_ram_mb: MegaBytes | None = None
+    """RAM that work may ask for, all items together; left out, all that `memory` tells."""
     gpus: Annotated[list[Gpu], msgspec.Meta(max_length=256)] = []
     gpu_links: Annotated[list[GpuLink], msgspec.Meta(max_length=32_640)] = []
     """How the GPUs reach each other; a pair that is left out is not known."""
@@ -67,6 +71,16 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     """Where it answers HTTP itself, if it does."""
     roles: Names = []
     """What a host that answers by itself is there for, such as `chat`."""
+
+    @property
+    def cpus_for_work(self) -> int | None:
+        """Logical CPUs for all work together; None when the node does not tell."""
+        return (self.cpu.threads or None) if self.work_cpus is None and self.cpu else self.work_cpus
+
+    @property
+    def ram_mb_for_work(self) -> int | None:
+        """MiB of RAM for all work together; None when the node does not tell."""
+        return (self.memory.total_mb or None) if self.work_ram_mb is None and self.memory else self.work_ram_mb
 
 
 class NodeState(StrEnum):
