@@ -24,6 +24,9 @@ from computemesh.contracts.permissions import Identity, identity, inbox_prefix, 
 ASK_TIMEOUT_S: Final = 5.0
 """How long :meth:`Bus.ask` waits unless told otherwise."""
 
+INQUIRE_S: Final = (1.0, 1.0, 1.0, 1.0, 5.0)
+"""How long :func:`inquire` waits before it asks again, and the last time."""
+
 FLUSH_S_MAX: Final = 86_400
 """How long a flush may be answered after nobody waits for it any more; a connection that is silent breaks before."""
 
@@ -460,6 +463,22 @@ class Bus:
         """
         reply = await self.call(request.at(target), encode(question), timeout_s=timeout_s)
         return read_answer(request, reply.data, reply.headers)
+
+
+async def inquire(bus: Bus, subject: str, data: bytes) -> Msg:
+    """A request to JetStream that may be made twice, and its raw reply.
+
+    While the servers of a cluster choose a leader nobody answers, not even to say so; hence it is asked again.
+
+    Raises:
+        NoResponder, TimedOut, Unreachable, NotStored: as :meth:`Bus.call`.
+    """
+    for timeout_s in INQUIRE_S[:-1]:
+        with contextlib.suppress(TimedOut):
+            return await bus.call(subject, data, timeout_s=timeout_s)
+        if bus.interrupted.is_set():
+            break
+    return await bus.call(subject, data, timeout_s=INQUIRE_S[-1])
 
 
 def read_answer(request: Request[Q, R], data: bytes, headers: Mapping[str, str] | None) -> R | Refused:

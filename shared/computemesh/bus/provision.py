@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from computemesh import log
-from computemesh.bus.connection import Bus
+from computemesh.bus.connection import Bus, inquire
 from computemesh.bus.errors import NotStored
 from computemesh.contracts import storage
 
@@ -67,6 +67,10 @@ def bucket_config(bucket: storage.Bucket[Any], *, replicas: int) -> dict[str, An
 async def provision(bus: Bus, *, replicas: int = 1) -> None:
     """Makes every stream and bucket be as declared.
 
+    Args:
+        replicas: at least so many copies of each, in a cluster. What has more keeps them: a service that was not told
+            must not take away what the others rely on.
+
     Raises:
         NotStored: the server refuses one, with its reason.
     """
@@ -97,7 +101,8 @@ async def _ensure(bus: Bus, config: dict[str, Any]) -> None:
         await _api(bus, f"$JS.API.STREAM.CREATE.{name}", config)
         _log.info("created", stream=name)
     elif settings := _differences(config, present):
-        await _api(bus, f"$JS.API.STREAM.UPDATE.{name}", present | config)
+        copies = max(config["num_replicas"], present["num_replicas"])
+        await _api(bus, f"$JS.API.STREAM.UPDATE.{name}", present | config | {"num_replicas": copies})
         _log.info("updated", stream=name, settings=settings)
 
 
@@ -115,7 +120,13 @@ async def _present(bus: Bus, name: str) -> dict[str, Any] | None:
 def _differences(wanted: dict[str, Any], present: dict[str, Any] | None) -> list[str]:
     if present is None:
         return ["missing"]
-    return sorted(key for key, value in wanted.items() if _normal(present.get(key)) != _normal(value))
+    return sorted(key for key, value in wanted.items() if not _is_met(key, value, present.get(key)))
+
+
+def _is_met(setting: str, wanted: Any, present: Any) -> bool:
+    if setting == "num_replicas":
+        return bool(present >= wanted)
+    return bool(_normal(present) == _normal(wanted))
 
 
 def _normal(value: Any) -> Any:
@@ -123,8 +134,10 @@ def _normal(value: Any) -> Any:
 
 
 async def _api(bus: Bus, subject: str, body: dict[str, Any] | None) -> dict[str, Any]:
-    data = b"" if body is None else msgspec.json.encode(body)
-    reply = await bus.call(subject, data, timeout_s=10.0)
+    if body is None:
+        reply = await inquire(bus, subject, b"")
+    else:
+        reply = await bus.call(subject, msgspec.json.encode(body), timeout_s=10.0)
     answer: dict[str, Any] = msgspec.json.decode(reply.data)
     if error := answer.get("error"):
         raise NotStored(f"{subject}: {error.get('description')}", code=error.get("err_code", 0))

@@ -15,7 +15,7 @@ import msgspec
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from computemesh.bus.connection import ApiError, Bus
+from computemesh.bus.connection import ApiError, Bus, inquire
 from computemesh.bus.errors import BusError, NotStored
 
 BATCH: Final = 2000
@@ -121,7 +121,8 @@ class Pull:
             config["deliver_policy"] = "last_per_subject"
         elif start_seq is not None and start_seq > 1:
             config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": start_seq}
-        reply = await self._bus.call(
+        reply = await inquire(
+            self._bus,
             f"$JS.API.CONSUMER.CREATE.{self._stream}",
             msgspec.json.encode({"stream_name": self._stream, "config": config}),
         )
@@ -242,7 +243,8 @@ async def read_last(bus: Bus, stream: str, subject: str) -> Stored | None:
     Raises:
         NotStored: the server refuses, with its reason.
     """
-    reply = await bus.call(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode({"last_by_subj": subject}))
+    ask = msgspec.json.encode({"last_by_subj": subject})
+    reply = await inquire(bus, f"$JS.API.STREAM.MSG.GET.{stream}", ask)
     answer = msgspec.json.decode(reply.data, type=_Last)
     if answer.error is not None:
         if answer.error.err_code == _NO_MESSAGE:

@@ -4,7 +4,7 @@ A machine that runs a whole mesh starts it here; a mesh on an existing NATS serv
 configuration, to grant each role exactly what the contracts say.
 """
 
-from computemesh.nats_server.config import ServerConfig, User, render, render_accounts, users
+from computemesh.nats_server.config import ClusterConfig, ServerConfig, User, render, render_accounts, users
 from computemesh.nats_server.credentials import BadCredentialsError, Credentials, add_node, load_or_create
 from computemesh.nats_server.process import (
     LOOPBACK,
@@ -21,6 +21,7 @@ __all__ = [
     "LOOPBACK",
     "AlreadyRunning",
     "BadCredentialsError",
+    "ClusterConfig",
     "Credentials",
     "NatsServer",
     "PortTaken",

@@ -19,6 +19,9 @@ ANY_PORT: Final = -1
 MAX_PAYLOAD_BYTES: Final = 8 * 1024 * 1024
 """Bound on one message; above it the server closes the sender's connection."""
 
+ROUTE_USER: Final = "route"
+"""As whom the servers of a cluster know each other."""
+
 LOGIN_TIMEOUT_S: Final = 5
 """How long a connection may take to present its credentials."""
 
@@ -30,6 +33,21 @@ class User:
     name: str
     password: str = field(repr=False)
     permissions: Permissions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How a server is one of several, which keep what is stored between them."""
+
+    server: str
+    """This server's name, another for each."""
+    port: int
+    """Where it hears the others, on the address where it hears clients."""
+    routes: tuple[str, ...]
+    """``HOST:PORT`` of each server of the cluster; its own may be among them."""
+    password: str = field(repr=False)
+    """What the servers show each other."""
+    name: str = "computemesh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,7 @@ class ServerConfig:
     """Bound on everything stored; left out, three quarters of the free disk."""
     sync_always: bool = False
     """Write through to the disk before each acknowledgement: survives power loss, costs throughput."""
+    cluster: ClusterConfig | None = None
 
 
 def users(credentials: Credentials, role: Role) -> tuple[User, ...]:
@@ -70,6 +89,7 @@ def render(config: ServerConfig) -> str:
         f"ports_file_dir: {_quoted(str(config.ports_file_dir))}",
         f"pid_file: {_quoted(str(config.pid_file))}",
         _block("jetstream", _store(config)),
+        *(_cluster(config.host, config.cluster) if config.cluster else []),
         f"include {_quoted(config.accounts_file)}",
     ]
     return "\n".join(blocks) + "\n"
@@ -96,6 +116,24 @@ def _store(config: ServerConfig) -> list[str]:
     if config.sync_always:
         lines.append("sync_interval: always")
     return lines
+
+
+def _cluster(host: str, cluster: ClusterConfig) -> list[str]:
+    login = f"{ROUTE_USER}:{cluster.password}"
+    return [
+        f"server_name: {_quoted(cluster.server)}",
+        _block(
+            "cluster",
+            [
+                f"name: {_quoted(cluster.name)}",
+                f"listen: {_quoted(f'{host}:{cluster.port}')}",
+                f"authorization {{ user: {ROUTE_USER}, password: {_quoted(cluster.password)} }}",
+                f"routes: {_list(tuple(f'nats://{login}@{route}' for route in cluster.routes))}",
+                # Clients have the addresses of all servers; those that they would be told come without a login.
+                "no_advertise: true",
+            ],
+        ),
+    ]
 
 
 def _account(role: Role, members: Iterable[User], passing: list[Crossing]) -> str:

@@ -24,7 +24,7 @@ import msgspec
 
 from computemesh.contracts.base import Role
 from computemesh.nats_server import credentials as files
-from computemesh.nats_server.config import ANY_PORT, ServerConfig, render, render_accounts
+from computemesh.nats_server.config import ANY_PORT, ClusterConfig, ServerConfig, render, render_accounts
 from computemesh.nats_server.credentials import Credentials
 from computemesh.paths import private_folder, write_private
 from computemesh.process import dies_with_parent, end, signal_group
@@ -85,6 +85,7 @@ class NatsServer:
         port: 0 takes any free port the first time and the same one from then on, so that clients find the
             server again after a crash.
         ready_timeout_s: raise it for a store that takes long to recover.
+        cluster: makes it one of several. It is ready when it takes connections, also before there are enough of them.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class NatsServer:
         sync_always: bool = False,
         max_file_store_bytes: int | None = None,
         ready_timeout_s: float = READY_TIMEOUT_S,
+        cluster: ClusterConfig | None = None,
     ) -> None:
         self.folder: Final = folder
         self.log_file: Final = folder / "nats-server.log"
@@ -107,6 +109,7 @@ class NatsServer:
         self._sync_always = sync_always
         self._max_file_store_bytes = max_file_store_bytes
         self._ready_timeout_s = ready_timeout_s
+        self._cluster = cluster
         self._process: Process | None = None
         self._port = 0
         self._log_start = 0
@@ -222,6 +225,7 @@ class NatsServer:
             port=port,
             max_file_store_bytes=self._max_file_store_bytes,
             sync_always=self._sync_always,
+            cluster=self._cluster,
         )
 
     async def _spawn(self, binary: Path, lock: int) -> Process:

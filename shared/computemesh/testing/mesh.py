@@ -17,9 +17,10 @@ from computemesh.cli.services import SERVICES
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import Role
 from computemesh.contracts.work import FINAL, WorkGet, WorkItem, WorkRecord, WorkState
-from computemesh.nats_server import Credentials, add_node, admit_node
+from computemesh.nats_server import Credentials, NatsServer, add_node, admit_node
 from computemesh.paths import Home
-from computemesh.supervisor import Supervised, Supervisor
+from computemesh.supervisor import ServiceSpec, Supervised, Supervisor
+from computemesh.testing.cluster import NatsCluster
 
 WAIT_S: Final = 30.0
 """How long :func:`until` waits for a condition: far longer than it takes, so that only failures wait."""
@@ -57,10 +58,19 @@ async def until(condition: Callable[[], Any], *, what: str, within_s: float = WA
 class RunningMesh:
     """What a test sees of its mesh."""
 
-    def __init__(self, supervisor: Supervisor, home: Home, credentials: Credentials, lines: list[str]) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        home: Home,
+        credentials: Credentials,
+        lines: list[str],
+        cluster: NatsCluster | None = None,
+    ) -> None:
         self.supervisor = supervisor
         self.home = home
         self.credentials = credentials
+        self.cluster = cluster
+        """The NATS servers, when there are several; else the supervisor has the only one."""
         self.lines = lines
         """Every log line of every service, with the service's name in front."""
         self._buses: dict[tuple[Role, str], Bus] = {}
@@ -72,6 +82,9 @@ class RunningMesh:
 
     async def invite(self, node_id: str) -> str:
         """The bus as another node reaches it, with a user of its own."""
+        if self.cluster is not None:
+            await self.cluster.admit(node_id)
+            return self.cluster.url(Role.NODE, node_id)
         await admit_node(self.home.nats, self.home.credentials, node_id)
         assert self.supervisor.server is not None
         return self.supervisor.server.url(Role.NODE, node_id)
@@ -98,11 +111,15 @@ class RunningMesh:
         return self._buses[role, node_id]
 
     def pid(self, name: str) -> int:
-        """The process of a service, or of ``nats-server``; 0 while it has none."""
-        if name == "nats-server":
-            server = self.supervisor.server
+        """The process of a service, or of ``nats-server`` (``nats-1`` … in a cluster); 0 while it has none."""
+        if name in self._servers:
+            server = self._servers[name]
             return server.pid if server is not None and server.running else 0
         return self.service(name).status.pid
+
+    @property
+    def _servers(self) -> Mapping[str, NatsServer | None]:
+        return self.cluster.servers if self.cluster is not None else {"nats-server": self.supervisor.server}
 
     async def submit(self, item: WorkItem) -> WorkRecord:
         """Submits an item as a client, once the mesh knows its work type: a node may still be announcing it.
@@ -163,31 +180,71 @@ async def running_mesh(
     *,
     copies: Mapping[str, int] | None = None,
     environment: Mapping[str, str] | None = None,
+    clustered: bool = False,
+    agents: Sequence[str] = (),
 ) -> AsyncGenerator[RunningMesh]:
-    """The named services on a server of their own, ready, with all files under *folder*."""
+    """The named services on a server of their own, ready, with all files under *folder*.
+
+    Args:
+        clustered: there are three servers, which keep everything three times.
+        agents: further nodes that are node agents, in a cluster, by node id; their services are called
+            ``node-agent-<node id>``.
+    """
+    assert clustered or not agents, "the address of a server of the mesh's own is known too late for them"
     home = Home(folder / "mesh")
-    settings = {**STRICT, **QUICK, **(environment or {})}
-    specs = [
-        replace(spec, port=0, environment=settings, copies=(copies or {}).get(spec.name, 1))
-        for spec in SERVICES
-        if spec.name in services
-    ]
     home.root.mkdir(parents=True, exist_ok=True)
-    credentials = add_node(home.credentials, "n1")
+    credentials = add_node(home.credentials, NODE_ID)
+    for node_id in agents:
+        add_node(home.credentials, node_id)
     lines: list[str] = []
-    supervisor = Supervisor(
-        home,
-        specs,
-        token=credentials.token,
-        node_id=NODE_ID,
-        on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
-    )
-    mesh = RunningMesh(supervisor, home, credentials, lines)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(_running_cluster(folder, home)) if clustered else None
+        settings = {**STRICT, **QUICK, **({"COMPUTEMESH_REPLICAS": "3"} if clustered else {}), **(environment or {})}
+        specs = [
+            replace(spec, port=0, environment=settings, copies=(copies or {}).get(spec.name, 1))
+            for spec in SERVICES
+            if spec.name in services
+        ]
+        if cluster is not None:
+            specs += [_agent(node_id, cluster, settings, folder) for node_id in agents]
+        supervisor = Supervisor(
+            home,
+            specs,
+            token=credentials.token,
+            node_id=NODE_ID,
+            nats_urls=_urls(cluster) if cluster is not None else None,
+            on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
+        )
+        mesh = RunningMesh(supervisor, home, credentials, lines, cluster)
+        stack.push_async_callback(mesh.close)
         async with asyncio.timeout(WAIT_S):
             await supervisor.start()
         failed = [service.name for service in supervisor.services if service.status.state != "ready"]
         assert not failed, f"{failed} did not start:\n" + "\n".join(lines[-20:])
         yield mesh
+
+
+@asynccontextmanager
+async def _running_cluster(folder: Path, home: Home) -> AsyncGenerator[NatsCluster]:
+    cluster = NatsCluster(folder, home.credentials)
+    try:
+        await cluster.start()
+        yield cluster
     finally:
-        await mesh.close()
+        await cluster.stop()
+
+
+def _urls(cluster: NatsCluster) -> dict[Role, str]:
+    return {role: cluster.url(role, NODE_ID if role is Role.NODE else "") for role in Role}
+
+
+def _agent(node_id: str, cluster: NatsCluster, settings: Mapping[str, str], folder: Path) -> ServiceSpec:
+    """A node agent on what looks like a machine of its own."""
+    own = {
+        "NATS_URL": cluster.url(Role.NODE, node_id),
+        "COMPUTEMESH_NODE_ID": node_id,
+        "COMPUTEMESH_HOME": str(folder / node_id),
+        "COMPUTEMESH_INSTANCE": f"node-agent-{node_id}",
+    }
+    spec = next(spec for spec in SERVICES if spec.name == "node-agent")
+    return replace(spec, name=f"node-agent-{node_id}", port=0, environment={**settings, **own})
