@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos mutants check lint format types bench bench-gpus bench-nodes bench-peers ledger-sim docs golden lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-nodes bench-peers ledger-sim docs golden lock wheel wheel-test clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-11s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(VENV)/.run $(VENV)/.model ## Start a mesh on this machine and run one work item on a real model
 	@$(BIN)/computemesh up --detach
@@ -34,6 +34,10 @@ test-fast: $(VENV)/.dev ## Run the tests that need no server
 chaos: $(VENV)/.dev ## Kill, stop and restart everything under load, N times (N=20, or SEEDS=7,8 to play those again)
 	@CHAOS_RUNS=$(or $(N),2) CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v --no-header tests/chaos/test_chaos.py \
 	  -k whatever_is_killed_stopped_and_restarted
+
+chaos-cluster: $(VENV)/.dev ## The same with 2,000 items on three NATS servers, of which one at a time is killed (N=5, or SEEDS=7,8)
+	@CHAOS_RUNS=$(or $(N),1) CHAOS_SEEDS=$(SEEDS) CHAOS_ITEMS=2000 $(BIN)/python -m pytest -v --no-header \
+	  tests/chaos/test_cluster.py -k whatever_is_done
 
 mutants: $(VENV)/.dev ## Break the code line by line; a test must notice (MUTANTS=--process or --all or a word)
 	@$(BIN)/python .ci/mutants $(MUTANTS)

@@ -14,6 +14,12 @@ AGENT: Final = "node-agent"
 SERVER: Final = "nats-server"
 VICTIMS: Final = (ACTING, STANDBY, REGISTRY, AGENT, SERVER)
 
+AGENT_3: Final = "node-agent-n3"
+SERVERS: Final = ("nats-1", "nats-2", "nats-3")
+LEADING: Final = "leading nats-server"
+"""Of three, the one that decides what is stored about work."""
+CLUSTER_VICTIMS: Final = (ACTING, STANDBY, REGISTRY, AGENT, AGENT_3, LEADING, *SERVERS)
+
 LONGER_THAN_A_LEASE_S: Final = 4.5
 """A holder that is stopped for this long wakes up when another replica acts."""
 
@@ -31,6 +37,8 @@ class Deed(StrEnum):
     """Told to end, and started again by the supervisor."""
     STOP = "stop"
     """SIGSTOP, and SIGCONT after a while."""
+    AWAY = "kill and keep away"
+    """Killed, and started again after a while."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class Step:
     for_s: float = 0.0
 
     def __str__(self) -> str:
-        length = f" for {self.for_s:.1f} s" if self.deed is Deed.STOP else ""
+        length = f" for {self.for_s:.1f} s" if self.for_s else ""
         return f"after {self.after:3} outcomes: {self.deed} {self.victim}{length}"
 
 
@@ -54,6 +62,28 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join([f"seed {self.seed}", *map(str, self.steps)])
+
+
+def make_cluster_plan(seed: int, items: int) -> Plan:
+    """The plan of *seed* for a mesh on three servers, three nodes and two marshallers.
+
+    One server is away for longer than a lease, and the one that leads is killed.
+    """
+    dice = random.Random(seed)  # replayed, not secret
+    deeds = [
+        (Deed.STOP, ACTING, dice.uniform(LONGER_THAN_A_LEASE_S, 6.5)),
+        (Deed.STOP, dice.choice((AGENT, AGENT_3)), dice.uniform(LONGER_THAN_PATIENCE_S, 6.5)),
+        (Deed.KILL, LEADING, 0.0),
+        (Deed.AWAY, dice.choice(SERVERS), dice.uniform(LONGER_THAN_A_LEASE_S, 10.0)),
+        (Deed.KILL, ACTING, 0.0),
+        (Deed.KILL, AGENT, 0.0),
+        (Deed.KILL, AGENT_3, 0.0),
+    ]
+    while len(deeds) < DEEDS:
+        deed = dice.choice((Deed.KILL, Deed.RESTART, Deed.STOP))
+        victim = dice.choice(CLUSTER_VICTIMS[:-4] if deed is Deed.STOP else CLUSTER_VICTIMS)
+        deeds.append((deed, victim, dice.uniform(0.2, 2.5) if deed is Deed.STOP else 0.0))
+    return _planned(seed, dice, deeds, items)
 
 
 def make_plan(seed: int, items: int) -> Plan:
@@ -73,8 +103,12 @@ def make_plan(seed: int, items: int) -> Plan:
         (Deed.KILL, STANDBY, 0.0),
     ]
     while len(deeds) < DEEDS:
-        deed = dice.choice(list(Deed))
+        deed = dice.choice((Deed.KILL, Deed.RESTART, Deed.STOP))
         deeds.append((deed, dice.choice(VICTIMS), dice.uniform(0.2, 2.5) if deed is Deed.STOP else 0.0))
+    return _planned(seed, dice, deeds, items)
+
+
+def _planned(seed: int, dice: random.Random, deeds: list[tuple[Deed, str, float]], items: int) -> Plan:
     dice.shuffle(deeds)
     moments = sorted(dice.sample(range(items // 25, items * 4 // 5), len(deeds)))
     return Plan(
