@@ -528,3 +528,33 @@ async def test_an_endpoint_that_ends_with_its_connection_does_not_come_back_with
     await asyncio.wait_for(bus.connected.wait(), 10)
     with pytest.raises(NoResponder):
         await bus.ask(nodes.GET, NodeGet(node_id="n1"))
+
+
+async def test_an_inline_handler_that_waits_for_an_answer_is_told_at_once(server: NatsServer, bus: Bus) -> None:
+    """It would wait for ever, since it holds up the reading. The connection goes on as if nothing had happened."""
+    defects: list[BaseException] = []
+    one = Bus(bus.where, on_defect=defects.append)
+    await one.connect(timeout_s=5)
+    heard: list[bytes] = []
+
+    async def on_message(message: Msg) -> None:
+        heard.append(message.data)
+        if message.data == b"ask":
+            await one.call(nodes.GET.subject, b"")
+
+    inbox = one.new_inbox()
+    listening = await one.listen(inbox, on_message, inline=True)
+    for data in (b"1", b"ask", b"2"):
+        await one.send(inbox, data)
+    await one.flush()
+    assert heard == [b"1", b"ask", b"2"]
+    assert [type(defect) for defect in defects] == [RuntimeError]
+    await restart(server)
+    await asyncio.wait_for(one.connected.wait(), 10)
+    await one.send(inbox, b"3")
+    await until(lambda: heard[-1] == b"3", what="a message over the next connection")
+    await one.forget(listening)
+    await one.send(inbox, b"4")
+    await one.flush()
+    assert heard[-1] == b"3"
+    await one.close()

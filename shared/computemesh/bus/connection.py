@@ -11,12 +11,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client, Server
+from nats.aio.client import Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from computemesh import log, trace
 from computemesh.addresses import login_of, servers_of, without_login
+from computemesh.bus.client import LeanClient
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode, encode
 from computemesh.contracts.permissions import Identity, identity, inbox_prefix, is_inbox
@@ -131,7 +132,7 @@ class Bus:
         """Set when the connection breaks; a fresh event stands here after each reconnect."""
         self.connected = asyncio.Event()
         self.max_payload = 1024 * 1024
-        self._nc = Client()
+        self._nc = LeanClient()
         self._on_defect = on_defect or _log_defect
         self._on_denied = on_denied
         self._last_error: BaseException | None = None
@@ -340,6 +341,9 @@ class Bus:
         Raises:
             TimedOut: the connection broke.
         """
+        if self._nc.reading:
+            asking.close()
+            raise RuntimeError(f"{what}: an inline handler cannot wait for an answer")
         task = asyncio.create_task(asking)
         self._asked.add(task)
         try:
@@ -352,9 +356,14 @@ class Bus:
             self._asked.discard(task)
 
     async def listen(
-        self, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""
+        self, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = "", inline: bool = False
     ) -> Subscription:
-        """Subscribes raw. An exception in *on_message* is a defect of the program, and reported as one."""
+        """Subscribes raw. An exception in *on_message* is a defect of the program, and reported as one.
+
+        Args:
+            inline: it runs as the message is read, which is fast, and holds up all that comes after. So it may send,
+                but not wait for an answer: that raises RuntimeError.
+        """
 
         async def guarded(message: Msg) -> None:
             try:
@@ -362,6 +371,8 @@ class Bus:
             except Exception as error:
                 self._on_defect(error)
 
+        if inline:
+            return await self._nc.subscribe_inline(subject, guarded, queue=queue)
         return await self._nc.subscribe(subject, queue=queue, cb=guarded)  # pyright: ignore[reportUnknownMemberType]
 
     async def forget(self, subscription: Subscription) -> None:

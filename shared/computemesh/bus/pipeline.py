@@ -51,7 +51,7 @@ class Pipeline:
 
     async def start(self) -> None:
         self._inbox = self._bus.new_inbox()
-        self._subscription = await self._bus.listen(f"{self._inbox}.*", self._on_message)
+        self._subscription = await self._bus.listen(f"{self._inbox}.*", self._on_message, inline=True)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -123,7 +123,7 @@ class Posts:
                 _, name, number = message.subject.rsplit(".", 2)
                 await on_unheard(name, int(number))
 
-        self._subscription = await self._bus.listen(f"{self._inbox}.*.*", on_message)
+        self._subscription = await self._bus.listen(f"{self._inbox}.*.*", on_message, inline=True)
 
     async def stop(self) -> None:
         if self._subscription is not None:

@@ -133,7 +133,7 @@ class Pull:
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{created.name}"
         self._inbox = self._bus.new_inbox()
         self._heard_s = asyncio.get_running_loop().time()
-        self._subscription = await self._bus.listen(self._inbox, self._on_message)
+        self._subscription = await self._bus.listen(self._inbox, self._on_message, inline=True)
         await self._request(BATCH)
         self._watch = asyncio.create_task(self._watch_silence(self._bus.interrupted))
         return created.num_pending
