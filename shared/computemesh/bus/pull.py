@@ -15,6 +15,7 @@ import msgspec
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+from computemesh import log
 from computemesh.bus.connection import ApiError, Bus, inquire
 from computemesh.bus.errors import BusError, NotStored
 
@@ -35,6 +36,7 @@ CAUGHT_UP_S: Final = 0.5
 
 _NS: Final = 1_000_000_000
 _NO_MESSAGE: Final = 10037
+_log = log.get("pull")
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -72,8 +74,8 @@ class _Last(msgspec.Struct, frozen=True, kw_only=True):
 class Pull:
     """One reader of one stream, from a position on, in order, without gaps.
 
-    It never recovers by itself: when the server, the consumer or the connection went away, ``lost`` is set
-    and whoever reads starts a new one from the position they know.
+    It never recovers by itself: when the server, the consumer or the connection went away, or a message was lost
+    on its way, ``lost`` is set and whoever reads starts a new one from the position they know.
     """
 
     def __init__(self, bus: Bus, stream: str) -> None:
@@ -86,6 +88,8 @@ class Pull:
         self._arrived = asyncio.Event()
         """Set once the message that is wanted was handled."""
         self._left = 0
+        self._taken = 0
+        """Messages that the consumer delivered and that arrived; the server counts them too."""
         self._inbox = ""
         self._next = ""
         self._on_stored: OnStored | None = None
@@ -182,6 +186,8 @@ class Pull:
         # $JS.ACK.<stream>.<consumer>.<delivered>.<seq>.<consumer seq>.<time>.<pending>; the longer form
         # has domain and account before the stream, and a random token at the end.
         at = 5 if len(parts) == 9 else 7
+        if not self._follows(int(parts[at + 1])):
+            return
         seq = int(parts[at])
         await self._on_stored(Stored(message.subject, message.data, seq, int(parts[at + 3]), message.headers))
         self._seen = seq
@@ -199,6 +205,23 @@ class Pull:
                 await self._request(BATCH // 2)
         elif status != "100":
             self.lost.set()
+        elif self._taken < int(headers.get("Nats-Last-Consumer", "0") or 0):
+            self._miss()
+
+    def _follows(self, number: int) -> bool:
+        """Whether the consumer's message of this number is the next. Between the servers of a cluster one can be lost
+        although our own connection stands, and nobody sends it again."""
+        if self.lost.is_set():
+            return False
+        self._taken += 1
+        if number == self._taken:
+            return True
+        self._miss()
+        return False
+
+    def _miss(self) -> None:
+        _log.warning("a message was lost on its way", stream=self._stream)
+        self.lost.set()
 
     async def _watch_silence(self, interrupted: asyncio.Event) -> None:
         """Consumers do not outlive their server, and whoever reconnects cannot tell whether it did."""
