@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -21,6 +21,9 @@ from computemesh.log import LogFormat
 C = TypeVar("C", bound=msgspec.Struct)
 
 PREFIX = "COMPUTEMESH_"
+
+NODE_ID_NAMES: Final = ("COMPUTEMESH_NODE_ID", "WORKER_ID")
+"""Variables that name the node a machine is; the first that is set wins."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400)]
 """A time that a setting may be: above 0, at most a year, so that neither infinity nor a slip passes."""
@@ -44,7 +47,9 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bearer token that HTTP callers must show when the edge is bound beyond loopback."""
     allow_open: bool = False
     """Allow an edge beyond loopback without a token: only inside a network that is closed itself."""
-    log_level: Annotated[str, msgspec.Meta(pattern="^(?i:debug|info|warning|error)$")] = "info"
+    log_level: Annotated[
+        str, msgspec.Meta(pattern="^(?i:debug|info|warn|warning|error|critical)$", extra={"env": ["LOG_LEVEL"]})
+    ] = "info"
     log_format: LogFormat = "auto"
     instance: str = ""
     """Name of this replica, the same in its next life; left out, one is made up."""
@@ -75,6 +80,12 @@ def nats_urls(environ: Mapping[str, str] | None = None) -> dict[Role, str]:
         if not url:
             raise ConfigError(f"{_url_name(role)} is not set, and NATS_URL neither; each role needs an address")
     return urls
+
+
+def told_node_id(environ: Mapping[str, str] | None = None) -> str:
+    """The node that the environment says this machine is; empty when it says none."""
+    values = os.environ if environ is None else environ
+    return next((values[name] for name in NODE_ID_NAMES if values.get(name)), "")
 
 
 def node_of(url: str, named: str) -> str:

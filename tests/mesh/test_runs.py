@@ -6,6 +6,7 @@ The executors are installed for the child processes as a distribution in a tempo
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 from computemesh.executors import Task
 from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready
-from computemesh_services.node_agent.runs import Runner
+from computemesh_services.node_agent.runs import KILL_GRACE_S, Runner
 
 WAIT_S = 20.0
 """Bound on every wait for a condition; on a quiet machine they take milliseconds."""
@@ -54,6 +55,16 @@ class Stubborn(Executor):
         progress(f"{os.getpid()}")
         while True:
             time.sleep(1000)
+
+class StubbornFamily(Executor):
+    def run(self, task, out_dir, progress):
+        script = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        script += "os.fork(); open(str(os.getpid()), 'w').close(); time.sleep(1000)"
+        subprocess.Popen([sys.executable, "-c", script], cwd=out_dir)
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (out_dir / str(os.getpid())).touch()
+        time.sleep(1000)
 
 class Raises(Executor):
     def run(self, task, out_dir, progress):
@@ -102,6 +113,24 @@ class LeavesChild(Executor):
     def run(self, task, out_dir, progress):
         return subprocess.Popen(["sleep", "1000"]).pid
 
+class Daemon(Executor):
+    def run(self, task, out_dir, progress):
+        script = "import os, time; os.fork() and os._exit(0); os.setsid(); "
+        script += "open('daemon.pid', 'w').write(str(os.getpid())); time.sleep(1000)"
+        subprocess.Popen([sys.executable, "-c", script], cwd=out_dir).wait()
+        while not (out_dir / "daemon.pid").exists() or not (out_dir / "daemon.pid").read_text():
+            time.sleep(0.01)
+        progress("started")
+        while task.payload["stays"]:
+            time.sleep(1)
+
+class Saves(Executor):
+    def run(self, task, out_dir, progress):
+        self.save_json(out_dir / "extra.json", {"more": [1, 2]})
+        if task.payload["fails"]:
+            raise ExecutionError("not this time")
+        return {"ok": True, "items": [{"index": 0}]}
+
 class Unprepared(Executor):
     def prepare(self):
         raise RuntimeError("no GPU here")
@@ -125,6 +154,7 @@ echo = mesh_test_executors:Echo
 flood = mesh_test_executors:Flood
 sleeper = mesh_test_executors:Sleeper
 stubborn = mesh_test_executors:Stubborn
+stubborn_family = mesh_test_executors:StubbornFamily
 raises = mesh_test_executors:Raises
 exits = mesh_test_executors:Exits
 killed = mesh_test_executors:Killed
@@ -133,6 +163,8 @@ gives = mesh_test_executors:Gives
 forks = mesh_test_executors:Forks
 leaves_child = mesh_test_executors:LeavesChild
 unprepared = mesh_test_executors:Unprepared
+daemon = mesh_test_executors:Daemon
+saves = mesh_test_executors:Saves
 needs_engine = mesh_test_executors:NeedsEngine
 broken = mesh_test_no_such_module:Executor
 no_executor = mesh_test_executors:subprocess
@@ -142,7 +174,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from computemesh.executors import Task
-from computemesh_services.node_agent.runs import Runner
+from computemesh_services.node_agent.runs import KILL_GRACE_S, Runner
 
 async def main():
     task = Task(work_id="w", attempt=1, work_type="sleeper")
@@ -197,6 +229,10 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def executors() -> set[int]:
@@ -309,6 +345,51 @@ async def test_a_dead_process_is_noticed_though_a_fork_of_it_keeps_the_pipe(runn
     os.kill(int((tmp_path / "fork.pid").read_text()), signal.SIGKILL)
 
 
+async def test_a_result_is_a_file_of_its_item_too(runner: Runner, tmp_path: Path) -> None:
+    """``responses.json``, beside what the executor left there; a folder of the item that only its owner enters."""
+    out_dir = tmp_path / "w-1"
+    assert isinstance(await outcome(runner, "saves", out_dir, fails=False), Done)
+    assert json.loads((out_dir / "responses.json").read_text()) == {"ok": True, "items": [{"index": 0}]}
+    assert json.loads((out_dir / "extra.json").read_text()) == {"more": [1, 2]}
+    assert names(out_dir) == {".computemesh", "extra.json", "log.txt", "responses.json"}
+    assert out_dir.stat().st_mode & 0o777 == 0o700
+
+
+async def test_the_result_of_an_earlier_attempt_does_not_stay_when_a_later_one_fails(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """Other files do."""
+    await outcome(runner, "saves", tmp_path, fails=False)
+    await failure(runner, "saves", tmp_path, fails=True)
+    assert not (tmp_path / "responses.json").exists()
+    assert (tmp_path / "extra.json").exists()
+
+
+async def test_a_result_that_cannot_be_written_is_given_all_the_same(runner: Runner, tmp_path: Path) -> None:
+    """The file is for people; the log says what was wrong with it."""
+    (tmp_path / "responses.json").mkdir()
+    assert isinstance(await outcome(runner, "saves", tmp_path, fails=False), Done)
+    assert "IsADirectoryError" in (tmp_path / "log.txt").read_text()
+    assert names(tmp_path) == {".computemesh", "log.txt", "extra.json", "responses.json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has started")
+@pytest.mark.parametrize("stays", [True, False])
+async def test_a_daemon_that_left_the_process_group_ends_with_its_run(
+    runner: Runner, tmp_path: Path, stays: bool
+) -> None:
+    """Forked twice, in a session of its own; the run is cancelled, or gives its result."""
+    running = asyncio.create_task(outcome(runner, "daemon", tmp_path, stays=stays))
+    await until(lambda: running.done() or (tmp_path / "daemon.pid").exists())
+    await until(lambda: bool((tmp_path / "daemon.pid").read_text()))
+    daemon = int((tmp_path / "daemon.pid").read_text())
+    if stays:
+        assert not gone(daemon)
+        running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await until(lambda: gone(daemon))
+
+
 async def test_cancelling_kills_the_process_and_what_it_started(runner: Runner, tmp_path: Path) -> None:
     """Both are gone when the cancelled run returns, within little more than a second."""
     notes: list[ProgressNote] = []
@@ -322,6 +403,23 @@ async def test_cancelling_kills_the_process_and_what_it_started(runner: Runner, 
         await running
     await until(lambda: all(gone(pid) for pid in pids))
     assert time.monotonic() - cancelled_at < 1.5
+
+
+async def test_a_family_that_ignores_sigterm_is_gone_soon_after_the_grace(runner: Runner, tmp_path: Path) -> None:
+    """The executor, its child and its grandchild: SIGKILL follows for all of them when the grace is over."""
+
+    def family() -> list[int]:
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+
+    running = asyncio.create_task(outcome(runner, "stubborn_family", tmp_path))
+    await until(lambda: len(family()) == 3)
+    assert not any(map(gone, family()))
+    cancelled_at = time.monotonic()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await until(lambda: all(map(gone, family())))
+    assert KILL_GRACE_S < time.monotonic() - cancelled_at < 2 * KILL_GRACE_S
 
 
 async def test_cancelling_twice_does_not_spare_a_process_that_ignores_sigterm(runner: Runner, tmp_path: Path) -> None:

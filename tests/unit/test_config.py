@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import msgspec
 import pytest
 
-from computemesh.config import ConfigError, ServiceConfig, load, nats_urls, node_of
+from computemesh.config import ConfigError, ServiceConfig, load, nats_urls, node_of, told_node_id
 from computemesh.contracts.base import Role
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_registry.config import RegistryConfig
@@ -176,3 +177,55 @@ def test_a_process_cannot_be_two_nodes() -> None:
     """The server would let it neither hear nor answer what is for the other."""
     with pytest.raises(ConfigError, match="COMPUTEMESH_NODE_ID is b, but the address of the bus has the user of a"):
         node_of("nats://node-a:p@h", "b")
+
+
+def test_the_variables_of_a_worker_of_mloc_mean_the_same_here() -> None:
+    """A worker's environment may be taken over as it is."""
+    config = load(
+        AgentConfig,
+        {
+            "WORKER_ID": "worker-001",
+            "WORKER_TAGS": "fast, disk=nvme,",
+            "TASK_TOPICS": "tasks.inference, tasks.ppo",
+            "RESULTS_DIR": "./results",
+            "HEARTBEAT_INTERVAL_SEC": "30",
+            "VLLM_MODEL": "mistral",
+            "PPO_MODEL": "gpt2",
+            "LOG_LEVEL": "DEBUG",
+        },
+    )
+    assert config.node_id == "worker-001"
+    assert config.label_map() == {"fast": "true", "disk": "nvme"}
+    assert config.topic_types() == frozenset({"inference", "ppo"})
+    assert (config.results_dir, config.heartbeat_interval_s) == ("./results", 30.0)
+    assert (config.default_model, config.ppo_model, config.log_level) == ("mistral", "gpt2", "DEBUG")
+
+
+def test_no_topics_are_all_and_one_that_is_none_is_named() -> None:
+    """An empty list would leave a node without work."""
+    assert load(AgentConfig, {"WORKER_ID": "n1"}).topic_types() is None
+    assert load(AgentConfig, {"WORKER_ID": "n1", "TASK_TOPICS": " , "}).topic_types() is None
+    for topics in ("inference", "tasks.", "tasks.ppo,work.inference"):
+        config = load(AgentConfig, {"WORKER_ID": "n1", "TASK_TOPICS": topics})
+        with pytest.raises(ConfigError, match=f"^TASK_TOPICS='{topics}': write tasks.<work type>"):
+            config.topic_types()
+
+
+def test_a_label_counts_before_a_tag_of_the_same_name() -> None:
+    """It says more."""
+    config = load(AgentConfig, {"WORKER_ID": "n1", "WORKER_TAGS": "zone,fast", "COMPUTEMESH_LABELS": "zone=a"})
+    assert config.label_map() == {"zone": "a", "fast": "true"}
+
+
+def test_the_node_that_the_environment_names_may_be_called_a_worker() -> None:
+    """Our own name for it wins."""
+    assert told_node_id({}) == ""
+    assert told_node_id({"WORKER_ID": "w"}) == "w"
+    assert told_node_id({"COMPUTEMESH_NODE_ID": "", "WORKER_ID": "w"}) == "w"
+    assert told_node_id({"COMPUTEMESH_NODE_ID": "n", "WORKER_ID": "w"}) == "n"
+
+
+@pytest.mark.parametrize("level", ["INFO", "debug", "WARN", "warning", "Error", "CRITICAL"])
+def test_log_levels_of_the_standard_library_are_taken(level: str) -> None:
+    """In any case; logging can be set up with each."""
+    assert load(ServiceConfig, {"LOG_LEVEL": level}).log_level.upper() in logging.getLevelNamesMapping()

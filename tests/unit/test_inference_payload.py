@@ -44,6 +44,10 @@ def unwatched(message: str = "", *, fraction: float | None = None) -> None:
         ({"prompts": ["a", 1]}, "payload.prompts[1]:"),
         ({"messages": [{"role": "user"}]}, "payload.messages[0].content:"),
         ({"messages": [{"role": "user", "content": "a", "nane": "b"}]}, "payload.messages[0].nane:"),
+        ({"messages": [[{"role": "user"}]]}, "payload.messages[0][0].content:"),
+        ({"messages": [[]]}, "payload.messages[0]:"),
+        ({"messages": [{"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]]}, "payload.messages: is"),
+        ({"prompt": "a", "top_k": -2}, "payload.top_k:"),
         ({}, "payload.prompt: give exactly one of"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "payload.messages: give exactly one of"),
         ({"raw": True, "messages": [{"role": "user", "content": "a"}]}, "payload.raw:"),
@@ -72,6 +76,17 @@ def test_each_prompt_becomes_a_chat_of_one_user_message() -> None:
         "stop": "x",
         "messages": [{"role": "user", "content": "b"}],
     }
+
+
+def test_messages_are_one_chat_or_a_list_of_chats() -> None:
+    """Each chat is one request, and what MLOC knows of sampling reaches the engine."""
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+    (ask,) = inference.asks(parse_payload({"messages": [system, user]}), "m")
+    assert ask.body["messages"] == [system, user]
+    sampling = {"top_k": 40, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5, "temperature": 0}
+    asks = inference.asks(parse_payload({"messages": [[system, user], [user]], **sampling}), "m")
+    assert [ask.body["messages"] for ask in asks] == [[system, user], [user]]
+    assert asks[1].body | sampling == asks[1].body
 
 
 def test_raw_prompts_are_continued_without_a_template() -> None:

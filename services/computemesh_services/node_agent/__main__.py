@@ -14,7 +14,7 @@ from computemesh.paths import home
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.service import NodeAgent
 
-SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN")
+SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN")
 """Parts of the names of what is read once, then taken out of the environment: executors and engines inherit it
 and have no use for it."""
 

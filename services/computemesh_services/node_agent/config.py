@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from computemesh.config import ConfigError, Seconds, ServiceConfig
 from computemesh.ids import Id
 
+TOPIC: Final = "tasks."
+"""What stands before a work type in the name of a topic."""
+
 
 class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
-    node_id: Id
+    node_id: Annotated[Id, msgspec.Meta(extra={"env": ["WORKER_ID"]})]
     """The node this machine is."""
     machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """Tells this machine from others; left out, it follows from the number that the system has for it."""
@@ -29,16 +32,45 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     """CPU threads of an engine; 0 = chosen from the machine."""
     context_tokens: Annotated[int, msgspec.Meta(ge=256, le=1_048_576)] = 4096
     """Longest prompt and answer together, per request."""
-    heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 10.0
+    heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0, le=3600, extra={"env": ["HEARTBEAT_INTERVAL_SEC"]})] = (
+        10.0
+    )
     labels: str = ""
     """Labels of this node, such as `zone=a,disk=nvme`."""
+    tags: Annotated[str, msgspec.Meta(extra={"env": ["WORKER_TAGS"]})] = ""
+    """Tags of this node, such as `fast,disk=nvme`: labels, those without a value with the value `true`."""
+    topics: Annotated[str, msgspec.Meta(extra={"env": ["TASK_TOPICS"]})] = ""
+    """Work this node takes of what it could, such as `tasks.inference,tasks.ppo`; left out, all."""
+    allow_commands: bool = False
+    """Take items of type `command`, which run any program as the user that the agent runs as."""
+    default_model: Annotated[str, msgspec.Meta(max_length=200, extra={"env": ["VLLM_MODEL"]})] = ""
+    """For `inference` items that name no model; left out, the one in memory, or the first."""
+    ppo_model: Annotated[str, msgspec.Meta(max_length=200, extra={"env": ["PPO_MODEL"]})] = ""
+    """For `ppo` items that name no model."""
+    results_dir: Annotated[str, msgspec.Meta(extra={"env": ["RESULTS_DIR"]})] = ""
+    """Where each item has a folder for its result and files; left out, `work` in the mesh's folder."""
     finish_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
-    """How long running work may go on when the agent is told to end, before it is handed back."""
+    """How long running work may go on when the agent is told to end, before it is handed back; at most 5 s less than
+    `drain_timeout_s`."""
     work_keep_s: Seconds = 7 * 86_400.0
     """How long the files of an item stay on this machine."""
 
     def label_map(self) -> dict[str, str]:
-        pairs = [part.partition("=") for part in self.labels.split(",") if part.strip()]
+        """Labels and tags. A label counts before a tag of the same name."""
+        pairs = [part.partition("=") for part in _parts(self.labels)]
         if any(not name.strip() or not equals for name, equals, _ in pairs):
             raise ConfigError(f"COMPUTEMESH_LABELS={self.labels!r}: write name=value, separated by commas")
-        return {name.strip(): value.strip() for name, _, value in pairs}
+        tags = [part.partition("=") for part in _parts(self.tags)]
+        of_tags = {name.strip(): value.strip() if equals else "true" for name, equals, value in tags if name.strip()}
+        return of_tags | {name.strip(): value.strip() for name, _, value in pairs}
+
+    def topic_types(self) -> frozenset[str] | None:
+        """The work types that `topics` names; None for all."""
+        topics = _parts(self.topics)
+        if any(not topic.removeprefix(TOPIC) or not topic.startswith(TOPIC) for topic in topics):
+            raise ConfigError(f"TASK_TOPICS={self.topics!r}: write {TOPIC}<work type>, separated by commas")
+        return frozenset(topic.removeprefix(TOPIC) for topic in topics) if topics else None
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -30,6 +30,9 @@ CONNECT_TIMEOUT_S: Final = 5.0
 _PASSING: Final = frozenset({408, 425, 429})
 """Client errors that say nothing about the request."""
 
+_PASSED_ON: Final = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed", "stop")
+"""Fields that the engine knows by the same names."""
+
 _Prompts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
 _Stops = Annotated[list[str], msgspec.Meta(max_length=16)]
 
@@ -41,19 +44,27 @@ class ChatMessage(Message, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: str | None = None
 
 
+_Chat = Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
+
+
 class InferencePayload(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a work item of type ``inference`` asks. Exactly one of the first three fields is set."""
 
     prompt: str | _Prompts | None = None
     """Each becomes a chat of one user message, as instruct models want it."""
     prompts: _Prompts | None = None
-    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)] | None = None
+    messages: Annotated[list[ChatMessage | _Chat], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)] | None = None
+    """One chat, or a list of chats."""
     raw: bool = False
     """Continue the prompts as they are, without the model's chat template."""
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 256
     """Of each answer."""
     temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)] | None = None
+    """-1: no bound."""
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] | None = None
     stop: str | _Stops | None = None
 
@@ -93,18 +104,32 @@ def parse_payload(payload: dict[str, Any]) -> InferencePayload:
         )
     if parsed.raw and parsed.messages is not None:
         raise _bad_payload("raw", "goes with prompt or prompts, not with messages")
+    chats(parsed.messages or [])
     return parsed
+
+
+def chats(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:
+    """The chats in ``messages``, which is one, or a list of them.
+
+    Raises:
+        ExecutionError: it is a mixture.
+    """
+    one = [message for message in messages if isinstance(message, ChatMessage)]
+    several = [chat for chat in messages if isinstance(chat, list)]
+    if one and several:
+        raise _bad_payload("messages", "is one chat or a list of chats, not a mixture")
+    return several or [one]
 
 
 def asks(payload: InferencePayload, model: str) -> list[Ask]:
     """The requests that answer *payload*, one a prompt."""
     settings: dict[str, Any] = {"model": model, "max_tokens": payload.max_tokens, "stream": True}
     settings["stream_options"] = {"include_usage": True}
-    for name in ("temperature", "top_p", "seed", "stop"):
+    for name in _PASSED_ON:
         if (value := getattr(payload, name)) is not None:
             settings[name] = value
     if payload.messages is not None:
-        return [_chat(settings, msgspec.to_builtins(payload.messages))]
+        return [_chat(settings, msgspec.to_builtins(messages)) for messages in chats(payload.messages)]
     prompts = [payload.prompt] if isinstance(payload.prompt, str) else payload.prompt or payload.prompts or []
     if payload.raw:
         return [Ask("/v1/completions", {**settings, "prompt": prompt}) for prompt in prompts]

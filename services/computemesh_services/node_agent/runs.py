@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process, SubprocessStreamProtocol
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Final
 
@@ -33,8 +33,8 @@ from computemesh.executors.protocol import (
     Ready,
     Start,
 )
-from computemesh.paths import private_folder
-from computemesh.process import exit_text, signal_group
+from computemesh.process import descendants, exit_text, signal_group
+from computemesh_services.node_agent import folders
 
 LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 """Bound on one message of an executor's process, and so on the memory it can make the agent use."""
@@ -42,8 +42,8 @@ LINE_BYTES_MAX: Final = 16 * 1024 * 1024
 RESULT_BYTES_MAX: Final = 900 * 1024
 """Bound on a result, as JSON: it must fit into one captured message, with room for what goes around it."""
 
-KILL_GRACE_S: Final = 1.0
-"""How long a cancelled process group may take to end by itself."""
+KILL_GRACE_S: Final = 0.7
+"""How long a cancelled process group may take to end by itself: all of it is gone within a second."""
 
 REAP_INTERVAL_S: Final = 1.0
 """Bound on how late the end of a process is noticed when something else holds its pipes."""
@@ -120,7 +120,7 @@ class Runner:
         if self._closed:
             return self._stopped()
         try:
-            private_folder(out_dir)
+            folders.claim(out_dir)
             child = await self._take(task.work_type)
         except OSError as error:
             return Broke(code="node_failed", reason=f"cannot start an executor: {error}")
@@ -320,15 +320,27 @@ class _Child:
         await asyncio.wait({self._reaped}, timeout=timeout_s)
 
     async def end(self) -> None:
-        """Ends the process and its group, the hard way when need be."""
+        """Ends the process and its group, the hard way when need be, and what it started that left the group."""
+        below: set[psutil.Process] = set()
         if not self._reaped.done():
+            below = self._below()
             signal_group(self._process.pid, signal.SIGTERM)
+            _send(signal.SIGTERM, below, outside=self._process.pid)
             await self.exited(KILL_GRACE_S)
+            below |= self._below()
         signal_group(self._process.pid, signal.SIGKILL)
+        _send(signal.SIGKILL, below, outside=self._process.pid)
         await self._reaped
         await asyncio.wait({self._ready})
         self._transport.close()
         self._early.close()
+
+    def _below(self) -> set[psutil.Process]:
+        found: set[psutil.Process] = set()
+        for pid in descendants(self._process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.add(psutil.Process(pid))  # Knows when its number belongs to another.
+        return found
 
     async def _reap(self) -> None:
         # Whatever it left running may hold its pipes open: then neither the end of the output comes, nor, in
@@ -367,6 +379,14 @@ class _Child:
         # The child writes through the same file offset, so it must not be moved.
         descriptor = self._early.fileno()
         return os.pread(descriptor, _TAIL_BYTES, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES))
+
+
+def _send(sig: signal.Signals, processes: Iterable[psutil.Process], *, outside: int) -> None:
+    """Signals those of *processes* that are not in the process group *outside*."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) != outside:
+                process.send_signal(sig)
 
 
 def _ended(returncode: int | None) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,10 +40,11 @@ from computemesh.lifecycle import Spawn
 from computemesh.machine import machine_id
 from computemesh.models import find_models
 from computemesh.paths import Home
-from computemesh_services.node_agent import llama_server
-from computemesh_services.node_agent.config import AgentConfig
+from computemesh_services.node_agent import folders, llama_server
+from computemesh_services.node_agent.config import TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
+from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
 
 REPORT_AGAIN_S: Final = 0.5
@@ -63,6 +63,15 @@ ASK_AGAIN_BEATS: Final = 3
 """Heartbeat intervals after which a node that was refused asks again to be taken."""
 
 PRUNE_S: Final = 3600.0
+
+COUNT_TELL_S: Final = 0.3
+"""How long another number of running items stands before a heartbeat tells it: shorter work costs none."""
+
+COUNT_TELL_AGAIN_S: Final = 1.0
+"""Least time between two heartbeats for that reason."""
+
+HAND_BACK_S: Final = 5.0
+"""What is left of the time to drain for handing back what does not finish."""
 
 _log = log.get("service")
 
@@ -86,6 +95,10 @@ class NodeAgent:
         self._desk = Desk(config.node_id, config.slots)
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
+        self._topics = config.topic_types()
+        installed = registry.available()
+        self._classes = {name: entry.attr for name, entry in installed.items()}
+        self._wanted, self._kept_back = offers(installed, self._topics, allow_commands=config.allow_commands)
         self._offered: dict[str, bool] = {}
         """Work types this node runs, and whether each needs an engine."""
         found = find_models(config.models)
@@ -102,7 +115,10 @@ class NodeAgent:
             ),
             on_change=self._heartbeat_soon,
         )
-        self._runner = Runner(spare_types=registry.available().keys())
+        self._runner = Runner(spare_types=self._wanted)
+        if config.default_model and config.default_model not in found.models:
+            _log.warning("default model", reason=f"VLLM_MODEL names {config.default_model}, which is not served here")
+        self._folders = Path(config.results_dir).expanduser().absolute() if config.results_dir else home.work
         self._labels = config.label_map()
         self._inventory: Inventory | None = None
         self._load: Load | None = None
@@ -118,10 +134,13 @@ class NodeAgent:
         self._answering: asyncio.Task[None] | None = None
         """Waits before it answers one who asked all nodes."""
         self._refused = ""
+        """Why the registry does not take this node; another agent has its id, for example."""
         self._left = False
         """The last heartbeat is out; nothing may follow it."""
-        """Why the registry does not take this node; another agent has its id, for example."""
         self._beat_now = asyncio.Event()
+        self._beat_at_s = 0.0
+        self._told_running = 0
+        self._count_timer: asyncio.TimerHandle | None = None
         self._handing_back = False
 
     def endpoints(self) -> list[AnyBound]:
@@ -152,8 +171,9 @@ class NodeAgent:
         self._desk.accepting = False
         await self._heartbeat()
         if self._tasks:
-            _log.info("finishing", running=len(self._tasks), finish_s=self._config.finish_s)
-            await asyncio.wait(self._tasks.values(), timeout=self._config.finish_s)
+            finish_s = max(0.0, min(self._config.finish_s, self._config.drain_timeout_s - HAND_BACK_S))
+            _log.info("finishing", running=len(self._tasks), finish_s=finish_s)
+            await asyncio.wait(self._tasks.values(), timeout=finish_s)
         self._handing_back = True
         for task in self._tasks.values():
             task.cancel()
@@ -174,12 +194,16 @@ class NodeAgent:
         }
 
     def unready(self) -> str:
-        return "" if self._said or not self._offered else "not announced yet"
+        return "" if self._said else "not announced yet"
 
     # --- what this node offers ---------------------------------------------------------------------------------
 
     async def _find_executors(self) -> None:
-        names = list(registry.available())
+        _log.info(f"TASK_TOPICS environment variable: {self._config.topics or None}")
+        _log.info(f"Using topics: {_topics(self._wanted if self._topics is None else self._topics)}")
+        for name, reason in self._kept_back.items():
+            _log.info("not offered", work_type=name, reason=reason)
+        names = self._wanted
         for name, answer in zip(names, await asyncio.gather(*map(self._runner.probe, names)), strict=True):
             if isinstance(answer, Ready):
                 why_not = self._why_no_engine() if answer.needs_engine else ""
@@ -189,8 +213,9 @@ class NodeAgent:
                 _log.warning("not offered", work_type=name, reason=why_not)
             elif isinstance(answer, Ready):
                 self._offered[name] = answer.needs_engine
+        _log.info(f"subscribed to topics: {_topics(self._offered)}")
         if not self._offered:
-            _log.error("this node can run nothing, so it does not announce itself")
+            _log.error("this node can run nothing, so it announces no slots")
 
     def _why_no_engine(self) -> str:
         if not self._engines.models:
@@ -228,7 +253,8 @@ class NodeAgent:
             delivery="direct",
             work_types=sorted(self._offered),
             models=sorted(self._engines.models),
-            slots=self._config.slots,
+            # No work types would mean any.
+            slots=self._config.slots if self._offered else 0,
             labels=self._labels,
             tier=seen.tier if seen else None,
             platform=seen.platform if seen else None,
@@ -245,7 +271,7 @@ class NodeAgent:
         )
 
     async def _announce(self) -> None:
-        if not self._offered or self._refused or self._left:
+        if self._refused or self._left:
             return
         said = self._announcement()
         try:
@@ -324,6 +350,19 @@ class NodeAgent:
     def _heartbeat_soon(self) -> None:
         self._beat_now.set()
 
+    def _running_changed(self) -> None:
+        """Has a heartbeat tell how many items run, if they still do in a moment: called twice for each item, it must
+        cost nothing."""
+        if self._count_timer is None:
+            loop = asyncio.get_running_loop()
+            when = max(loop.time() + COUNT_TELL_S, self._beat_at_s + COUNT_TELL_AGAIN_S)
+            self._count_timer = loop.call_at(when, self._tell_running)
+
+    def _tell_running(self) -> None:
+        self._count_timer = None
+        if len(self._desk.running) != self._told_running:
+            self._heartbeat_soon()
+
     async def _heartbeat_forever(self) -> None:
         while True:
             pause_s = self._config.heartbeat_interval_s * random.uniform(0.8, 1.2)  # noqa: S311  # spreads a fleet
@@ -337,6 +376,8 @@ class NodeAgent:
         if self._said is None or self._refused or self._left:
             return
         self._left = leaving
+        self._beat_at_s = asyncio.get_running_loop().time()
+        self._told_running = len(self._desk.running)
         load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
@@ -389,10 +430,12 @@ class NodeAgent:
         older = self._desk.started(asked)
         task = self._tasks[key] = asyncio.create_task(self._attempt(asked, older))
         task.add_done_callback(lambda done: self._attempt_over(key, done))
+        self._running_changed()
 
     def _attempt_over(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
         del self._tasks[key]
         self._desk.ended(*key)
+        self._running_changed()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("an attempt ended by a defect", work_id=key[0], exc_info=error)
 
@@ -401,6 +444,7 @@ class NodeAgent:
         its processes and reports nothing, unless the whole node ends: then it hands the item back."""
         started_s = time.monotonic()
         _log.info("running", work_id=asked.work_id, attempt=asked.attempt, work_type=asked.work_type)
+        _log.debug(f"Selected executor: {self._classes[asked.work_type]} for task_type: {asked.work_type}")
         try:
             if older:
                 await self._end(older.work_id, older.attempt)
@@ -424,9 +468,8 @@ class NodeAgent:
         try:
             async with asyncio.timeout(asked.timeout_s) as limit, contextlib.AsyncExitStack() as stack:
                 engine = None
-                model = asked.model_name
+                model = asked.model_name or self._default_model(asked.work_type)
                 if self._offered[asked.work_type]:
-                    model = model or self._default_model()
                     self._tell(asked, ProgressNote(message=f"waiting for an engine that serves {model}"))
                     engine = await stack.enter_async_context(self._engines.use(model))
                 left_s = asked.timeout_s - (time.monotonic() - started_s)
@@ -443,7 +486,7 @@ class NodeAgent:
                 )
                 return await self._runner.run(
                     task,
-                    self._home.work / asked.work_id,
+                    self._folders / asked.work_id,
                     on_progress=lambda note: self._tell(asked, note),
                     timeout_s=left_s,
                 )
@@ -452,7 +495,12 @@ class NodeAgent:
         except TimeoutError:
             return Broke(reason=f"no engine within {asked.timeout_s:g} s", code="timeout", fault="node")
 
-    def _default_model(self) -> str:
+    def _default_model(self, work_type: str) -> str:
+        """The model for an item that names none; empty when it needs none that is known here."""
+        if not self._offered[work_type]:
+            return self._config.ppo_model if work_type == "ppo" else ""
+        if self._config.default_model in self._engines.models:
+            return self._config.default_model
         return next(iter(self._engines.loaded() or sorted(self._engines.models)))
 
     def _tell(self, asked: Assignment, note: ProgressNote) -> None:
@@ -523,7 +571,8 @@ class NodeAgent:
 
     async def _prune_forever(self) -> None:
         while True:
-            await asyncio.to_thread(_prune, self._home.work, time.time() - self._config.work_keep_s)
+            older_than = time.time() - self._config.work_keep_s
+            await asyncio.to_thread(folders.prune, self._folders, older_than, frozenset(self._desk.running))
             await asyncio.sleep(PRUNE_S)
 
 
@@ -537,9 +586,5 @@ def _lasting(said: NodeAnnouncement) -> NodeAnnouncement:
     )
 
 
-def _prune(folder: Path, older_than: float) -> None:
-    """Deletes the folders of items that nothing was written to since *older_than*, Unix seconds."""
-    for item in folder.iterdir() if folder.exists() else ():
-        with contextlib.suppress(OSError):
-            if item.is_dir() and item.stat().st_mtime < older_than:
-                shutil.rmtree(item)
+def _topics(work_types: Iterable[str]) -> list[str]:
+    return [f"{TOPIC}{work_type}" for work_type in sorted(work_types)]

@@ -22,7 +22,7 @@ class GpuConfig(ServiceConfig, frozen=True, kw_only=True):
 
 
 class DetectorConfig(GpuConfig, frozen=True, kw_only=True):
-    node_id: Id
+    node_id: Annotated[Id, msgspec.Meta(extra={"env": ["WORKER_ID"]})]
     """The node this machine is."""
     machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """As the node-agent's, which heeds no other machine's detector."""

@@ -24,7 +24,7 @@ from computemesh.bus import Bus, BusError, NotAdmitted, Unreachable, Where
 from computemesh.cli import access, common, mesh, running
 from computemesh.cli.common import CONNECT_S, Failure, NoMesh, ago, err, out, print_json
 from computemesh.cli.services import SERVICES
-from computemesh.config import ConfigError, nats_url, node_of
+from computemesh.config import ConfigError, nats_url, node_of, told_node_id
 from computemesh.contracts import nodes
 from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import NodeGet, NodeView
@@ -253,7 +253,7 @@ def _already(status: MeshStatus, place: Home, invitation: str | None) -> None:
 
 def _node_id(given: Invitation, named: str | None, place: Home) -> str:
     """The node that this machine is: as the invitation says, else as told, else as it is called."""
-    told = named or os.environ.get("COMPUTEMESH_NODE_ID", "") or given.node_id
+    told = named or told_node_id() or given.node_id
     try:
         return node_of(given.nats_url, told) if told else mesh.node_id(place, given.nats_url)
     except ConfigError:

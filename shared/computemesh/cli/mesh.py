@@ -32,7 +32,7 @@ from computemesh.cli.common import (
     table,
 )
 from computemesh.cli.services import SERVICES
-from computemesh.config import nats_urls, node_of
+from computemesh.config import nats_urls, node_of, told_node_id
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
@@ -185,7 +185,7 @@ def node_id(place: Home, nats_url: str = "") -> str:
 
     An external NATS server that knows each node by a user of its own decides the name.
     """
-    told = os.environ.get("COMPUTEMESH_NODE_ID", "")
+    told = told_node_id()
     if named := node_of(nats_url, token_from(told) if told else ""):
         return named
     import secrets

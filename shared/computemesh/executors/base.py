@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import msgspec
 
 from computemesh.contracts.base import Message, Refused, convert
 
@@ -81,7 +84,7 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, task: Task, out_dir: Path, progress: Progress) -> Any:
-        """Do the work and give its result, a JSON value.
+        """Do the work and give its result, a JSON value. It is also written to ``out_dir/responses.json``.
 
         Args:
             out_dir: a folder of this item for whatever files the work makes; standard output and error
@@ -93,3 +96,22 @@ class Executor(ABC):
 
     def teardown(self) -> None:
         """Free what ``prepare`` and ``run`` took. Must bear being called after either failed."""
+
+    def save_json(self, path: Path, data: Any) -> None:
+        """Writes *data* to *path* as JSON, in one step: whoever reads finds all of it, or what was there before.
+
+        Raises:
+            TypeError, ValueError: *data* is not a JSON value.
+            OSError: it cannot be written.
+        """
+        save_json(path, msgspec.json.encode(data))
+
+
+def save_json(path: Path, data: bytes) -> None:
+    """Replaces *path* with *data*, which is JSON, set out for people to read."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(msgspec.json.format(data, indent=2) + b"\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)

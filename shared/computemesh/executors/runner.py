@@ -9,6 +9,7 @@ process kills its whole group.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,18 +24,21 @@ import msgspec
 
 from computemesh import trace
 from computemesh.contracts.base import DEPTH_MAX, too_deep
-from computemesh.executors.base import ExecutionError, Executor
+from computemesh.executors.base import ExecutionError, Executor, save_json
 from computemesh.executors.protocol import (
     Broke,
     Done,
     FromExecutor,
-    Outcome,
     ProgressNote,
     Ready,
     Start,
     plain_text,
 )
 from computemesh.executors.registry import ExecutorUnavailable, load
+from computemesh.process import adopt_orphans, descendants
+
+RESULT_FILE: Final = "responses.json"
+"""The result of a run that gave one, in its folder."""
 
 PROGRESS_INTERVAL_S: Final = 0.2
 """Least time between two progress messages."""
@@ -76,6 +80,7 @@ class Link:
             pending = b"" if end else line + rest
             if end:
                 self._first_line.put(line)
+        _kill_below()
         os.killpg(0, signal.SIGKILL)
 
 
@@ -116,11 +121,13 @@ class ThinnedProgress:
 
 
 def main() -> None:
+    adopt_orphans()
     link = Link()
     _as_lines()
     status = _serve(link, sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
+    _kill_below()
     # A thread the executor forgot must not keep a finished process alive.
     os._exit(status)
 
@@ -147,28 +154,39 @@ def _run(link: Link, executor: Executor, line: bytes) -> None:
     os.environ[trace.VARIABLE] = start.task.traceparent
     out_dir = Path(start.out_dir).absolute()
     _print_into(out_dir / "log.txt")
+    with contextlib.suppress(OSError):
+        (out_dir / RESULT_FILE).unlink()  # Of an earlier attempt.
     progress = ThinnedProgress(link)
     try:
-        outcome = _encoded(Done(result=executor.run(start.task, out_dir, progress)))
+        line = _result_line(executor.run(start.task, out_dir, progress), out_dir)
     except BaseException as error:
-        outcome = _encoded(_broke(error))
+        line = msgspec.json.encode(_broke(error))
     progress.flush()
-    link.send_line(outcome)
+    link.send_line(line)
 
 
-def _encoded(outcome: Outcome) -> bytes:
-    """The line to send; a result that JSON cannot hold becomes the reason for a failure."""
+def _result_line(result: Any, out_dir: Path) -> bytes:
+    """The line that gives the result, which is then in its file too.
+
+    Raises:
+        ExecutionError: JSON cannot hold it.
+    """
     try:
-        line = msgspec.json.encode(outcome)
+        data = msgspec.json.encode(result)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        return msgspec.json.encode(_bad_result(f"the result is not a JSON value: {error}"))
+        raise _bad_result(f"the result is not a JSON value: {error}") from None
+    line = msgspec.json.encode(Done(result=msgspec.Raw(data)))
     if too_deep(line):
-        return msgspec.json.encode(_bad_result(f"the result is nested deeper than {DEPTH_MAX} levels"))
+        raise _bad_result(f"the result is nested deeper than {DEPTH_MAX} levels")
+    try:
+        save_json(out_dir / RESULT_FILE, data)
+    except OSError:  # The result itself is safe once the agent has it.
+        traceback.print_exc()
     return line
 
 
-def _bad_result(reason: str) -> Broke:
-    return Broke(reason=plain_text(reason), code="bad_result", fault="work")
+def _bad_result(reason: str) -> ExecutionError:
+    return ExecutionError(plain_text(reason), code="bad_result")
 
 
 def _broke(error: BaseException) -> Broke:
@@ -178,6 +196,13 @@ def _broke(error: BaseException) -> Broke:
         return Broke(reason=plain_text(str(error)), code="no_executor")
     traceback.print_exception(error)
     return Broke(reason=plain_text(f"{type(error).__name__}: {error}".removesuffix(": ")))
+
+
+def _kill_below() -> None:
+    """Kills what the executor started, also what left the process group, which the agent ends."""
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _tear_down(executor: Executor) -> None:
