@@ -66,6 +66,7 @@ class Platform(StrEnum):
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+ByteCount = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 MegaBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40, description="MiB, 1024 × 1024 bytes.")]
 ToldGiB = Annotated[float, msgspec.Meta(ge=0, le=2**30, description="GiB.")]
 ToldMiB = Annotated[float, msgspec.Meta(ge=0, le=2**40, description="MiB.")]

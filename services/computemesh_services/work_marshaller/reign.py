@@ -134,7 +134,11 @@ class Reign:
             await self._recover()
             loops.append(asyncio.create_task(self._tick_forever()))
             loops.append(asyncio.create_task(self._keep_blacklist_forever()))
-            loops.append(asyncio.create_task(make_room_forever(self._bus, lambda: self._journal.stored_up_to)))
+            loops.append(
+                asyncio.create_task(
+                    make_room_forever(self._bus, lambda: self._journal.stored_up_to, self._objects_needed)
+                )
+            )
             ends = {
                 "draining": draining,
                 "the connection broke": interrupted,
@@ -153,6 +157,11 @@ class Reign:
             await self._calls.stop()
             await self._posts.stop()
             await self._journal.stop()
+
+    def _objects_needed(self) -> set[str]:
+        """The payloads in the object store of items that have not ended."""
+        records = self.scheduler.records.values()
+        return {one.payload_object.object_id for one in records if one.payload_object and not workitem.is_final(one)}
 
     # --- recovery ----------------------------------------------------------------------------------------------
 

@@ -1,20 +1,22 @@
 """Making room: the inbox and the bucket have limits, and must not stand full of what nobody needs.
 
 The inbox keeps what was read already, for whoever wants to look, until it is half full. Finished items stay
-for their time, unless the bucket fills up: then the oldest of them go first. Neither ever loses an item that
-is not finished, or a message that is not reflected in the bucket.
+for their time, unless the bucket fills up: then the oldest of them go first, and so do the oldest objects when
+their store fills up. None ever loses an item that is not finished, its payload, or a message that is not reflected
+in the bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import msgspec
 
 from computemesh import log
-from computemesh.bus import Bus, BusError, Pipeline, Pull, Reply, Stored
+from computemesh.bus import Bus, BusError, ObjectStore, Pipeline, Pull, Reply, Stored
 from computemesh.contracts import storage
 from computemesh.contracts.work import FINAL, WorkState
 
@@ -23,7 +25,14 @@ LOOK_S: Final = 5.0
 
 INBOX_FULL: Final = 0.5
 BUCKET_FULL: Final = 0.8
+OBJECTS_FULL: Final = 0.8
 """Shares of their limits above which room is made."""
+
+OBJECTS_LEFT: Final = 0.6
+"""Share of its limit down to which the object store is emptied."""
+
+ABANDONED_S: Final = 3600.0
+"""An object of which no part came for so long is not being put any more."""
 
 BATCH: Final = 20_000
 """Records looked at in one go when the bucket is nearly full."""
@@ -37,11 +46,14 @@ class _Head(msgspec.Struct):
     state: WorkState
 
 
-async def make_room_forever(bus: Bus, stored_up_to: Callable[[], int]) -> None:
-    """Keeps both below their limits until cancelled.
+async def make_room_forever(
+    bus: Bus, stored_up_to: Callable[[], int], objects_needed: Callable[[], Collection[str]]
+) -> None:
+    """Keeps all three below their limits until cancelled.
 
     Args:
         stored_up_to: the inbox sequence below which everything is reflected in the bucket.
+        objects_needed: the objects that items refer to which have not ended.
     """
     while True:
         await asyncio.sleep(LOOK_S)
@@ -51,6 +63,10 @@ async def make_room_forever(bus: Bus, stored_up_to: Callable[[], int]) -> None:
                 _log.info("made room in the inbox", below_seq=stored_up_to())
             if await _share(bus, storage.WORK.stream) > BUCKET_FULL:
                 _log.warning("made room in the bucket", finished_items=await drop_finished(bus))
+            if await _share(bus, storage.OBJECTS.stream) > OBJECTS_FULL:
+                limit = int(storage.OBJECTS.max_bytes * OBJECTS_LEFT)
+                dropped = await drop_objects(bus, objects_needed(), bytes_max=limit)
+                _log.warning("made room in the object store", objects=dropped)
         except BusError as error:
             _log.warning("cannot make room", reason=str(error))
 
@@ -84,6 +100,31 @@ async def drop_finished(bus: Bus) -> int:
         await pull.stop()
         await purges.stop()
     return len(subjects)
+
+
+async def drop_objects(bus: Bus, needed: Collection[str], *, bytes_max: int) -> int:
+    """Removes the oldest objects until those that are left have *bytes_max* together, and gives their number.
+
+    Args:
+        needed: objects that stay in any case.
+    """
+    store = ObjectStore(bus, storage.OBJECTS)
+    complete = await store.list()
+    left = sum(info.size for info in complete)
+    gone: list[str] = []
+    for object_id in (await store.begun()).keys() - {info.name for info in complete}:
+        part_at = await store.last_part_at(object_id)
+        if part_at is not None and time.time() - part_at > ABANDONED_S:
+            gone.append(object_id)
+    for info in complete:
+        if left <= bytes_max:
+            break
+        if info.name not in needed:
+            left -= info.size
+            gone.append(info.name)
+    for object_id in gone:
+        await store.remove(object_id)
+    return len(gone)
 
 
 def _is_finished(data: bytes) -> bool:

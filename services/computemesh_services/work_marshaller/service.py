@@ -34,6 +34,7 @@ from computemesh.lifecycle import Spawn
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.blacklist import BlacklistPolicy
 from computemesh_services.work_marshaller.config import MarshallerConfig
+from computemesh_services.work_marshaller.objects import Objects
 from computemesh_services.work_marshaller.reign import CHECKED_HEADER, Reign
 from computemesh_services.work_marshaller.scheduler import Limits
 from computemesh_services.work_marshaller.workitem import RetryPolicy
@@ -60,6 +61,7 @@ class WorkMarshaller:
         self._config = config
         self._instance = instance
         self._bucket = Bucket(bus, storage.WORK)
+        self._objects = Objects(bus)
         self._reign: Reign | None = None
         """The present reign, once it has caught up."""
         self._newest: Reign | None = None
@@ -85,6 +87,7 @@ class WorkMarshaller:
             serve(work.EXPLAIN, self.on_explain, acting=True),
             serve(work.BLACKLIST, self.on_blacklist, acting=True),
             serve(work.PARDON, self.on_pardon, acting=True),
+            *self._objects.endpoints(),
         ]
 
     def extras(self) -> list[Extra]:
@@ -160,7 +163,7 @@ class WorkMarshaller:
             await asyncio.wait({running, caught_up}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 self._reign = reign
-                self._endpoints = [await micro.add(bound) for bound in self.endpoints()]
+                self._endpoints = [await micro.add(bound) for bound in self.endpoints() if bound.acting]
                 await self._bus.flush()  # The server knows our endpoints before we say that we are ready.
                 self._serving = True
             return await running

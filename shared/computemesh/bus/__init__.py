@@ -4,6 +4,7 @@ from computemesh.bus.connection import Bus, Where
 from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted, NotStored, TimedOut, Unreachable
 from computemesh.bus.kv import Bucket, Entry, Mirror, Write
 from computemesh.bus.micro import MicroService
+from computemesh.bus.objects import ObjectInfo, ObjectStore
 from computemesh.bus.pipeline import Pipeline, Posts, Reply
 from computemesh.bus.pull import Pull, Stored
 from computemesh.bus.writer import Writer
@@ -19,6 +20,8 @@ __all__ = [
     "NoResponder",
     "NotAdmitted",
     "NotStored",
+    "ObjectInfo",
+    "ObjectStore",
     "Pipeline",
     "Posts",
     "Pull",

@@ -64,8 +64,34 @@ def bucket_config(bucket: storage.Bucket[Any], *, replicas: int) -> dict[str, An
     return config
 
 
+def object_bucket_config(bucket: storage.ObjectBucket, *, replicas: int) -> dict[str, Any]:
+    """The server's configuration of the stream behind an object store of ours."""
+    return {
+        "name": bucket.stream,
+        "subjects": sorted(bucket.subjects),
+        "retention": "limits",
+        "discard": "new",
+        "storage": "file",
+        "max_age": int(bucket.max_age_s * _NS),
+        "max_bytes": bucket.max_bytes,
+        "num_replicas": replicas,
+        "allow_direct": True,
+        "allow_rollup_hdrs": True,
+        "description": bucket.about,
+    }
+
+
+def wanted(*, replicas: int) -> list[dict[str, Any]]:
+    """The server's configuration of all there is to be."""
+    return [
+        *(stream_config(stream, replicas=replicas) for stream in storage.STREAMS),
+        *(bucket_config(bucket, replicas=replicas) for bucket in storage.BUCKETS),
+        *(object_bucket_config(bucket, replicas=replicas) for bucket in storage.OBJECT_BUCKETS),
+    ]
+
+
 async def provision(bus: Bus, *, replicas: int = 1) -> None:
-    """Makes every stream and bucket be as declared.
+    """Makes every stream, bucket and object store be as declared.
 
     Args:
         replicas: at least so many copies of each, in a cluster. What has more keeps them: a service that was not told
@@ -74,17 +100,14 @@ async def provision(bus: Bus, *, replicas: int = 1) -> None:
     Raises:
         NotStored: the server refuses one, with its reason.
     """
-    for stream in storage.STREAMS:
-        await _ensure(bus, stream_config(stream, replicas=replicas))
-    for bucket in storage.BUCKETS:
-        await _ensure(bus, bucket_config(bucket, replicas=replicas))
+    for config in wanted(replicas=replicas):
+        await _ensure(bus, config)
 
 
 async def drift(bus: Bus, *, replicas: int = 1) -> dict[str, list[str]]:
     """Names of the settings that differ from the declaration, per stream; a missing one is ``["missing"]``."""
-    wanted = [stream_config(stream, replicas=replicas) for stream in storage.STREAMS]
-    wanted += [bucket_config(bucket, replicas=replicas) for bucket in storage.BUCKETS]
-    found = {config["name"]: _differences(config, await _present(bus, config["name"])) for config in wanted}
+    declared = wanted(replicas=replicas)
+    found = {config["name"]: _differences(config, await _present(bus, config["name"])) for config in declared}
     return {name: settings for name, settings in found.items() if settings}
 
 
@@ -117,16 +140,16 @@ async def _present(bus: Bus, name: str) -> dict[str, Any] | None:
     return config
 
 
-def _differences(wanted: dict[str, Any], present: dict[str, Any] | None) -> list[str]:
+def _differences(declared: dict[str, Any], present: dict[str, Any] | None) -> list[str]:
     if present is None:
         return ["missing"]
-    return sorted(key for key, value in wanted.items() if not _is_met(key, value, present.get(key)))
+    return sorted(key for key, value in declared.items() if not _is_met(key, value, present.get(key)))
 
 
-def _is_met(setting: str, wanted: Any, present: Any) -> bool:
+def _is_met(setting: str, declared: Any, present: Any) -> bool:
     if setting == "num_replicas":
-        return bool(present >= wanted)
-    return bool(_normal(present) == _normal(wanted))
+        return bool(present >= declared)
+    return bool(_normal(present) == _normal(declared))
 
 
 def _normal(value: Any) -> Any:

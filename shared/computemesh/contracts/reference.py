@@ -63,7 +63,8 @@ def processes() -> str:
     )
     parts = [f"{NOTE}# Services\n\n{about}"]
     for card in SERVICES:
-        owned = [_code(kept.name) for kept in (*storage.STREAMS, *storage.BUCKETS) if kept.owner == card.name]
+        everything = (*storage.STREAMS, *storage.BUCKETS, *storage.OBJECT_BUCKETS)
+        owned = [_code(one.name) for one in everything if one.owner == card.name]
         parts.append(
             f"\n## {card.name}\n\n{card.about}\n\nPort {card.port}. Role `{card.role}`."
             + (f" Owns {', '.join(owned)}." if owned else "")
@@ -104,7 +105,7 @@ def _request_row(request: Request[Any, Any]) -> tuple[str, ...]:
 
 
 def kept() -> str:
-    """Every stream and bucket."""
+    """Every stream, bucket and object store."""
     streams = [
         (
             _code(stream.name),
@@ -126,16 +127,25 @@ def kept() -> str:
         )
         for bucket in storage.BUCKETS
     ]
+    stores = [
+        (_code(store.name), store.owner, f"{store.max_bytes // storage.MIB} MiB, {_days(store)}", store.about)
+        for store in storage.OBJECT_BUCKETS
+    ]
     return (
-        f"{NOTE}# Streams and buckets\n\n"
+        f"{NOTE}# Streams, buckets and object stores\n\n"
         + _table(("stream", "subjects", "owner", "limits", "what"), streams)
         + _table(("bucket", "value", "written by", "limit", "republished to", "what"), buckets)
+        + _table(("object store", "read and written by", "limits", "what"), stores)
     )
 
 
 def _limits(stream: storage.Stream) -> str:
-    size, days = stream.max_bytes // storage.MIB, stream.max_age_s / storage.DAY_S
-    return f"{size} MiB, {days:g} days, {stream.max_message_bytes // 1024} KiB a message"
+    size = stream.max_bytes // storage.MIB
+    return f"{size} MiB, {_days(stream)}, {stream.max_message_bytes // 1024} KiB a message"
+
+
+def _days(kept: storage.Stream | storage.ObjectBucket) -> str:
+    return f"{kept.max_age_s / storage.DAY_S:g} days"
 
 
 def granted() -> str:

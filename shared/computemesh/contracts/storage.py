@@ -1,4 +1,4 @@
-"""What is kept, where, for how long, and who writes it: every stream and bucket of the mesh, as one table.
+"""What is kept, where, for how long, and who writes it: every stream, bucket and object store, as one table.
 
 ``computemesh.bus.provision`` creates these, updates them when this table changes, and reports drift.
 Sizes are limits, not reservations made in advance; with R1 storage a limit above the free disk space is
@@ -7,6 +7,7 @@ refused by the server, so they are modest.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -65,6 +66,46 @@ class Bucket(Generic[V]):
         return f"$KV.{self.name}.{key}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectBucket:
+    """An object store, as NATS libraries know it: each object is its parts, and a description once it is complete."""
+
+    name: str
+    owner: str
+    """The only service that reads and writes it."""
+    max_age_s: float
+    max_bytes: int
+    about: str
+
+    @property
+    def stream(self) -> str:
+        return f"OBJ_{self.name}"
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return (f"$O.{self.name}.C.>", f"$O.{self.name}.M.>")
+
+    @property
+    def meta_subjects(self) -> str:
+        return f"$O.{self.name}.M.*"
+
+    def part_subject(self, object_id: str) -> str:
+        return f"$O.{self.name}.C.{object_id}"
+
+    def meta_subject(self, object_id: str) -> str:
+        return f"$O.{self.name}.M.{base64.urlsafe_b64encode(object_id.encode()).decode()}"
+
+
+def base64_digest(digest: bytes) -> str:
+    """A digest as NATS object stores write it."""
+    return base64.urlsafe_b64encode(digest).decode()
+
+
+def hex_digest(text: str) -> str:
+    """What :func:`base64_digest` wrote, in hexadecimal."""
+    return base64.urlsafe_b64decode(text).hex()
+
+
 WORK_INBOX: Final = Stream(
     name="COMPUTE_WORK",
     subjects=(work.SUBMIT.subject, work.COMPLETED.subject, work.FAILED.subject),
@@ -107,5 +148,14 @@ LEASES: Final = Bucket(
     about="Which replica acts, per service.",
 )
 
+OBJECTS: Final = ObjectBucket(
+    name="compute-objects",
+    owner=WORK_MARSHALLER.name,
+    max_age_s=40 * DAY_S,
+    max_bytes=2048 * MIB,
+    about="Payloads, results and logs that are too large for a message. The oldest go first when it fills up.",
+)
+
 STREAMS: Final = (WORK_INBOX,)
 BUCKETS: Final = (NODES, WORK, GPUS, LEASES)
+OBJECT_BUCKETS: Final = (OBJECTS,)

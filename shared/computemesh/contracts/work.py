@@ -33,7 +33,7 @@ from computemesh.contracts.base import Event, Http, Message, Refusal, Request, R
 from computemesh.contracts.gpus import GpuShare
 from computemesh.contracts.nodes import Labels, Name
 from computemesh.contracts.services import NODE_AGENT, WORK_MARSHALLER
-from computemesh.hardware import Count, MegaBytes, Platform, Tier
+from computemesh.hardware import ByteCount, Count, MegaBytes, Platform, Tier
 from computemesh.ids import Id
 
 WORK_TYPES: Final = ("inference", "ppo", "benchmark", "command")
@@ -81,10 +81,12 @@ class ObjectRef(Message, frozen=True, kw_only=True):
     """What is too large for a message, kept in the object store: see ``compute.objects.get.v1``."""
 
     object_id: Id
-    size: Count
+    size: ByteCount
     """Bytes."""
-    sha256: str = ""
+    sha256: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """In hexadecimal."""
+    skipped: ByteCount = 0
+    """Bytes that stood before it and are not kept: of a long log, only the end is."""
 
 
 class Requirements(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -411,7 +413,7 @@ class WorkLogsGet(Message, frozen=True, kw_only=True):
     replica: Replica = 0
     attempt: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Left out, the latest."""
-    offset: Count = 0
+    offset: ByteCount = 0
     """From this byte on."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=LOG_PART_MAX)] = LOG_PART_MAX
     """At most so many bytes."""
@@ -428,8 +430,9 @@ class WorkLogs(Message, frozen=True, kw_only=True):
     node_id: str = ""
     text: str = ""
     """Bytes that are not UTF-8 are replaced."""
-    offset: Count = 0
-    next: Count = 0
+    offset: ByteCount = 0
+    """Where this part begins; further on than was asked, when what stood there is not kept."""
+    next: ByteCount = 0
     """`offset` of the part that follows."""
     complete: bool = False
     """The attempt has ended, and this part reaches to the end."""

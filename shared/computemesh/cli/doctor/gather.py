@@ -486,7 +486,7 @@ async def _store(bus: Bus) -> Store:
 async def _streams(bus: Bus) -> list[Stream]:
     differs = await drift(bus)
     declared = [(stream.name, stream.owner) for stream in storage.STREAMS]
-    declared += [(bucket.stream, bucket.owner) for bucket in storage.BUCKETS]
+    declared += [(bucket.stream, bucket.owner) for bucket in (*storage.BUCKETS, *storage.OBJECT_BUCKETS)]
     return [await _stream(bus, name, owner, differs.get(name, [])) for name, owner in declared]
 
 
