@@ -94,6 +94,7 @@ def received(item: WorkItem, work_id: str, seq: int, now: float, traceparent: st
         retries_max=item.retries_max,
         owner=item.owner,
         labels=item.labels,
+        annotations=item.annotations,
         submitted_at=now,
         changed_at=now,
         inbox_seq=seq,

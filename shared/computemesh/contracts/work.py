@@ -29,7 +29,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, Event, Http, Message, Refusal, Request, Role
 from computemesh.contracts.gpus import GpuShare
 from computemesh.contracts.nodes import Labels, Name
 from computemesh.contracts.services import NODE_AGENT, WORK_MARSHALLER
@@ -75,6 +75,14 @@ FINAL: Final = frozenset({WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCE
 
 
 NodeIds = Annotated[list[Id], msgspec.Meta(max_length=1000)]
+
+Annotations = Annotated[
+    dict[Name, Annotated[str, msgspec.Meta(max_length=MESSAGE_BYTES_MAX)]], msgspec.Meta(max_length=64)
+]
+"""What is kept with an item for people and programs; nothing in the mesh acts on it."""
+
+TASK_TEXT: Final = "mloc/task"
+"""The annotation that holds the text of the task, as YAML or JSON, that an item was made from."""
 
 
 class ObjectRef(Message, frozen=True, kw_only=True):
@@ -139,6 +147,8 @@ class WorkItem(Message, frozen=True, kw_only=True):
     owner: Annotated[str, msgspec.Meta(max_length=200)] = ""
     """For whom. Owners with items of the same priority take turns."""
     labels: Labels = {}
+    annotations: Annotations = {}
+    """Texts that are kept with the item and given to nobody but those who ask for it."""
     deadline_at: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Unix seconds after which the outcome is of no use: an item that has not ended by then fails, and what runs of
     it is ended."""
@@ -194,6 +204,7 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     retries_max: int | None = None
     owner: str = ""
     labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
     deadline_at: float | None = None
     replicas: int = 1
     after: list[str] = []
