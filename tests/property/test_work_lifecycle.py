@@ -42,6 +42,7 @@ from computemesh.testing.builders import a_gpu
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.roster import Patience
 from computemesh_services.work_marshaller import scheduler as scheduling
+from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.scheduler import Limits, Scheduler
@@ -758,7 +759,12 @@ class WorkLifecycle(RuleBasedStateMachine):
         """And so no item is out on two nodes."""
         scheduler = self.mesh.reign.scheduler
         for node_id, seat in scheduler.seats.items():
-            out = {r.work_id for r in scheduler.records.values() if r.state in OUT and r.node_id == node_id}
+            out = {
+                (record.work_id, replica)
+                for record in scheduler.records.values()
+                for replica, place in workitem.places(record)
+                if place == node_id
+            }
             assert seat.taken == out, node_id
 
     @invariant()

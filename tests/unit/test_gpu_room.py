@@ -268,11 +268,12 @@ def test_slices_are_had_one_by_one() -> None:
         GpuCanFit(required_mb=1, min_compute_capability="9.0"),
         GpuCanFit(required_mb=1, min_compute_capability="10"),
         GpuCanFit(required_mb=1, min_vram_mb=24_001),
+        GpuCanFit(required_mb=1, gpu_model="H200"),
     ],
 )
 def test_what_is_not_of_the_kind_that_is_asked_for_never_does(ask: GpuCanFit) -> None:
     """The same request without that filter is granted."""
-    node = a_node(a_card(0), tier=Tier.GPU_PEER, platform=Platform.CUDA, labels={"zone": "a"})
+    node = a_node(a_card(0, name="NVIDIA H100 PCIe"), tier=Tier.GPU_PEER, platform=Platform.CUDA, labels={"zone": "a"})
     room = room_of(a_ledger(), facts_of(node), NOW)
     assert pick(room, ask) is None
     assert [(v.code, v.may_change) for v in why_not(room, ask)] == [(WhyNot.FILTER, False)]
@@ -284,6 +285,7 @@ def test_what_is_not_of_the_kind_that_is_asked_for_never_does(ask: GpuCanFit) ->
         labels={"zone": "a"},
         min_compute_capability="8.9",
         min_vram_mb=24_000,
+        gpu_model="h100",
     )
     assert pick(room, fine) is not None
 

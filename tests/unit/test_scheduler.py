@@ -519,7 +519,7 @@ def test_a_restored_attempt_takes_its_seat_whichever_is_known_first() -> None:
         scheduler.restore(record, NOW)
         if not node_first:
             scheduler.node_changed(a_node(), NOW)
-        assert scheduler.seats["n1"].taken == {"w1"}
+        assert scheduler.seats["n1"].taken == {("w1", 0)}
         submit(scheduler, "w2", 2)
         assert advance(scheduler, NOW) == []
 
@@ -649,7 +649,7 @@ def test_an_accepted_attempt_is_written_as_running_once_it_takes_long() -> None:
     assert advance(scheduler, NOW + WRITE_LATE_S - 0.001) == []
     (record,) = advance(scheduler, NOW + WRITE_LATE_S)
     assert (record.state, record.attempt, record.node_id) == (WorkState.RUNNING, 1, "n1")
-    assert (scheduler.out, scheduler.seats["n1"].taken) == (1, {"w1"})
+    assert (scheduler.out, scheduler.seats["n1"].taken) == (1, {("w1", 0)})
 
 
 def test_an_attempt_that_was_not_accepted_is_not_written_as_running() -> None:

@@ -22,10 +22,10 @@ NODE_FAULT = WorkError(reason="out of memory", code="oom", fault="node")
 WORK_FAULT = WorkError(reason="no prompt", code="bad_payload", fault="work")
 
 LEGAL = {
-    "pending": {"assigned", "cancelled"},
+    "pending": {"assigned", "failed", "cancelled"},
     "assigned": {"pending", "running", "retrying", "completed", "failed", "cancelled", "dead"},
     "running": {"retrying", "completed", "failed", "cancelled", "dead"},
-    "retrying": {"pending", "assigned", "cancelled"},
+    "retrying": {"pending", "assigned", "failed", "cancelled"},
     "completed": set[str](),
     "failed": set[str](),
     "cancelled": set[str](),
@@ -37,14 +37,20 @@ MOVES: dict[WorkState, list[Callable[[WorkRecord], WorkRecord]]] = {
         lambda record: workitem.due(record, NOW),
         lambda record: workitem.undelivered(record, NOW, "nobody listens"),
     ],
-    WorkState.ASSIGNED: [lambda record: workitem.assigned(record, "n9", NOW, plain=False)],
+    WorkState.ASSIGNED: [
+        lambda record: workitem.assigned(record, "n9", NOW, plain=False),
+        lambda record: workitem.assigned_together(record, ["n9", "n8"], NOW),
+    ],
     WorkState.RUNNING: [lambda record: workitem.started(record, NOW)],
     WorkState.RETRYING: [
         lambda record: workitem.lost(record, "the node vanished", NOW),
         lambda record: workitem.failed(record, NODE_FAULT, POLICY, NOW, 1.0),
     ],
     WorkState.COMPLETED: [lambda record: workitem.completed(record, WorkCompleted(work_id="w1", result=42), NOW)],
-    WorkState.FAILED: [lambda record: workitem.failed(record, WORK_FAULT, POLICY, NOW, 1.0)],
+    WorkState.FAILED: [
+        lambda record: workitem.failed(record, WORK_FAULT, POLICY, NOW, 1.0),
+        lambda record: workitem.hopeless(record, WORK_FAULT, NOW),
+    ],
     WorkState.CANCELLED: [lambda record: workitem.cancelled(record, "not wanted", NOW)],
     WorkState.DEAD: [
         lambda record: workitem.failed(record, NODE_FAULT, RetryPolicy(retries_max=0), NOW, 1.0),

@@ -380,7 +380,7 @@ def _tightest(free: tuple[int, ...], count: int, required_mb: int) -> Group | No
 def _open(room: Room, ask: GpuCanFit, free: tuple[int, ...]) -> tuple[int, ...]:
     """What is free by position, below 0 where the request does not want that GPU."""
     slices = room.sliced and _one_program(ask)
-    if not slices and not ask.min_compute_capability and not ask.min_vram_mb:
+    if not slices and not ask.min_compute_capability and not ask.min_vram_mb and not ask.gpu_model:
         return free
     return tuple(
         -1 if _gpu_filter(room.spots[at].gpu, ask) or (slices and room.spots[at].gpu.mig_parent) else mb
@@ -411,6 +411,8 @@ def _node_filter(node: NodeRecord, ask: GpuCanFit) -> str:
 def _gpu_filter(gpu: Gpu, ask: GpuCanFit) -> str:
     if ask.min_vram_mb > gpu.vram_total_mb:
         return f"{gpu.vram_total_mb} MiB in all, needs {ask.min_vram_mb}"
+    if ask.gpu_model.lower() not in gpu.name.lower():
+        return f"{gpu.name or 'a GPU without a name'}, needs {ask.gpu_model}"
     if ask.min_compute_capability and version(gpu.compute_capability) < version(ask.min_compute_capability):
         return f"compute capability {gpu.compute_capability or 'not told'}, needs {ask.min_compute_capability}"
     return ""

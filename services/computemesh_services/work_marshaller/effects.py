@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from computemesh.contracts.work import WorkRecord, WorkState
-from computemesh_services.work_marshaller.workitem import OUT
+from computemesh_services.work_marshaller.workitem import OUT, places
 
 
 @dataclass(frozen=True)
 class Deliver:
-    """Hand the record's attempt to its node."""
+    """Hand the record's attempt to its node, or its replicas to theirs."""
 
     record: WorkRecord
 
@@ -27,6 +27,7 @@ class Stop:
     attempt: int
     node_id: str
     reason: str
+    replica: int = 0
 
 
 Effect = Deliver | Stop
@@ -37,9 +38,10 @@ def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
     effects: list[Effect] = []
     if before and before.state in OUT and not before.plain and _moved_on(before, stored):
         reason = stored.story[-1].reason or str(stored.state) if stored.story else str(stored.state)
-        # A node that reported the attempt's end need not be told to end it.
-        if stored.state not in (WorkState.COMPLETED, WorkState.FAILED):
-            effects.append(Stop(before.work_id, before.attempt, before.node_id, reason))
+        # A node that reported the attempt's end need not be told to end it; those of other replicas must.
+        is_told = stored.state is WorkState.COMPLETED or (stored.state is WorkState.FAILED and not before.members)
+        for replica, node_id in () if is_told else places(before):
+            effects.append(Stop(before.work_id, before.attempt, node_id, reason, replica))
     if stored.state is WorkState.ASSIGNED and (before is None or before.attempt != stored.attempt):
         effects.append(Deliver(stored))
     return effects

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from computemesh.contracts.work import FINAL, NodeVerdict, WorkRecord, WorkState
-from computemesh_services.work_marshaller.workitem import OUT
+from computemesh_services.work_marshaller.workitem import OUT, places
 
 
 def summary(record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
     if record.state in OUT:
-        return f"attempt {record.attempt} is {record.state} on {record.node_id}"
+        where = ", ".join(dict.fromkeys(node_id for _, node_id in places(record)))
+        return f"attempt {record.attempt} is {record.state} on {where}"
     if record.state is WorkState.RETRYING:
         reason = record.error.reason if record.error else ""
         return f"tried again in {max(0.0, record.not_before - now):.1f} s: {reason}"

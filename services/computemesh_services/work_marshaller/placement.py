@@ -93,6 +93,8 @@ def refusals(record: WorkRecord, candidate: Candidate) -> Iterator[Refusal]:
         yield Refusal("draining", may_change=True)
     if candidate.unreachable:
         yield Refusal(candidate.unreachable, may_change=True)
+    if record.replicas > 1 and node.delivery != "direct":
+        yield Refusal("takes no items with replicas: it has no direct delivery", may_change=False)
     if node.work_types and record.work_type not in node.work_types:
         yield Refusal(f"does no {record.work_type!r}, but {', '.join(node.work_types)}", may_change=False)
     if record.model_name and node.models and record.model_name not in node.models:

@@ -13,8 +13,10 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram
@@ -23,8 +25,9 @@ from computemesh import log, trace
 from computemesh.bus import Bucket, Bus, BusError, Mirror, Pipeline, Posts, Pull, Reply, Stored
 from computemesh.bus.lease import Held
 from computemesh.bus.provision import stream_created_at
-from computemesh.contracts import nodes, storage, work
+from computemesh.contracts import gpus, nodes, storage, work
 from computemesh.contracts.base import Message, Refused, decode, encode
+from computemesh.contracts.gpus import GpuReleased, GpuReservation
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
 from computemesh.contracts.work import FINAL, Blacklisted, WorkItem, WorkRecord, WorkState
 from computemesh.tasks import end_all
@@ -32,7 +35,9 @@ from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.blacklist import Tally
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
+from computemesh_services.work_marshaller.grants import wants_gpus
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
+from computemesh_services.work_marshaller.reservations import Reservations
 from computemesh_services.work_marshaller.retention import make_room_forever
 from computemesh_services.work_marshaller.scheduler import REMEMBERED_MAX, Limits, Scheduler
 
@@ -50,6 +55,8 @@ READ_S: Final = 2.0
 
 CURSOR_S: Final = 0.25
 """How often the inbox position is noted."""
+
+LOOK_UP_AGAIN_S: Final = 0.5
 
 ORIGINAL_CHARS_MAX: Final = 2000
 """How much of a message that could not be used is shown in its rejection."""
@@ -96,6 +103,17 @@ class Tallies(Message, frozen=True, kw_only=True):
     tallies: list[Tally] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """An attempt, or a replica of it, on its way to a node."""
+
+    record: WorkRecord
+    replica: int
+    node_id: str
+    reservation: GpuReservation | None = None
+    times_sent: int = 1
+
+
 class Reign:
     """Everything the acting marshaller knows, and its hands."""
 
@@ -122,15 +140,26 @@ class Reign:
         self._blacklist_revision = 0
         self._blacklist_lock = asyncio.Lock()
         self._journal = Journal(bus, self._bucket, self._floor, keep_s=keep_s, timeout_s=STORE_TIMEOUT_S)
+        self._reservations = Reservations(
+            bus,
+            node_of=lambda node_id: seat.node if (seat := self.scheduler.seats.get(node_id)) else None,
+            certain=lambda: self._held.certain,
+            on_granted=self._on_granted,
+            on_refused=self._on_no_gpus,
+            on_away=self._on_ledger_away,
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, draining: asyncio.Event) -> str:
         """Reigns until something ends it, and says what. Ends at once, with all stored, when draining."""
         interrupted = self._bus.interrupted
         beats = await self._bus.subscribe(nodes.HEARTBEAT, self._on_heartbeat)
+        released = await self._bus.subscribe(gpus.RELEASED, self._on_released)
         loops: list[asyncio.Task[None]] = []
         try:
             await self._calls.start()
             await self._posts.start(self._on_unheard)
+            self._reservations.start()
             await self._recover()
             loops.append(asyncio.create_task(self._tick_forever()))
             loops.append(asyncio.create_task(self._keep_blacklist_forever()))
@@ -152,7 +181,10 @@ class Reign:
             return reason
         finally:
             await self._bus.forget(beats)
+            await self._bus.forget(released)
             await end_all(loops)
+            await end_all(self._tasks)
+            await self._reservations.stop()
             await self._pull.stop()
             await self._calls.stop()
             await self._posts.stop()
@@ -210,6 +242,7 @@ class Reign:
             else:
                 self.scheduler.restore(entry.value, now)
                 self._journal.adopt(entry.value, entry.revision)
+                self._reservations.adopt(entry.value)
         finished.sort(key=lambda record: record.finished_at or 0.0)
         for record in finished[-REMEMBERED_MAX:]:
             self.scheduler.restore(record, now)
@@ -224,7 +257,7 @@ class Reign:
         self.scheduler.recovered(time.time())
         for record in list(self.scheduler.records.values()):
             if record.state is WorkState.ASSIGNED and self._journal.is_stored(record):
-                await self._deliver(record, 1)
+                await self._hand_out(record)
         await self._advance(time.time())
 
     # --- the inbox ---------------------------------------------------------------------------------------------
@@ -332,12 +365,32 @@ class Reign:
         self.scheduler.tick(now)
         if self.caught_up.is_set():
             self.scheduler.place(now)
+            if unknown := self.scheduler.take_unknown():
+                self._spawn(self._look_up(unknown))
         while self.scheduler.outbox:
             # Of several moves of one item only the last need be stored.
             batch = {record.work_id: record for record in self.scheduler.outbox}
             self.scheduler.outbox.clear()
             for record in batch.values():
                 await self._journal.write(record)
+
+    async def _look_up(self, work_ids: list[str]) -> None:
+        """Reads items that others wait for."""
+        for work_id in work_ids:
+            while True:
+                try:
+                    entry = await self._bucket.get(work_id)
+                    break
+                except BusError as error:
+                    _log.warning("cannot read an item that others wait for", work_id=work_id, reason=str(error))
+                    await asyncio.sleep(LOOK_UP_AGAIN_S)
+            self.scheduler.looked_up(work_id, entry.value if entry else None, time.time())
+        await self._advance(time.time())
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _on_stored(self, before: WorkRecord | None, record: WorkRecord) -> None:
         _MOVED[record.state].inc()
@@ -349,11 +402,12 @@ class Reign:
             WAIT.observe(record.changed_at - record.submitted_at)
         elif record.state is WorkState.RETRYING:
             self._tell(record)
+        self._reservations.stored(before, record)
         for effect in consequences(before, record):
             match effect:
                 case Deliver():
                     if self.scheduler.records.get(record.work_id) is record:
-                        await self._deliver(record, 1)
+                        await self._hand_out(record)
                 case Stop():
                     await self._stop(effect)
 
@@ -449,47 +503,77 @@ class Reign:
             await self._stop(stop)
         await self._advance(now)
 
-    async def _deliver(self, record: WorkRecord, time_sent: int) -> None:
-        data = encode(workitem.assignment(record))
+    async def _hand_out(self, record: WorkRecord) -> None:
+        """Delivers an attempt to all its nodes, once it has the GPUs that it needs."""
+        if wants_gpus(record.requirements):
+            self._reservations.reserve(record)
+            return
+        for replica, node_id in workitem.places(record):
+            await self._deliver(Parcel(record, replica, node_id))
+
+    async def _on_granted(self, record: WorkRecord, granted: Mapping[int, GpuReservation]) -> None:
+        for replica, node_id in workitem.places(record):
+            if self.scheduler.is_undelivered(record.work_id, record.attempt, replica):
+                await self._deliver(Parcel(record, replica, node_id, granted[replica]))
+
+    async def _on_no_gpus(self, record: WorkRecord, replica: int, refused: Refused) -> None:
+        now = time.time()
+        self.scheduler.refused_gpus(record.work_id, record.attempt, refused, now, replica=replica)
+        await self._advance(now)
+
+    async def _on_released(self, released: GpuReleased) -> None:
+        self.scheduler.gpus_given_back(released.node_id, released.owner)
+        self._wake.set()
+
+    def _on_ledger_away(self, reason: str) -> None:
+        self.scheduler.gpus_away(reason)
+        self._wake.set()
+
+    async def _deliver(self, parcel: Parcel) -> None:
+        record = parcel.record
+        data = encode(workitem.assignment(record, parcel.replica, parcel.reservation))
         headers = trace_headers(record)
         if record.plain:  # Such nodes do not answer, but the server does when nobody listens at all.
             await self._posts.send(work.ASSIGNED.at(), data, record.work_id, record.attempt, headers=headers)
             return
 
         async def on_reply(reply: Reply) -> None:
-            await self._on_delivery(record, time_sent, reply)
+            await self._on_delivery(parcel, reply)
 
-        await self._calls.send(work.DELIVER.at(record.node_id), data, on_reply, headers=headers)
+        await self._calls.send(work.DELIVER.at(parcel.node_id), data, on_reply, headers=headers)
 
     async def _on_unheard(self, work_id: str, attempt: int) -> None:
         now = time.time()
         self.scheduler.declined(work_id, attempt, NOBODY_LISTENS, now)
         await self._advance(now)
 
-    async def _on_delivery(self, record: WorkRecord, time_sent: int, reply: Reply) -> None:
+    async def _on_delivery(self, parcel: Parcel, reply: Reply) -> None:
         now = time.time()
+        work_id, attempt, replica = parcel.record.work_id, parcel.record.attempt, parcel.replica
         if reply.timed_out:
-            current = self.scheduler.records.get(record.work_id)
-            if current is not record:
+            if not self.scheduler.is_undelivered(work_id, attempt, replica):
                 return  # It was reported, or moved on, without an answer.
-            if time_sent < DELIVERIES_MAX:
-                await self._deliver(record, time_sent + 1)
+            if parcel.times_sent < DELIVERIES_MAX:
+                await self._deliver(replace(parcel, times_sent=parcel.times_sent + 1))
                 return
-            self.scheduler.declined(record.work_id, record.attempt, "did not answer an assignment", now)
+            self.scheduler.declined(work_id, attempt, "did not answer an assignment", now, replica=replica)
         elif reply.no_responder:
-            self.scheduler.declined(record.work_id, record.attempt, NOBODY_LISTENS, now)
+            self.scheduler.declined(work_id, attempt, NOBODY_LISTENS, now, replica=replica)
         else:
             answer = decode(reply.data, work.Delivery)
             if isinstance(answer, Refused):
-                self.scheduler.declined(record.work_id, record.attempt, f"answered nonsense: {answer.reason}", now)
+                reason = f"answered nonsense: {answer.reason}"
+                self.scheduler.declined(work_id, attempt, reason, now, replica=replica)
             elif answer.accepted:
-                self.scheduler.accepted(record.work_id, record.attempt, answer.session, now)
+                self.scheduler.accepted(work_id, attempt, answer.session, now, replica=replica)
             else:
-                self.scheduler.declined(record.work_id, record.attempt, answer.reason or "declined", now)
+                self.scheduler.declined(work_id, attempt, answer.reason or "declined", now, replica=replica)
         await self._advance(now)
 
     async def _stop(self, effect: Stop) -> None:
-        message = work.WorkStop(work_id=effect.work_id, attempt=effect.attempt, reason=effect.reason)
+        message = work.WorkStop(
+            work_id=effect.work_id, attempt=effect.attempt, replica=effect.replica, reason=effect.reason
+        )
         record = self.scheduler.records.get(effect.work_id)
         headers = trace_headers(record) if record else None
         await self._calls.send(work.STOP.at(effect.node_id), encode(message), _ignore, headers=headers)

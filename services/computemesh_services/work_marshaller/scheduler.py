@@ -8,6 +8,7 @@ was stored is decided in ``effects.py``.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,7 @@ from computemesh.contracts.work import (
     TIMEOUT,
     WORK_TYPES,
     Blacklisted,
+    NodeVerdict,
     WorkCompleted,
     WorkError,
     WorkExplanation,
@@ -30,11 +32,13 @@ from computemesh.contracts.work import (
     WorkRecord,
     WorkState,
 )
-from computemesh_services.work_marshaller import explaining, placement, workitem
+from computemesh_services.work_marshaller import dependencies, explaining, gangs, placement, workitem
 from computemesh_services.work_marshaller.blacklist import Blacklist, BlacklistPolicy, Kind, Tally
+from computemesh_services.work_marshaller.dependencies import Dependencies
 from computemesh_services.work_marshaller.effects import Stop
+from computemesh_services.work_marshaller.grants import Refusals, wants_gpus
 from computemesh_services.work_marshaller.placement import Candidate
-from computemesh_services.work_marshaller.seats import REST_S, REST_S_MAX, Seat
+from computemesh_services.work_marshaller.seats import REST_S, REST_S_MAX, Place, Seat
 from computemesh_services.work_marshaller.workitem import OUT, WAITING, RetryPolicy
 
 WRITE_LATE_S: Final = 0.25
@@ -86,9 +90,14 @@ class Scheduler:
         self._limits = limits
         self._jitter = jitter
         self._queues: dict[bytes, list[tuple[int, int, str]]] = {}
-        self._watches: dict[str, Watch] = {}
+        self._watches: dict[Place, Watch] = {}
+        self._out_count = 0
         self._clock: list[tuple[float, str, int]] = []
         self._finished: dict[str, None] = {}
+        self._dependencies = Dependencies()
+        self._gpu_refusals = Refusals()
+        self._ended: deque[WorkRecord] = deque()
+        """Finished items for which others wait; :meth:`tick` tells those."""
         self._waiting = 0
         self._changed = True
 
@@ -130,9 +139,14 @@ class Scheduler:
     def recovered(self, now: float) -> None:
         """All that is stored was restored: what is out on nodes that are gone meanwhile is lost."""
         for record in [record for record in self.records.values() if record.state in OUT]:
-            seat = self.seats.get(record.node_id)
-            if seat is None or seat.node.state is NodeState.LOST:
-                self._write(workitem.lost(record, f"node {record.node_id} is gone", now), now)
+            for _, node_id in workitem.places(record):
+                seat = self.seats.get(node_id)
+                if seat is None or seat.node.state is NodeState.LOST:
+                    self._write(workitem.lost(record, f"node {node_id} is gone", now), now)
+                    break
+
+        for record in [record for record in self.records.values() if record.awaits]:
+            self._look_at(record, now)
 
     def submitted(
         self, item: WorkItem, work_id: str, seq: int, now: float, *, traceparent: str = ""
@@ -142,15 +156,56 @@ class Scheduler:
             return None
         record = workitem.received(item, work_id, seq, now, traceparent)
         self._put(record, now)
+        return self._look_at(record, now) if record.awaits else record
+
+    # --- dependencies ----------------------------------------------------------------------------------------
+
+    def _look_at(self, record: WorkRecord, now: float) -> WorkRecord:
+        """What becomes of an item that waits for others, by what is known of them."""
+        for work_id in record.awaits:
+            if other := self.records.get(work_id):
+                record = self._told(record, work_id, other, now)
+            else:
+                self._dependencies.ask(work_id)
+            if record.state is not WorkState.PENDING:
+                break
         return record
+
+    def _told(self, record: WorkRecord, work_id: str, other: WorkRecord | None, now: float) -> WorkRecord:
+        """What *other*, which is None when it does not exist, means for an item that awaits it."""
+        match dependencies.verdict(record, work_id, other):
+            case True:
+                return self._write(workitem.awaited(record, work_id), now)
+            case False:
+                return record
+            case error:
+                return self._write(workitem.hopeless(record, error, now), now)
+
+    def take_unknown(self) -> list[str]:
+        """Items that are waited for and not in memory: the shell reads them, and says by :meth:`looked_up`."""
+        return self._dependencies.take_unknown()
+
+    def looked_up(self, work_id: str, found: WorkRecord | None, now: float) -> None:
+        """What is stored of an item that others wait for."""
+        found = self.records.get(work_id, found)
+        for waiting in self._dependencies.waiting_for(work_id):
+            self._told(self.records[waiting], work_id, found, now)
+
+    def _tell_waiting(self, now: float) -> None:
+        while self._ended:
+            ended = self._ended.popleft()
+            for waiting in self._dependencies.waiting_for(ended.work_id):
+                self._told(self.records[waiting], ended.work_id, ended, now)
 
     def forget(self, work_id: str) -> None:
         """Drops an item that turned out to be recorded elsewhere."""
         record = self.records.pop(work_id, None)
         if record is not None:
             self._leave(record)
-        self._watches.pop(work_id, None)
+            self._forget_watches(record)
         self._finished.pop(work_id, None)
+        if self._dependencies.waiting_for(work_id):
+            self._dependencies.ask(work_id)
 
     def completed(self, report: WorkCompleted, now: float, *, seq: int = 0) -> WorkRecord | None:
         """The changed record, or None for a report that is stale, doubled or about nothing known.
@@ -161,7 +216,7 @@ class Scheduler:
         record = self._about(report, seq)
         if record is None:
             return None
-        self.blacklist.succeeded(_kind(record), record.work_id)
+        self.blacklist.succeeded(_kind(record, workitem.node_of(record, report.replica)), record.work_id)
         return self._write(workitem.completed(record, report, now), now)
 
     def failed(self, report: WorkFailed, now: float, *, seq: int = 0) -> WorkRecord | None:
@@ -171,14 +226,16 @@ class Scheduler:
             return None
         if report.code == HANDED_BACK:
             return self._write(workitem.lost(record, report.error, now), now)
-        return self._fail(record, workitem.error_of(report), now)
+        return self._fail(record, workitem.error_of(report), now, workitem.node_of(record, report.replica))
 
     def _about(self, report: WorkCompleted | WorkFailed, seq: int) -> WorkRecord | None:
         """The record a report is about, if it still counts."""
         record = self.records.get(report.work_id)
-        if record is None or not workitem.is_current(record, report.attempt) or 0 < seq <= record.report_seq:
+        if record is None or 0 < seq <= record.report_seq:
             return None
-        if seat := self.seats.get(record.node_id):
+        if not workitem.is_current(record, report.attempt, report.replica):
+            return None
+        if seat := self.seats.get(workitem.node_of(record, report.replica)):
             seat.strikes = seat.rests = 0
         return msgspec.structs.replace(record, report_seq=seq) if seq else record
 
@@ -195,7 +252,7 @@ class Scheduler:
         return WorkExplanation(
             work_id=record.work_id,
             state=record.state,
-            summary=explaining.summary(record, verdicts, now),
+            summary=self._summary(record, verdicts, now),
             nodes=verdicts,
         )
 
@@ -210,28 +267,64 @@ class Scheduler:
         self._changed = True
         return self.blacklist.pardon(node_id, work_type)
 
+    def _summary(self, record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
+        if record.awaits and record.state is WorkState.PENDING:
+            return dependencies.waits_for(record, self.records.get)
+        return explaining.summary(record, verdicts, now)
+
     # --- answers of nodes --------------------------------------------------------------------------------------
 
-    def accepted(self, work_id: str, attempt: int, session: str, now: float) -> None:
-        """The node, in this session of it, took the attempt."""
-        if (record := self._out(work_id, attempt)) and (watch := self._watches.get(work_id)):
+    def accepted(self, work_id: str, attempt: int, session: str, now: float, *, replica: int = 0) -> None:
+        """The node, in this session of it, took the attempt, or its replica of it."""
+        if (record := self._out(work_id, attempt)) and (watch := self._watches.get((work_id, replica))):
             watch.accepted_at = now
             watch.session = session
             self._at(now + WRITE_LATE_S, record)
 
-    def declined(self, work_id: str, attempt: int, reason: str, now: float) -> None:
-        """The node did not take it, or could not be reached: it goes back to the queue at once."""
-        record = self._out(work_id, attempt)
-        watch = self._watches.get(work_id)
-        if record is None or record.state is not WorkState.ASSIGNED or (watch and watch.accepted_at is not None):
+    def declined(self, work_id: str, attempt: int, reason: str, now: float, *, replica: int = 0) -> None:
+        """The node did not take it, or could not be reached: it goes back to the queue at once, with all replicas."""
+        if (record := self._undelivered(work_id, attempt, replica)) is None:
             return
         reason = reason or "declined"
-        if seat := self.seats.get(record.node_id):
+        if seat := self.seats.get(dict(workitem.places(record))[replica]):
             seat.rests_until = now + min(REST_S_MAX, REST_S * 2.0**seat.rests)
             seat.rests = min(seat.rests + 1, 30)
             seat.rest_reason = reason
             self._clock_at(seat.rests_until, "", 0)
         self._write(workitem.undelivered(record, now, reason), now)
+
+    def is_undelivered(self, work_id: str, attempt: int, replica: int) -> bool:
+        """Whether it still is to be delivered: no node has taken it, and it has not moved on."""
+        return self._undelivered(work_id, attempt, replica) is not None
+
+    # --- GPUs ------------------------------------------------------------------------------------------------
+
+    def refused_gpus(self, work_id: str, attempt: int, refused: Refused, now: float, *, replica: int = 0) -> None:
+        """The GPUs of an attempt could not be reserved: it goes back to the queue, for another node or for later."""
+        record = self._undelivered(work_id, attempt, replica)
+        if record is None:
+            return
+        if not self._gpu_refusals.away:
+            until = self._gpu_refusals.add(record, dict(workitem.places(record))[replica], refused, now)
+            self._clock_at(until, "", 0)
+        self._write(workitem.undelivered(record, now, refused.reason), now)
+
+    def gpus_given_back(self, node_id: str, owner: str) -> None:
+        """A reservation on a node ended."""
+        self._changed |= self._gpu_refusals.given_back(node_id, owner)
+
+    def gpus_away(self, reason: str) -> None:
+        """Why no GPU can be reserved at all; empty once they can."""
+        self._gpu_refusals.away = reason
+        self._changed = True
+
+    def _undelivered(self, work_id: str, attempt: int, replica: int) -> WorkRecord | None:
+        """The item, if its node has not taken the replica yet."""
+        record = self._out(work_id, attempt)
+        watch = self._watches.get((work_id, replica))
+        if record is None or record.state is not WorkState.ASSIGNED or (watch and watch.accepted_at is not None):
+            return None
+        return record if any(at == replica for at, _ in workitem.places(record)) else None
 
     def _out(self, work_id: str, attempt: int) -> WorkRecord | None:
         record = self.records.get(work_id)
@@ -245,7 +338,13 @@ class Scheduler:
         seat = self.seats.get(node.node_id)
         if seat is None:
             seat = self.seats[node.node_id] = Seat(node, session=node.session)
-            seat.taken = {r.work_id for r in self.records.values() if r.state in OUT and r.node_id == node.node_id}
+            seat.taken = {
+                (record.work_id, replica)
+                for record in self.records.values()
+                if record.state in OUT
+                for replica, node_id in workitem.places(record)
+                if node_id == node.node_id
+            }
             return
         back = node.changed_at != seat.node.changed_at and node.state is NodeState.ONLINE
         seat.node = node
@@ -277,26 +376,31 @@ class Scheduler:
         seat.loaded_models = frozenset(beat.loaded_models)
         seat.rests_until = 0.0
         seat.rests = 0
-        running = {(work.work_id, work.attempt) for work in beat.running}
-        for work_id in list(seat.taken):
-            self._renew(self.records[work_id], running, now)
+        running = {(work.work_id, work.attempt, work.replica) for work in beat.running}
+        for place in list(seat.taken):
+            self._renew(place, running, seat.node.node_id, now)
         return [
-            Stop(work_id, attempt, beat.node_id, "this attempt no longer counts")
-            for work_id, attempt in running
-            if self._is_stale(work_id, attempt, beat.node_id)
+            Stop(work_id, attempt, beat.node_id, "this attempt no longer counts", replica)
+            for work_id, attempt, replica in running
+            if self._is_stale(work_id, attempt, replica, beat.node_id)
         ]
 
-    def _is_stale(self, work_id: str, attempt: int, node_id: str) -> bool:
+    def _is_stale(self, work_id: str, attempt: int, replica: int, node_id: str) -> bool:
         record = self.records.get(work_id)
-        return record is not None and not (
-            record.state in OUT and record.attempt == attempt and record.node_id == node_id
-        )
+        if record is None:
+            return False
+        if record.state not in OUT or record.attempt != attempt:
+            return True
+        if not record.members:
+            return record.node_id != node_id or replica != 0
+        return replica >= len(record.members) or record.members[replica].node_id != node_id
 
-    def _renew(self, record: WorkRecord, running: set[tuple[str, int]], now: float) -> None:
-        watch = self._watches.get(record.work_id)
+    def _renew(self, place: Place, running: set[tuple[str, int, int]], node_id: str, now: float) -> None:
+        work_id, replica = place
+        record, watch = self.records[work_id], self._watches.get(place)
         if record.plain or watch is None:
             return
-        if (record.work_id, record.attempt) in running:
+        if (work_id, record.attempt, replica) in running:
             watch.missed_at = None
             if watch.accepted_at is None:  # The answer to its delivery was lost.
                 watch.accepted_at = now
@@ -306,26 +410,29 @@ class Scheduler:
             return  # Its delivery is still being tried.
         watch.missed_at = watch.missed_at or now
         if now - watch.missed_at >= MISSED_S:
-            self._write(workitem.lost(record, f"node {record.node_id} no longer runs it", now), now)
+            self._write(workitem.lost(record, f"node {node_id} no longer runs it", now), now)
 
     def _new_session(self, seat: Seat, session: str, now: float) -> None:
         """The agent was born again: what it had accepted before is gone. What it had not, is delivered again."""
         seat.session = session
         self._changed = True
-        for work_id in list(seat.taken):
-            record, watch = self.records[work_id], self._watches.get(work_id)
+        for place in list(seat.taken):
+            record, watch = self.records[place[0]], self._watches.get(place)
             accepted = record.state is WorkState.RUNNING or (watch is not None and watch.accepted_at is not None)
             if accepted and not record.plain and (watch is None or watch.session != session):
                 self._write(workitem.lost(record, f"node {seat.node.node_id} restarted", now), now)
 
     def _lose_all(self, seat: Seat, reason: str, now: float) -> None:
-        for work_id in list(seat.taken):
-            self._write(workitem.lost(self.records[work_id], reason, now), now)
+        for work_id, _ in list(seat.taken):
+            if (record := self.records[work_id]).state in OUT:  # Another of its replicas was here too.
+                self._write(workitem.lost(record, reason, now), now)
 
     # --- time --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Retries that are due, timeouts, and what is written because it takes long."""
+        """Retries that are due, timeouts, what is written because it takes long, and ends that others wait for."""
+        if self._ended:
+            self._tell_waiting(now)
         while self._clock and self._clock[0][0] <= now:
             _, work_id, attempt = heapq.heappop(self._clock)
             record = self.records.get(work_id)
@@ -340,11 +447,15 @@ class Scheduler:
         elif record.state is WorkState.PENDING and now - record.changed_at >= WRITE_LATE_S:
             self.outbox.append(record)  # Seen to wait: not written until now, or written again at no harm.
         elif record.state in OUT:
-            watch = self._watches.get(record.work_id)
             if now >= self._deadline(record):
                 self._time_out(record, now)
-            elif record.state is WorkState.ASSIGNED and watch is not None and watch.accepted_at is not None:
+            elif record.state is WorkState.ASSIGNED and self._is_accepted(record):
                 self._write(workitem.started(record, now), now)
+
+    def _is_accepted(self, record: WorkRecord) -> bool:
+        """Whether all its nodes have taken it."""
+        watches = [self._watches.get((record.work_id, replica)) for replica, _ in workitem.places(record)]
+        return all(watch is not None and watch.accepted_at is not None for watch in watches)
 
     def _deadline(self, record: WorkRecord) -> float:
         assigned_at = record.changed_at
@@ -353,10 +464,10 @@ class Scheduler:
         return assigned_at + record.timeout_s + (0.0 if record.plain else ANSWER_GRACE_S)
 
     def _time_out(self, record: WorkRecord, now: float) -> None:
-        if seat := self.seats.get(record.node_id):
+        if not record.members and (seat := self.seats.get(record.node_id)):
             seat.strikes += 1
         error = WorkError(reason=f"no outcome after {record.timeout_s:g} s", code=TIMEOUT, fault="node")
-        self._fail(record, error, now)
+        self._fail(record, error, now, record.node_id)
 
     def next_at(self) -> float | None:
         """When :meth:`tick` has something to do next."""
@@ -383,18 +494,28 @@ class Scheduler:
             if record is None or record.state is not WorkState.PENDING:
                 self._pop(shape)
                 continue
-            chosen = placement.choose(record, (self._candidate(seat, record, now) for seat in self.seats.values()))
-            if chosen is None:
+            candidates = [self._candidate(seat, record, now) for seat in self.seats.values()]
+            if record.replicas > 1:
+                chosen = gangs.choose(record, candidates)
+            else:
+                chosen = [best] if (best := placement.choose(record, candidates)) else []
+            if not chosen:
                 blocked.add(shape)
                 continue
             self._pop(shape)
-            plain = self.seats[chosen].node.delivery != "direct"
-            placed = self._write(workitem.assigned(record, chosen, now, plain=plain), now)
-            self.blacklist.probe(_kind(placed), record.work_id)
+            if record.replicas > 1:
+                self._write(workitem.assigned_together(record, chosen, now), now)
+            else:
+                plain = self.seats[chosen[0]].node.delivery != "direct"
+                self._write(workitem.assigned(record, chosen[0], now, plain=plain), now)
+            for node_id in chosen:
+                self.blacklist.probe(_kind(record, node_id), record.work_id)
 
     def _candidate(self, seat: Seat, record: WorkRecord, now: float) -> Candidate:
-        kind = (seat.node.node_id, record.work_type, record.model_name)
-        return seat.candidate(now, self.blacklist.objection(kind, now))
+        objection = self.blacklist.objection(_kind(record, seat.node.node_id), now)
+        if not objection and wants_gpus(record.requirements):
+            objection = self._gpu_refusals.why_not(record, seat.node.node_id, now)
+        return seat.candidate(now, objection)
 
     def _pop(self, shape: bytes) -> None:
         heapq.heappop(self._queues[shape])
@@ -411,12 +532,12 @@ class Scheduler:
     @property
     def out(self) -> int:
         """Items that are with nodes."""
-        return len(self._watches)
+        return self._out_count
 
-    def _fail(self, record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
+    def _fail(self, record: WorkRecord, error: WorkError, now: float, node_id: str) -> WorkRecord:
         # Long items time out on good nodes too.
         if error.fault == "node" and error.code != TIMEOUT:
-            until = self.blacklist.failed(_kind(record), record.work_id, error.reason, now)
+            until = self.blacklist.failed(_kind(record, node_id), record.work_id, error.reason, now)
             if until is not None:
                 self._clock_at(until, "", 0)
         return self._write(workitem.failed(record, error, self._limits.retry, now, self._jitter()), now)
@@ -426,7 +547,8 @@ class Scheduler:
         if before is not None:
             self._leave(before)
             if before.state in OUT and record.state not in OUT:
-                self.blacklist.tried(_kind(before), record.work_id)
+                for _, node_id in workitem.places(before):
+                    self.blacklist.tried(_kind(before, node_id), record.work_id)
         self._put(record, now)
         self.outbox.append(record)
         return record
@@ -434,26 +556,35 @@ class Scheduler:
     def _leave(self, record: WorkRecord) -> None:
         if record.state in WAITING:
             self._waiting -= 1
+            if record.awaits:
+                self._dependencies.leave(record)
         elif record.state in OUT:
             self._changed = True
-            if seat := self.seats.get(record.node_id):
-                seat.taken.discard(record.work_id)
+            self._out_count -= 1
+            for replica, node_id in workitem.places(record):
+                if seat := self.seats.get(node_id):
+                    seat.taken.discard((record.work_id, replica))
 
     def _put(self, record: WorkRecord, now: float) -> None:
         self.records[record.work_id] = record
         if record.state not in OUT:
-            self._watches.pop(record.work_id, None)
+            self._forget_watches(record)
         if record.state in WAITING:
             self._waiting += 1
         if record.state is WorkState.PENDING:
-            self._changed = True
-            heapq.heappush(self._queues.setdefault(_shape(record), []), _rank(record))
+            if record.awaits:
+                self._dependencies.wait(record)
+            else:
+                self._changed = True
+                heapq.heappush(self._queues.setdefault(_shape(record), []), _rank(record))
             self._at(now + WRITE_LATE_S, record)
         elif record.state is WorkState.RETRYING:
             self._at(record.not_before, record)
         elif record.state in OUT:
             self._put_out(record)
         elif record.state in FINAL:
+            if self._dependencies.waiting_for(record.work_id):
+                self._ended.append(record)
             self._finished[record.work_id] = None
             while len(self._finished) > REMEMBERED_MAX:
                 oldest = next(iter(self._finished))
@@ -461,13 +592,17 @@ class Scheduler:
                 del self.records[oldest]
 
     def _put_out(self, record: WorkRecord) -> None:
-        if record.state is WorkState.ASSIGNED:
-            self._watches[record.work_id] = Watch()
-        else:
-            self._watches.setdefault(record.work_id, Watch())
-        if seat := self.seats.get(record.node_id):
-            seat.taken.add(record.work_id)
+        self._out_count += 1
+        for replica, node_id in workitem.places(record):
+            place = (record.work_id, replica)
+            self._watches.setdefault(place, Watch())
+            if seat := self.seats.get(node_id):
+                seat.taken.add(place)
         self._at(self._deadline(record), record)
+
+    def _forget_watches(self, record: WorkRecord) -> None:
+        for replica in range(record.replicas):
+            self._watches.pop((record.work_id, replica), None)
 
     def _at(self, when: float, record: WorkRecord) -> None:
         self._clock_at(when, record.work_id, record.attempt)
@@ -475,7 +610,7 @@ class Scheduler:
     def _clock_at(self, when: float, work_id: str, attempt: int) -> None:
         heapq.heappush(self._clock, (when, work_id, attempt))
         # Deadlines of attempts that ended long before would pile up; now and then they are swept out.
-        if len(self._clock) > CLOCK_SLACK + 8 * (self._waiting + len(self._watches)):
+        if len(self._clock) > CLOCK_SLACK + 8 * (self._waiting + self._out_count):
             self._clock = [entry for entry in self._clock if self._matters(*entry)]
             heapq.heapify(self._clock)
 
@@ -484,8 +619,8 @@ class Scheduler:
         return work_id == "" or (record is not None and record.attempt == attempt and record.state not in FINAL)
 
 
-def _kind(record: WorkRecord) -> Kind:
-    return record.node_id, record.work_type, record.model_name
+def _kind(record: WorkRecord, node_id: str) -> Kind:
+    return node_id, record.work_type, record.model_name
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -494,12 +629,13 @@ class _Shape(msgspec.Struct, frozen=True):
     work_type: str
     model_name: str
     requirements: msgspec.Struct
+    replicas: int
     avoid: str
 
 
 def _shape(record: WorkRecord) -> bytes:
     avoid = record.node_id if record.error else ""
-    return msgspec.json.encode(_Shape(record.work_type, record.model_name, record.requirements, avoid))
+    return msgspec.json.encode(_Shape(record.work_type, record.model_name, record.requirements, record.replicas, avoid))
 
 
 def _rank(record: WorkRecord) -> tuple[int, int, str]:

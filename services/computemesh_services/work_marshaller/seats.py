@@ -8,6 +8,9 @@ from typing import Final
 from computemesh.contracts.nodes import NodeRecord
 from computemesh_services.work_marshaller.placement import Candidate
 
+Place = tuple[str, int]
+"""A replica of an item: the item's id, and the number of the replica."""
+
 REST_S: Final = 1.0
 REST_S_MAX: Final = 30.0
 """A node that could not be reached, or refused an item, is left alone this long unless it shows up; the
@@ -22,7 +25,8 @@ class Seat:
     """What the scheduler knows of a node."""
 
     node: NodeRecord
-    taken: set[str] = field(default_factory=set[str])
+    taken: set[Place] = field(default_factory=set[Place])
+    """What of items is with it."""
     loaded_models: frozenset[str] = frozenset()
     accepting: bool = True
     strikes: int = 0

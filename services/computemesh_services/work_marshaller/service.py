@@ -192,7 +192,7 @@ class WorkMarshaller:
         elif existing := await self._find(reign, item.work_id):
             return existing
         assert item.work_id is not None
-        if refusal := reign.scheduler.refusal(item):
+        if refusal := reign.scheduler.refusal(item) or await self._unmet(reign, item):
             return refusal
         try:
             seq = await self._bus.store(work.SUBMIT, item, headers={CHECKED_HEADER: "1"})
@@ -208,6 +208,18 @@ class WorkMarshaller:
         await reign.read_up_to(seq)
         known = reign.scheduler.records.get(item.work_id)
         return known or workitem.received(item, item.work_id, seq, time.time())
+
+    async def _unmet(self, reign: Reign, item: WorkItem) -> Refused | None:
+        """The refusal of an item that waits for one that there is not."""
+        found = await asyncio.gather(*(self._find(reign, work_id) for work_id in item.after))
+        for position, (work_id, record) in enumerate(zip(item.after, found, strict=True)):
+            if record is None:
+                return Refused(
+                    code="unknown_dependency",
+                    reason=f"there is no work item {work_id!r}; submit it first",
+                    field=f"after[{position}]",
+                )
+        return None
 
     async def on_get(self, ask: WorkGet) -> WorkRecord | Refused:
         if self._reign is None:

@@ -4,22 +4,27 @@
        ^           |            |------> failed      the work's own fault
        |           v            |------> dead        tried as often as allowed
        +------- retrying <------+
-    and cancelled, from every state that is not final
+    and cancelled, from every state that is not final; failed too, when a waiting item can no longer start
+
+An item with replicas has a member for each of them: an attempt begins with all of them, completes with the last
+of them, and ends otherwise as soon as one of them does.
 
 Time is a parameter, in Unix seconds. A move that is not in :data:`NEXT` is a defect of the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from computemesh.contracts.base import Message
+from computemesh.contracts.gpus import GpuReservation
 from computemesh.contracts.work import (
     FINAL,
     Assignment,
+    Member,
     Move,
     WorkCompleted,
     WorkError,
@@ -34,11 +39,11 @@ P, A, RUN, RE = WorkState.PENDING, WorkState.ASSIGNED, WorkState.RUNNING, WorkSt
 DONE, BAD, OFF, DEAD = WorkState.COMPLETED, WorkState.FAILED, WorkState.CANCELLED, WorkState.DEAD
 
 NEXT: Final[Mapping[WorkState, frozenset[WorkState]]] = {
-    P: frozenset({A, OFF}),
+    P: frozenset({A, OFF, BAD}),
     # A short attempt is over before anyone saw it run, so an assigned item may end at once.
     A: frozenset({RUN, DONE, BAD, RE, P, DEAD, OFF}),
     RUN: frozenset({DONE, BAD, RE, DEAD, OFF}),
-    RE: frozenset({P, A, OFF}),
+    RE: frozenset({P, A, OFF, BAD}),
     DONE: frozenset(),
     BAD: frozenset(),
     OFF: frozenset(),
@@ -56,6 +61,9 @@ STORY_MAX: Final = 32
 
 LOSSES_MAX: Final = 20
 """Attempts that may vanish with their nodes before the item itself is suspected of killing them."""
+
+RESULTS_BYTES_MAX: Final = 900 * 1024
+"""Bound on the results of all replicas together, as JSON: they stand in one record."""
 
 
 class InvalidMove(AssertionError):
@@ -95,6 +103,11 @@ def received(item: WorkItem, work_id: str, seq: int, now: float, traceparent: st
         owner=item.owner,
         labels=item.labels,
         annotations=item.annotations,
+        deadline_at=item.deadline_at,
+        replicas=item.replicas,
+        after=item.after,
+        awaits=list(dict.fromkeys(item.after)),
+        payload_object=item.payload_object,
         submitted_at=now,
         changed_at=now,
         inbox_seq=seq,
@@ -113,6 +126,27 @@ def assigned(record: WorkRecord, node_id: str, now: float, *, plain: bool) -> Wo
     return _move(record, A, now, "", changes)
 
 
+def assigned_together(record: WorkRecord, node_ids: Sequence[str], now: float) -> WorkRecord:
+    """The next attempt of an item with replicas, each on the node of its position."""
+    members = [Member(replica=replica, node_id=node_id) for replica, node_id in enumerate(node_ids)]
+    changes = {"node_id": node_ids[0], "members": members, "attempt": record.attempt + 1, "not_before": 0.0}
+    return _move(record, A, now, "", changes)
+
+
+def node_of(record: WorkRecord, replica: int) -> str:
+    """The node of a replica in the latest attempt."""
+    return record.members[replica].node_id if record.members else record.node_id
+
+
+def places(record: WorkRecord) -> list[tuple[int, str]]:
+    """Where its present attempt still is: the replicas that have not completed, each with its node."""
+    if record.state not in OUT:
+        return []
+    if not record.members:
+        return [(0, record.node_id)]
+    return [(member.replica, member.node_id) for member in record.members if not member.completed]
+
+
 def started(record: WorkRecord, now: float) -> WorkRecord:
     return _move(record, RUN, now, "", {})
 
@@ -128,7 +162,31 @@ def undelivered(record: WorkRecord, now: float, reason: str) -> WorkRecord:
 
 
 def completed(record: WorkRecord, report: WorkCompleted, now: float) -> WorkRecord:
+    """The attempt is done; of an item with replicas, one of them, and the whole with the last."""
+    if record.members:
+        return _member_completed(record, report, now)
     return _move(record, DONE, now, "", {"result": report.result, "finished_at": now})
+
+
+def _member_completed(record: WorkRecord, report: WorkCompleted, now: float) -> WorkRecord:
+    done = msgspec.structs.replace(
+        record.members[report.replica],
+        completed=True,
+        result=report.result,
+        result_object=report.result_object,
+        log_object=report.log_object,
+    )
+    members = [done if member.replica == done.replica else member for member in record.members]
+    results = [member.result for member in members]
+    if (size := len(msgspec.json.encode(results))) > RESULTS_BYTES_MAX:
+        reason = f"the results of the replicas are {size:,} bytes of JSON together, {RESULTS_BYTES_MAX:,} are allowed"
+        error = WorkError(reason=reason, code="result_too_large", fault="work")
+        return _move(record, BAD, now, reason, {"failures": record.failures + 1, "error": error, "finished_at": now})
+    if not all(member.completed for member in members):
+        return msgspec.structs.replace(record, members=members)
+    # The results stand in the list; what was too large for it stays with its member.
+    members = [msgspec.structs.replace(member, result=None) for member in members]
+    return _move(record, DONE, now, "", {"members": members, "result": results, "finished_at": now})
 
 
 def failed(record: WorkRecord, error: WorkError, policy: RetryPolicy, now: float, jitter: float) -> WorkRecord:
@@ -157,12 +215,26 @@ def cancelled(record: WorkRecord, reason: str, now: float) -> WorkRecord:
     return _move(record, OFF, now, reason, {"finished_at": now})
 
 
-def is_current(record: WorkRecord, attempt: int | None) -> bool:
+def hopeless(record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
+    """An item that waits, and can no longer start."""
+    return _move(record, BAD, now, error.reason, {"error": error, "finished_at": now})
+
+
+def awaited(record: WorkRecord, work_id: str) -> WorkRecord:
+    """One of the items that *record* waits for has completed."""
+    return msgspec.structs.replace(record, awaits=[other for other in record.awaits if other != work_id])
+
+
+def is_current(record: WorkRecord, attempt: int | None, replica: int = 0) -> bool:
     """Whether a report about *attempt* is about what runs now.
 
-    Only a plain node may leave the number out: the first report then wins.
+    Only a plain node may leave the number out: the first report then wins. A replica reports once.
     """
-    if record.state not in (A, RUN):
+    if record.state not in OUT:
+        return False
+    if record.members:
+        return attempt == record.attempt and replica < len(record.members) and not record.members[replica].completed
+    if replica:
         return False
     return attempt == record.attempt if attempt is not None else record.plain
 
@@ -171,19 +243,25 @@ def error_of(report: WorkFailed) -> WorkError:
     return WorkError(reason=report.error, code=report.code, fault=report.fault)
 
 
-def assignment(record: WorkRecord) -> Assignment:
-    """What the node gets."""
+def assignment(record: WorkRecord, replica: int = 0, reservation: GpuReservation | None = None) -> Assignment:
+    """What the node of a replica gets."""
     return Assignment(
         work_id=record.work_id,
         attempt=record.attempt,
-        node_id=record.node_id,
+        node_id=node_of(record, replica),
         work_type=record.work_type,
         model_name=record.model_name,
         priority=record.priority,
         payload=record.payload,
+        payload_object=record.payload_object,
         timeout_s=record.timeout_s,
         owner=record.owner,
         requirements=record.requirements,
+        replica=replica,
+        replicas=record.replicas,
+        peers=[member.node_id for member in record.members],
+        reservation_id=reservation.reservation_id if reservation else "",
+        gpus=reservation.gpus if reservation else [],
     )
 
 

@@ -61,6 +61,8 @@ class GpuCanFit(Message, frozen=True, kw_only=True):
     """Only GPUs of at least this, as in `8.9`."""
     min_vram_mb: MegaBytes = 0
     """Only GPUs with at least this much memory in all."""
+    gpu_model: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Only GPUs with this in their name, in any case, such as `H100`."""
     labels: Labels = {}
     """Only nodes with all of these labels."""
     owner: Owner = ""

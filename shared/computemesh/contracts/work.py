@@ -19,7 +19,7 @@ Reports may be stale or doubled; whoever needs the outcome reads ``state``.
        ^           |            |------> failed      the work's own fault: not tried again
        |           v            |------> dead        tried as often as allowed
        +------- retrying <------+
-    and cancelled, from every state that is not final
+    and cancelled, from every state that is not final; failed too, when a waiting item can no longer start
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ class WorkRecord(Message, frozen=True, kw_only=True):
     deadline_at: float | None = None
     replicas: int = 1
     after: list[str] = []
+    awaits: list[str] = []
+    """Those of them that have not completed yet."""
     payload_object: ObjectRef | None = None
 
     attempt: int = 0
@@ -507,6 +509,7 @@ REQUEST: Final = Request(
     http=(Http(method="POST", path="/api/v1/work/submit", status=202),),
     refuses=(
         Refusal(code="unknown_work_type", status=400, when="no node has announced work of this type"),
+        Refusal(code="unknown_dependency", status=400, when="there is no item that `after` names"),
         Refusal(code="too_large", status=413, when="the item is larger than the inbox takes"),
         Refusal(code="queue_full", status=503, when="as many items wait as may"),
         Refusal(code="not_stored", status=503, when="the inbox did not take the item"),
