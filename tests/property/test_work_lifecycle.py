@@ -205,7 +205,7 @@ class Reign:
         match message:
             case WorkItem():
                 assert message.work_id is not None
-                assert self.scheduler.refusal(message) is None
+                assert self.scheduler.refusal(message, self._mesh.now) is None
                 changed = self.scheduler.submitted(message, message.work_id, seq, self._mesh.now)
                 steps["duplicate submission"] += changed is None
             case WorkCompleted():

@@ -11,11 +11,16 @@ import pytest
 from msgspec.structs import replace
 
 from computemesh.contracts.nodes import NodeRecord, NodeState
-from computemesh.contracts.work import Requirements, WorkError, WorkRecord
-from computemesh.hardware import Cpu, Memory, Tier
+from computemesh.contracts.work import NodeVerdict, Requirements, WorkError, WorkRecord
+from computemesh.hardware import Cpu, Memory, Platform, Tier
 from computemesh.testing.builders import a_gpu, a_node, a_record
-from computemesh_services.work_marshaller.placement import Candidate, choose, explain, refusals
+from computemesh_services.work_marshaller import placement
+from computemesh_services.work_marshaller.groups import Groups
+from computemesh_services.work_marshaller.needs import NOTHING, Shape, shape_of
+from computemesh_services.work_marshaller.rooms import Refusal
+from computemesh_services.work_marshaller.seats import Seat
 
+NOW = 1_000_000.0
 ERROR = WorkError(reason="out of memory")
 
 NODE = a_node(
@@ -23,45 +28,81 @@ NODE = a_node(
     models=["llama"],
     slots=2,
     tier=Tier.GPU_PEER,
+    platform=Platform.CUDA,
     gpus=[a_gpu(24_000), a_gpu(8_000)],
     memory=Memory(total_mb=64_000),
     cpu=Cpu(threads=16),
     labels={"zone": "a"},
 )
-FREE = Candidate(NODE, taken=0)
 
 
 def needing(**requirements: Any) -> WorkRecord:
     return a_record(model_name="llama", requirements=Requirements(**requirements))
 
 
-def seat(node_id: str, taken: int = 0, slots: int = 2, loaded: str = "", **changes: Any) -> Candidate:
-    return Candidate(a_node(node_id, slots=slots, **changes), taken, frozenset({loaded} - {""}))
+def a_seat(node: NodeRecord = NODE, taken: int = 0, loaded: str = "", **changes: Any) -> Seat:
+    """A node with so many items that asked for nothing."""
+    seat = Seat(node)
+    for n in range(taken):
+        seat.take((f"other{n}", 0), NOTHING)
+    seat.loaded_models = frozenset({loaded} - {""})
+    for name, value in changes.items():
+        setattr(seat, name, value)
+    return seat
+
+
+def seat(node_id: str, taken: int = 0, slots: int = 2, loaded: str = "", **changes: Any) -> Seat:
+    return a_seat(a_node(node_id, slots=slots, **changes), taken, loaded)
+
+
+def no_objection(_shape: Shape, _node_id: str, _now: float) -> str:
+    return ""
+
+
+def refusals(record: WorkRecord, node: Seat) -> list[Refusal]:
+    return list(placement.refusals(shape_of(record), node, no_objection, NOW))
+
+
+def explain(record: WorkRecord, seats: list[Seat]) -> list[NodeVerdict]:
+    return placement.explain(record, seats, no_objection, NOW)
+
+
+def choose(record: WorkRecord, seats: list[Seat]) -> str | None:
+    """As the scheduler does; and as the explanation says."""
+    groups = Groups(no_objection)
+    for node in seats:
+        groups.settle(node, NOW)
+    best = groups.best(shape_of(record), placement.avoided(record), NOW)
+    chosen = best.node.node_id if best else None
+    assert chosen == next((verdict.node_id for verdict in explain(record, seats) if verdict.fits), None)
+    return chosen
 
 
 def test_a_node_that_has_everything_fits() -> None:
     """All requirements at once, each exactly met."""
     record = needing(
-        gpus=1, vram_mb=24_000, ram_mb=64_000, cpus=16, min_tier=Tier.GPU_PEER, labels={"zone": "a"}, node_id="n1"
-    )
-    assert list(refusals(record, FREE)) == []
-    assert choose(record, [FREE]) == "n1"
+        gpus=1, vram_mb=24_000, ram_mb=64_000, cpus=16, min_tier=Tier.GPU_PEER, labels={"zone": "a"}, node_id="n1",
+        not_labels={"zone": "b", "rack": "1"}, node_ids=["n0", "n1"], not_node_ids=["n0"], gpu_model="Card",
+        platform=Platform.CUDA,
+    )  # fmt: skip
+    assert refusals(record, a_seat()) == []
+    assert choose(record, [a_seat()]) == "n1"
 
 
 @pytest.mark.parametrize(
     ("candidate", "reason"),
     [
-        (replace(FREE, taken=2), "busy: 2 of 2 slots taken"),
-        (replace(FREE, taken=3), "busy: 3 of 2 slots taken"),
-        (replace(FREE, node=replace(NODE, state=NodeState.SUSPECT)), "suspect"),
-        (replace(FREE, node=replace(NODE, state=NodeState.LOST)), "lost"),
-        (replace(FREE, accepting=False), "draining"),
-        (replace(FREE, node=replace(NODE, drained=True)), "drained"),
-        (replace(FREE, node=replace(NODE, drained=True, drain_reason="new fans")), "drained: new fans"),
-        (replace(FREE, unreachable="nobody listens at the node"), "nobody listens at the node"),
+        (a_seat(taken=2), "busy: 2 of 2 slots taken"),
+        (a_seat(taken=3), "busy: 3 of 2 slots taken"),
+        (a_seat(replace(NODE, state=NodeState.SUSPECT)), "suspect"),
+        (a_seat(replace(NODE, state=NodeState.LOST)), "lost"),
+        (a_seat(accepting=False), "draining"),
+        (a_seat(replace(NODE, drained=True)), "drained"),
+        (a_seat(replace(NODE, drained=True, drain_reason="new fans")), "drained: new fans"),
+        (a_seat(rests_until=NOW + 1, rest_reason="nobody listens for it"), "nobody listens for it"),
     ],
 )
-def test_a_node_that_cannot_now_may_later(candidate: Candidate, reason: str) -> None:
+def test_a_node_that_cannot_now_may_later(candidate: Seat, reason: str) -> None:
     """Busy, silent, draining and unreachable pass."""
     (refusal,) = refusals(needing(), candidate)
     assert (refusal.reason, refusal.may_change) == (reason, True)
@@ -82,18 +123,25 @@ def test_a_node_that_cannot_now_may_later(candidate: Candidate, reason: str) -> 
         (needing(cpus=17), "16 CPUs, needs 17"),
         (needing(labels={"zone": "b"}), "label zone=a, needs b"),
         (needing(labels={"rack": "1"}), "label rack=(none), needs 1"),
+        (needing(not_labels={"zone": "a"}), "label zone=a, which the item must not have"),
+        (needing(node_ids=["n2", "n3"]), "the item is only for n2, n3"),
+        (needing(node_id="n1", node_ids=["n2"]), "the item is only for no node"),
+        (needing(not_node_ids=["n0", "n1"]), "the item is not for this node"),
+        (needing(gpu_model="H100"), "0 GPUs with 'h100' in their name, needs 1"),
+        (needing(gpus=2, vram_mb=10_000, gpu_model="CARD"), "1 GPUs with 'card' in their name with 10000 MiB, needs 2"),
+        (needing(platform=Platform.ROCM), "platform CUDA, needs ROCM"),
     ],
 )
 def test_a_node_that_is_not_made_for_an_item_never_will_be(record: WorkRecord, reason: str) -> None:
     """Wrong kind, too small, elsewhere: the reason says what is there and what is needed."""
-    (refusal,) = refusals(record, FREE)
+    (refusal,) = refusals(record, a_seat())
     assert (refusal.reason, refusal.may_change) == (reason, False)
-    assert choose(record, [FREE]) is None
+    assert choose(record, [a_seat()]) is None
 
 
 def test_a_node_without_slots_takes_no_work() -> None:
     """It is there for something else, and is not merely busy."""
-    host = replace(FREE, node=replace(NODE, slots=0))
+    host = a_seat(replace(NODE, slots=0))
     (refusal,) = refusals(needing(), host)
     assert (refusal.reason, refusal.may_change) == ("takes no work", False)
     assert choose(needing(), [host]) is None
@@ -101,7 +149,7 @@ def test_a_node_without_slots_takes_no_work() -> None:
 
 def test_all_reasons_are_told_and_not_only_the_first() -> None:
     """Who reads them need not try again to see the next."""
-    candidate = replace(FREE, taken=2, accepting=False)
+    candidate = a_seat(taken=2, accepting=False)
     found = [refusal.reason for refusal in refusals(needing(cpus=99, node_id="n2"), candidate)]
     assert found == ["busy: 2 of 2 slots taken", "draining", "the item is only for n2", "16 CPUs, needs 99"]
 
@@ -121,7 +169,7 @@ def test_all_reasons_are_told_and_not_only_the_first() -> None:
 def test_what_a_node_does_not_tell_is_not_held_against_it(changes: dict[str, Any], record: WorkRecord) -> None:
     """An empty list takes any; an unknown size may be large enough."""
     node: NodeRecord = replace(NODE, **changes)
-    assert choose(record, [Candidate(node, 0)]) == "n1"
+    assert choose(record, [a_seat(node)]) == "n1"
 
 
 def test_the_emptier_node_is_chosen() -> None:

@@ -22,6 +22,7 @@ from computemesh.contracts.work import (
     WorkRecord,
     WorkState,
 )
+from computemesh.hardware import Cpu, Memory
 from computemesh.testing.builders import a_beat, a_node, a_plain_node, a_record, an_item
 from computemesh_services.work_marshaller import scheduler as scheduling
 from computemesh_services.work_marshaller import workitem
@@ -111,7 +112,7 @@ def test_a_submission_repeated_after_the_end_does_not_start_again() -> None:
 def test_a_host_that_takes_no_work_makes_no_work_type_known() -> None:
     """It names no work types, which elsewhere means any."""
     scheduler = with_nodes(a_node("host", slots=0), a_node("odd", slots=0, work_types=["pop"]))
-    refusal = scheduler.refusal(an_item(work_type="pop"))
+    refusal = scheduler.refusal(an_item(work_type="pop"), NOW)
     assert isinstance(refusal, Refused)
     assert "'pop';" in refusal.reason
     assert not refusal.reason.endswith("pop")
@@ -119,7 +120,7 @@ def test_a_host_that_takes_no_work_makes_no_work_type_known() -> None:
 
 def test_a_work_type_that_nobody_announced_is_refused_with_those_that_are_known() -> None:
     """The submitter sees what it could have meant."""
-    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="pop"))
+    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="pop"), NOW)
     assert isinstance(refusal, Refused)
     assert (refusal.code, refusal.field, refusal.retry) == ("unknown_work_type", "work_type", "never")
     assert "'pop'" in refusal.reason
@@ -134,20 +135,20 @@ def test_a_work_type_is_known_by_itself_when_announced_or_when_a_node_takes_any(
     nodes: list[NodeRecord], work_type: str
 ) -> None:
     """Inference needs no node; a node without a list takes every type."""
-    assert with_nodes(*nodes).refusal(an_item(work_type=work_type)) is None
+    assert with_nodes(*nodes).refusal(an_item(work_type=work_type), NOW) is None
 
 
 def test_a_full_queue_refuses_more_until_something_leaves_it() -> None:
     """Refused, never dropped, and the caller may come again."""
     scheduler = with_nodes(waiting_max=2)
     submit(scheduler, "w1")
-    assert scheduler.refusal(an_item()) is None
+    assert scheduler.refusal(an_item(), NOW) is None
     submit(scheduler, "w2", 2)
-    refusal = scheduler.refusal(an_item())
+    refusal = scheduler.refusal(an_item(), NOW)
     assert isinstance(refusal, Refused)
     assert (refusal.code, refusal.status, refusal.retry) == ("queue_full", 503, "later")
     scheduler.cancel("w1", "", NOW)
-    assert scheduler.refusal(an_item()) is None
+    assert scheduler.refusal(an_item(), NOW) is None
 
 
 def test_items_with_nodes_do_not_fill_the_queue() -> None:
@@ -873,7 +874,17 @@ def test_an_item_that_came_back_and_went_out_again_before_it_was_written_is_stop
         (
             on(WorkState.PENDING),
             [a_node(state=NodeState.SUSPECT), a_node("n2", work_types=["ppo"])],
-            "waits: no node fits now; 1 of 2 could later, the others are not made for it",
+            "waits: no node fits now, 1 of 2 could later; the nearest is n1: suspect",
+        ),
+        (
+            a_record(requirements=Requirements(cpus=17, ram_mb=65_000)),
+            [a_node(cpu=Cpu(threads=2), memory=Memory(total_mb=64_000)), a_node("n2", cpu=Cpu(threads=16))],
+            "waits: none of the 2 nodes can ever run it; the nearest is n2: 16 CPUs, needs 17",
+        ),
+        (
+            a_record(deadline_at=NOW + 90),
+            [],
+            "waits: no node is registered; fails in 90 s unless it has ended by then",
         ),
         (RUNNING, [a_node()], "attempt 1 is running on n1"),
         (
@@ -919,8 +930,8 @@ def test_a_replayed_submission_is_not_refused_because_many_wait_now() -> None:
     """It was stored when there was room; whatever is ahead of it in the replay waits only for want of placing."""
     scheduler = with_nodes(waiting_max=1)
     submit(scheduler)
-    assert isinstance(scheduler.refusal(an_item()), Refused)
-    assert scheduler.refusal(an_item(), full=False) is None
+    assert isinstance(scheduler.refusal(an_item(), NOW), Refused)
+    assert scheduler.refusal(an_item(), NOW, fresh=False) is None
 
 
 def test_an_attempt_that_a_heartbeat_showed_to_run_is_not_taken_back() -> None:

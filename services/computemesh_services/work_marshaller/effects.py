@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from computemesh.contracts.work import WorkRecord, WorkState
-from computemesh_services.work_marshaller.workitem import OUT, places
+from computemesh_services.work_marshaller.workitem import DEADLINE, OUT, places
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
     effects: list[Effect] = []
     if before and before.state in OUT and not before.plain and _moved_on(before, stored):
         reason = stored.story[-1].reason or str(stored.state) if stored.story else str(stored.state)
-        # A node that reported the attempt's end need not be told to end it; those of other replicas must.
-        is_told = stored.state is WorkState.COMPLETED or (stored.state is WorkState.FAILED and not before.members)
-        for replica, node_id in () if is_told else places(before):
+        for replica, node_id in () if _reported(before, stored) else places(before):
             effects.append(Stop(before.work_id, before.attempt, node_id, reason, replica))
     if stored.state is WorkState.ASSIGNED and (before is None or before.attempt != stored.attempt):
         effects.append(Deliver(stored))
@@ -49,3 +47,10 @@ def consequences(before: WorkRecord | None, stored: WorkRecord) -> list[Effect]:
 
 def _moved_on(before: WorkRecord, after: WorkRecord) -> bool:
     return after.state not in OUT or after.attempt != before.attempt
+
+
+def _reported(before: WorkRecord, stored: WorkRecord) -> bool:
+    """The node reported the attempt's end, and need not be told to end it. Those of other replicas must."""
+    if stored.state is WorkState.FAILED:
+        return not before.members and (stored.error is None or stored.error.code != DEADLINE)
+    return stored.state is WorkState.COMPLETED

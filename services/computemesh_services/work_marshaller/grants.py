@@ -25,7 +25,7 @@ QUOTA: Final = "quota_exceeded"
 
 
 def wants_gpus(need: Requirements) -> bool:
-    return need.gpus > 0 or need.vram_mb > 0
+    return need.gpus > 0 or need.vram_mb > 0 or bool(need.gpu_model)
 
 
 def reservation_id(work_id: str, attempt: int, replica: int) -> str:
@@ -73,18 +73,19 @@ class Refusals:
 
     def add(self, record: WorkRecord, node_id: str, refused: Refused, now: float) -> float:
         """Takes note of a refusal. Gives the time, Unix seconds, from which it may be tried again."""
-        key = _of_owner(record) if refused.code == QUOTA else _of_node(record, node_id)
+        need = record.requirements
+        key = _of_owner(need, record.owner) if refused.code == QUOTA else _of_node(need, node_id)
         rest = self._rests.get(key)
         times = rest.times + 1 if rest and now < rest.until + REST_S_MAX else 0
         until = now + min(REST_S_MAX, REST_S * 2.0 ** min(times, 30))
         self._rests[key] = _Rest(until, times, refused.reason)
         return until
 
-    def why_not(self, record: WorkRecord, node_id: str, now: float) -> str:
+    def why_not(self, need: Requirements, owner: str, node_id: str, now: float) -> str:
         """Why no GPUs of a node are asked for now; empty when they may be."""
         if self.away:
             return self.away
-        for key in (_of_node(record, node_id), _of_owner(record)):
+        for key in (_of_node(need, node_id), _of_owner(need, owner)):
             if (rest := self._rests.get(key)) and now < rest.until:
                 return rest.reason
         return ""
@@ -103,11 +104,9 @@ class Refusals:
             del self._rests[key]
 
 
-def _of_node(record: WorkRecord, node_id: str) -> _Key:
-    need = record.requirements
+def _of_node(need: Requirements, node_id: str) -> _Key:
     return node_id, need.gpus, need.vram_mb, need.gpu_model, ""
 
 
-def _of_owner(record: WorkRecord) -> _Key:
-    need = record.requirements
-    return "", need.gpus, need.vram_mb, "", record.owner
+def _of_owner(need: Requirements, owner: str) -> _Key:
+    return "", need.gpus, need.vram_mb, "", owner

@@ -322,7 +322,7 @@ class Reign:
         if work_id in self.scheduler.records:
             return None
         if CHECKED_HEADER not in (stored.headers or {}):
-            refusal = self.scheduler.refusal(item, full=self.caught_up.is_set())
+            refusal = self.scheduler.refusal(item, now, fresh=self.caught_up.is_set())
             if refusal is not None:
                 return refusal
         return self.scheduler.submitted(item, work_id, stored.seq, now, traceparent=_traceparent(stored))

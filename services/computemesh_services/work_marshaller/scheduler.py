@@ -36,9 +36,12 @@ from computemesh_services.work_marshaller import dependencies, explaining, gangs
 from computemesh_services.work_marshaller.blacklist import Blacklist, BlacklistPolicy, Kind, Tally
 from computemesh_services.work_marshaller.dependencies import Dependencies
 from computemesh_services.work_marshaller.effects import Stop
-from computemesh_services.work_marshaller.grants import Refusals, wants_gpus
-from computemesh_services.work_marshaller.placement import Candidate
-from computemesh_services.work_marshaller.seats import REST_S, REST_S_MAX, Place, Seat
+from computemesh_services.work_marshaller.grants import QUOTA, Refusals
+from computemesh_services.work_marshaller.groups import Groups
+from computemesh_services.work_marshaller.needs import Shape, ask_of
+from computemesh_services.work_marshaller.queue import Backlog, Queue
+from computemesh_services.work_marshaller.rooms import Room
+from computemesh_services.work_marshaller.seats import Place, Seat
 from computemesh_services.work_marshaller.workitem import OUT, WAITING, RetryPolicy
 
 WRITE_LATE_S: Final = 0.25
@@ -52,6 +55,15 @@ REMEMBERED_MAX: Final = 10_000
 
 CLOCK_SLACK: Final = 10_000
 """Entries of the clock that may have lost their meaning before it is swept."""
+
+VERDICTS_MAX: Final = 100
+"""Nodes in an explanation: those that fit or nearly do."""
+
+REST: Final = -1
+DEADLINE: Final = -2
+"""In place of an attempt, in the clock: a node's rest or its time on the blacklist ends; the deadline of an item."""
+
+ANY_NODE: Final = ""
 
 ANSWER_GRACE_S: Final = 5.0
 """A direct node enforces the timeout itself and reports it; the marshaller steps in this much later."""
@@ -70,6 +82,8 @@ class Limits(Message, frozen=True, kw_only=True):
     """Bounds of the queue and of attempts."""
 
     waiting_max: int = 100_000
+    priority_step_s: float = 600.0
+    """Waiting that counts as much as one step of priority."""
     retry: RetryPolicy = RetryPolicy()
     blacklist: BlacklistPolicy = BlacklistPolicy()
 
@@ -89,7 +103,12 @@ class Scheduler:
         self.blacklist = Blacklist(limits.blacklist)
         self._limits = limits
         self._jitter = jitter
-        self._queues: dict[bytes, list[tuple[int, int, str]]] = {}
+        self._queue = Queue(step_s=limits.priority_step_s)
+        self._ready: dict[Backlog, list[Seat] | None] = {}
+        """Backlogs of which an item may fit a node: one of these, or (None) any. All others fit nowhere."""
+        self._groups = Groups(self._objection)
+        self._roomier: dict[str, None] = {}
+        """Nodes that may have more room than when items were placed last."""
         self._watches: dict[Place, Watch] = {}
         self._out_count = 0
         self._clock: list[tuple[float, str, int]] = []
@@ -99,16 +118,15 @@ class Scheduler:
         self._ended: deque[WorkRecord] = deque()
         """Finished items for which others wait; :meth:`tick` tells those."""
         self._waiting = 0
-        self._changed = True
 
     # --- items -----------------------------------------------------------------------------------------------
 
-    def refusal(self, item: WorkItem, *, full: bool = True) -> Refused | None:
+    def refusal(self, item: WorkItem, now: float, *, fresh: bool = True) -> Refused | None:
         """Why a new item cannot be taken, or None.
 
         Args:
-            full: count the items that wait. Not while the inbox is replayed, when more of them wait than
-                did at the time.
+            fresh: it was just submitted. While the inbox is replayed, more items wait than did at the time, and a
+                deadline may have passed since.
         """
         if not self._knows(item.work_type):
             known = sorted({*WORK_TYPES, *(t for s in self.seats.values() if s.node.slots for t in s.node.work_types)})
@@ -117,7 +135,13 @@ class Scheduler:
                 field="work_type",
                 reason=f"no node has announced work of type {item.work_type!r}; known: {', '.join(known)}",
             )
-        if full and self._waiting >= self._limits.waiting_max:
+        if fresh and item.deadline_at is not None and item.deadline_at <= now:
+            return Refused(
+                code="deadline_passed",
+                field="deadline_at",
+                reason=f"the deadline was {now - item.deadline_at:.0f} s ago",
+            )
+        if fresh and self._waiting >= self._limits.waiting_max:
             return Refused(
                 code="queue_full",
                 reason=f"{self._waiting} items wait already, as many as are allowed",
@@ -135,6 +159,7 @@ class Scheduler:
     def restore(self, record: WorkRecord, now: float) -> None:
         """Takes over a record that is stored already."""
         self._put(record, now)
+        self._set_deadline(record)
 
     def recovered(self, now: float) -> None:
         """All that is stored was restored: what is out on nodes that are gone meanwhile is lost."""
@@ -156,6 +181,7 @@ class Scheduler:
             return None
         record = workitem.received(item, work_id, seq, now, traceparent)
         self._put(record, now)
+        self._set_deadline(record)
         return self._look_at(record, now) if record.awaits else record
 
     # --- dependencies ----------------------------------------------------------------------------------------
@@ -213,7 +239,7 @@ class Scheduler:
         Args:
             seq: where the report stands in the inbox; one that was applied already is not applied again.
         """
-        record = self._about(report, seq)
+        record = self._about(report, seq, now)
         if record is None:
             return None
         self.blacklist.succeeded(_kind(record, workitem.node_of(record, report.replica)), record.work_id)
@@ -221,22 +247,24 @@ class Scheduler:
 
     def failed(self, report: WorkFailed, now: float, *, seq: int = 0) -> WorkRecord | None:
         """As :meth:`completed`, for an attempt that went wrong."""
-        record = self._about(report, seq)
+        record = self._about(report, seq, now)
         if record is None:
             return None
         if report.code == HANDED_BACK:
             return self._write(workitem.lost(record, report.error, now), now)
         return self._fail(record, workitem.error_of(report), now, workitem.node_of(record, report.replica))
 
-    def _about(self, report: WorkCompleted | WorkFailed, seq: int) -> WorkRecord | None:
+    def _about(self, report: WorkCompleted | WorkFailed, seq: int, now: float) -> WorkRecord | None:
         """The record a report is about, if it still counts."""
         record = self.records.get(report.work_id)
         if record is None or 0 < seq <= record.report_seq:
             return None
         if not workitem.is_current(record, report.attempt, report.replica):
             return None
-        if seat := self.seats.get(workitem.node_of(record, report.replica)):
+        seat = self.seats.get(workitem.node_of(record, report.replica))
+        if seat is not None and (seat.strikes or seat.rests):
             seat.strikes = seat.rests = 0
+            self._review(seat, now)
         return msgspec.structs.replace(record, report_seq=seq) if seq else record
 
     def cancel(self, work_id: str, reason: str, now: float) -> WorkRecord | None:
@@ -248,23 +276,21 @@ class Scheduler:
 
     def explain(self, record: WorkRecord, now: float) -> WorkExplanation:
         """Why the item is where it is."""
-        verdicts = placement.explain(record, [self._candidate(seat, record, now) for seat in self.seats.values()])
+        verdicts = placement.explain(record, self.seats.values(), self._objection, now)
+        summary = self._summary(record, verdicts, now)
         return WorkExplanation(
-            work_id=record.work_id,
-            state=record.state,
-            summary=self._summary(record, verdicts, now),
-            nodes=verdicts,
+            work_id=record.work_id, state=record.state, summary=summary, nodes=verdicts[:VERDICTS_MAX]
         )
 
     def restore_blacklist(self, tallies: list[Tally], now: float) -> None:
         """Takes over the blacklist as it was stored; to be called when all records are restored."""
         self.blacklist.restore(tallies, ((r.work_id, r.node_id) for r in self.records.values() if r.state in OUT))
         for entry in self.blacklist.entries():
-            self._clock_at(max(entry.until, now), "", 0)
+            self._clock_at(max(entry.until, now), entry.node_id, REST)
 
     def pardon(self, node_id: str, work_type: str) -> list[Blacklisted]:
         """Trusts a node again at once; gives what it was blacklisted for."""
-        self._changed = True
+        self._roomier[node_id] = None
         return self.blacklist.pardon(node_id, work_type)
 
     def _summary(self, record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
@@ -287,10 +313,8 @@ class Scheduler:
             return
         reason = reason or "declined"
         if seat := self.seats.get(dict(workitem.places(record))[replica]):
-            seat.rests_until = now + min(REST_S_MAX, REST_S * 2.0**seat.rests)
-            seat.rests = min(seat.rests + 1, 30)
-            seat.rest_reason = reason
-            self._clock_at(seat.rests_until, "", 0)
+            seat.rest(reason, now)
+            self._review(seat, now)
         self._write(workitem.undelivered(record, now, reason), now)
 
     def is_undelivered(self, work_id: str, attempt: int, replica: int) -> bool:
@@ -305,18 +329,27 @@ class Scheduler:
         if record is None:
             return
         if not self._gpu_refusals.away:
-            until = self._gpu_refusals.add(record, dict(workitem.places(record))[replica], refused, now)
-            self._clock_at(until, "", 0)
+            node_id = dict(workitem.places(record))[replica]
+            until = self._gpu_refusals.add(record, node_id, refused, now)
+            self._clock_at(until, ANY_NODE if refused.code == QUOTA else node_id, REST)
         self._write(workitem.undelivered(record, now, refused.reason), now)
 
     def gpus_given_back(self, node_id: str, owner: str) -> None:
         """A reservation on a node ended."""
-        self._changed |= self._gpu_refusals.given_back(node_id, owner)
+        if self._gpu_refusals.given_back(node_id, owner):
+            self._try_gpus()
 
     def gpus_away(self, reason: str) -> None:
         """Why no GPU can be reserved at all; empty once they can."""
         self._gpu_refusals.away = reason
-        self._changed = True
+        if not reason:
+            self._try_gpus()
+
+    def _try_gpus(self) -> None:
+        """What was refused may be granted now, on any node."""
+        for backlog in self._queue:
+            if backlog.shape.ask.gpus:
+                self._ready[backlog] = None
 
     def _undelivered(self, work_id: str, attempt: int, replica: int) -> WorkRecord | None:
         """The item, if its node has not taken the replica yet."""
@@ -334,32 +367,44 @@ class Scheduler:
 
     def node_changed(self, node: NodeRecord, now: float) -> None:
         """The registry wrote this record."""
-        self._changed = True
         seat = self.seats.get(node.node_id)
         if seat is None:
-            seat = self.seats[node.node_id] = Seat(node, session=node.session)
-            seat.taken = {
-                (record.work_id, replica)
-                for record in self.records.values()
-                if record.state in OUT
-                for replica, node_id in workitem.places(record)
-                if node_id == node.node_id
-            }
+            seat = self.seats[node.node_id] = Seat(node)
+            self._seat_all(seat)
+            self._review(seat, now)
             return
-        back = node.changed_at != seat.node.changed_at and node.state is NodeState.ONLINE
-        seat.node = node
-        if back:
-            seat.strikes = seat.rests = 0
-            seat.rests_until = 0.0
+        before, seat.node = seat.node, node
+        if node.changed_at != before.changed_at and node.state is NodeState.ONLINE:
+            seat.strikes = 0
+            seat.wake()
+        if _size(node) != _size(before):
+            seat.room = Room(node)
+            self._seat_all(seat)
+        self._review(seat, now)
         if node.state is NodeState.LOST:
             self._lose_all(seat, f"node {node.node_id} was lost", now)
         elif node.session and node.session != seat.session:
             self._new_session(seat, node.session, now)
 
+    def _seat_all(self, seat: Seat) -> None:
+        """Counts what is out on a node, by the records."""
+        for record in self.records.values():
+            if record.state in OUT:
+                for replica, node_id in workitem.places(record):
+                    if node_id == seat.node.node_id:
+                        seat.take((record.work_id, replica), ask_of(record.requirements))
+
+    def _review(self, seat: Seat, now: float) -> None:
+        """Something about a node has changed: it may get work, or no more."""
+        self._groups.settle(seat, now)
+        self._roomier[seat.node.node_id] = None
+        if seat.rests_until > now:
+            self._clock_at(seat.rests_until, seat.node.node_id, REST)
+
     def node_gone(self, node_id: str, now: float) -> None:
         """The registry forgot the node."""
-        self._changed = True
         if seat := self.seats.pop(node_id, None):
+            self._groups.gone(node_id)
             self._lose_all(seat, f"node {node_id} was removed", now)
 
     def heartbeat(self, beat: NodeHeartbeat, now: float) -> list[Stop]:
@@ -371,11 +416,7 @@ class Scheduler:
             return []  # Another agent with the same node id, or a new life that the registry tells of presently.
         if beat.session and beat.session != seat.session:
             self._new_session(seat, beat.session, now)
-        self._changed |= beat.accepting != seat.accepting or seat.rests_until > now
-        seat.accepting = beat.accepting
-        seat.loaded_models = frozenset(beat.loaded_models)
-        seat.rests_until = 0.0
-        seat.rests = 0
+        self._hear(seat, beat, now)
         running = {(work.work_id, work.attempt, work.replica) for work in beat.running}
         for place in list(seat.taken):
             self._renew(place, running, seat.node.node_id, now)
@@ -384,6 +425,21 @@ class Scheduler:
             for work_id, attempt, replica in running
             if self._is_stale(work_id, attempt, replica, beat.node_id)
         ]
+
+    def _hear(self, seat: Seat, beat: NodeHeartbeat, now: float) -> None:
+        """What a heartbeat says about the node itself."""
+        roomier = seat.room.told(beat)
+        loaded_models = frozenset(beat.loaded_models)
+        if beat.accepting != seat.accepting or seat.rests_until or loaded_models != seat.loaded_models:
+            seat.accepting = beat.accepting
+            seat.loaded_models = loaded_models
+            seat.wake()
+            self._review(seat, now)
+            return
+        seat.rests = 0
+        self._groups.moved(seat)
+        if roomier:
+            self._roomier[beat.node_id] = None
 
     def _is_stale(self, work_id: str, attempt: int, replica: int, node_id: str) -> bool:
         record = self.records.get(work_id)
@@ -415,7 +471,6 @@ class Scheduler:
     def _new_session(self, seat: Seat, session: str, now: float) -> None:
         """The agent was born again: what it had accepted before is gone. What it had not, is delivered again."""
         seat.session = session
-        self._changed = True
         for place in list(seat.taken):
             record, watch = self.records[place[0]], self._watches.get(place)
             accepted = record.state is WorkState.RUNNING or (watch is not None and watch.accepted_at is not None)
@@ -430,16 +485,28 @@ class Scheduler:
     # --- time --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Retries that are due, timeouts, what is written because it takes long, and ends that others wait for."""
+        """Retries that are due, timeouts, deadlines, what is written because it takes long, and ends that others wait
+        for."""
         if self._ended:
             self._tell_waiting(now)
         while self._clock and self._clock[0][0] <= now:
-            _, work_id, attempt = heapq.heappop(self._clock)
-            record = self.records.get(work_id)
-            if record is None:
-                self._changed = True  # A node's rest is over.
+            _, key, attempt = heapq.heappop(self._clock)
+            if attempt == REST:
+                self._rested(key, now)
+                continue
+            record = self.records.get(key)
+            if record is None or record.state in FINAL:
+                continue
+            if attempt == DEADLINE:
+                self._write(workitem.overdue(record, now), now)
             elif record.attempt == attempt:
                 self._time_passed(record, now)
+
+    def _rested(self, node_id: str, now: float) -> None:
+        if node_id == ANY_NODE:
+            self._try_gpus()
+        elif seat := self.seats.get(node_id):
+            self._review(seat, now)
 
     def _time_passed(self, record: WorkRecord, now: float) -> None:
         if record.state is WorkState.RETRYING and record.not_before <= now:
@@ -466,6 +533,7 @@ class Scheduler:
     def _time_out(self, record: WorkRecord, now: float) -> None:
         if not record.members and (seat := self.seats.get(record.node_id)):
             seat.strikes += 1
+            self._review(seat, now)
         error = WorkError(reason=f"no outcome after {record.timeout_s:g} s", code=TIMEOUT, fault="node")
         self._fail(record, error, now, record.node_id)
 
@@ -476,51 +544,58 @@ class Scheduler:
     # --- placement ---------------------------------------------------------------------------------------------
 
     def place(self, now: float) -> None:
-        """Assigns whatever fits somewhere, higher priority first, then in order of submission.
+        """Assigns whatever fits somewhere, in the order of the queue.
 
-        Items with the same needs stand in one queue. When the first of a queue fits nowhere, none of it
-        does, so the work is in proportion to the kinds of items and not to their number.
+        Afterwards no item that waits fits any node. So next time only those items are looked at that came since, and
+        those that fit a node which has more room since.
         """
-        if not self._changed:
+        if self._roomier:
+            self._wake(now)
+        while self._ready:
+            backlog, entry = self._queue.first(self._ready)
+            record = self.records[entry.work_id]
+            seats = self._choose(backlog, record, now)
+            if not seats:
+                del self._ready[backlog]
+                continue
+            self._queue.charge(entry, record.replicas)
+            if record.replicas > 1:
+                self._write(workitem.assigned_together(record, [seat.node.node_id for seat in seats], now), now)
+            else:
+                node = seats[0].node
+                self._write(workitem.assigned(record, node.node_id, now, plain=node.delivery != "direct"), now)
+            for seat in seats:
+                self.blacklist.probe(_kind(record, seat.node.node_id), record.work_id)
+
+    def _wake(self, now: float) -> None:
+        """Makes the items ready that fit a node with more room."""
+        roomier, self._roomier = self._roomier, {}
+        if not self._queue:
             return
-        self._changed = False
-        blocked: set[bytes] = set()
-        while True:
-            heads = [(queue[0], shape) for shape, queue in self._queues.items() if queue and shape not in blocked]
-            if not heads:
-                return
-            (_, _, work_id), shape = min(heads)
-            record = self.records.get(work_id)
-            if record is None or record.state is not WorkState.PENDING:
-                self._pop(shape)
+        for node_id in roomier:
+            seat = self.seats.get(node_id)
+            if seat is None or seat.full:
                 continue
-            candidates = [self._candidate(seat, record, now) for seat in self.seats.values()]
-            if record.replicas > 1:
-                chosen = gangs.choose(record, candidates)
-            else:
-                chosen = [best] if (best := placement.choose(record, candidates)) else []
-            if not chosen:
-                blocked.add(shape)
-                continue
-            self._pop(shape)
-            if record.replicas > 1:
-                self._write(workitem.assigned_together(record, chosen, now), now)
-            else:
-                plain = self.seats[chosen[0]].node.delivery != "direct"
-                self._write(workitem.assigned(record, chosen[0], now, plain=plain), now)
-            for node_id in chosen:
-                self.blacklist.probe(_kind(record, node_id), record.work_id)
+            for backlog in self._queue.of_node(node_id):
+                nodes = self._ready.get(backlog, _NOWHERE)
+                if nodes is not None and self._groups.takes(backlog.shape, seat, now):
+                    self._ready[backlog] = [*nodes, seat] if backlog.shape.replicas == 1 else None
 
-    def _candidate(self, seat: Seat, record: WorkRecord, now: float) -> Candidate:
-        objection = self.blacklist.objection(_kind(record, seat.node.node_id), now)
-        if not objection and wants_gpus(record.requirements):
-            objection = self._gpu_refusals.why_not(record, seat.node.node_id, now)
-        return seat.candidate(now, objection)
+    def _choose(self, backlog: Backlog, record: WorkRecord, now: float) -> list[Seat]:
+        """The nodes of all its replicas; empty when they do not fit now."""
+        shape, nodes, avoid = backlog.shape, self._ready[backlog], placement.avoided(record)
+        if shape.replicas > 1:
+            return gangs.choose(shape, self._groups, avoid, now)
+        groups = self._groups
+        best = groups.best(shape, avoid, now) if nodes is None else groups.best_of(nodes, shape, avoid, now)
+        return [best] if best else []
 
-    def _pop(self, shape: bytes) -> None:
-        heapq.heappop(self._queues[shape])
-        if not self._queues[shape]:
-            del self._queues[shape]
+    def _objection(self, shape: Shape, node_id: str, now: float) -> str:
+        """Why a node gets nothing of this shape now, though it fits; empty when it may."""
+        objection = self.blacklist.objection((node_id, shape.work_type, shape.model_name), now)
+        if not objection and shape.ask.gpus:
+            objection = self._gpu_refusals.why_not(shape.need, shape.owner, node_id, now)
+        return objection
 
     # --- bookkeeping -------------------------------------------------------------------------------------------
 
@@ -539,7 +614,7 @@ class Scheduler:
         if error.fault == "node" and error.code != TIMEOUT:
             until = self.blacklist.failed(_kind(record, node_id), record.work_id, error.reason, now)
             if until is not None:
-                self._clock_at(until, "", 0)
+                self._clock_at(until, node_id, REST)
         return self._write(workitem.failed(record, error, self._limits.retry, now, self._jitter()), now)
 
     def _write(self, record: WorkRecord, now: float) -> WorkRecord:
@@ -558,12 +633,20 @@ class Scheduler:
             self._waiting -= 1
             if record.awaits:
                 self._dependencies.leave(record)
+            if record.state is WorkState.PENDING and not record.awaits:
+                self._unqueue(record.work_id)
         elif record.state in OUT:
-            self._changed = True
             self._out_count -= 1
             for replica, node_id in workitem.places(record):
                 if seat := self.seats.get(node_id):
-                    seat.taken.discard((record.work_id, replica))
+                    seat.free((record.work_id, replica))
+                    self._groups.moved(seat)
+                    self._roomier[node_id] = None
+
+    def _unqueue(self, work_id: str) -> None:
+        backlog = self._queue.drop(work_id)
+        if not backlog.lines:
+            self._ready.pop(backlog, None)
 
     def _put(self, record: WorkRecord, now: float) -> None:
         self.records[record.work_id] = record
@@ -575,8 +658,7 @@ class Scheduler:
             if record.awaits:
                 self._dependencies.wait(record)
             else:
-                self._changed = True
-                heapq.heappush(self._queues.setdefault(_shape(record), []), _rank(record))
+                self._enqueue(record)
             self._at(now + WRITE_LATE_S, record)
         elif record.state is WorkState.RETRYING:
             self._at(record.not_before, record)
@@ -591,13 +673,23 @@ class Scheduler:
                 del self._finished[oldest]
                 del self.records[oldest]
 
+    def _enqueue(self, record: WorkRecord) -> None:
+        backlog, is_new = self._queue.push(record)
+        if is_new:
+            self._ready[backlog] = None
+
+    def _set_deadline(self, record: WorkRecord) -> None:
+        if record.deadline_at is not None and record.state not in FINAL:
+            self._clock_at(record.deadline_at, record.work_id, DEADLINE)
+
     def _put_out(self, record: WorkRecord) -> None:
         self._out_count += 1
         for replica, node_id in workitem.places(record):
             place = (record.work_id, replica)
             self._watches.setdefault(place, Watch())
             if seat := self.seats.get(node_id):
-                seat.taken.add(place)
+                seat.take(place, ask_of(record.requirements))
+                self._groups.moved(seat)
         self._at(self._deadline(record), record)
 
     def _forget_watches(self, record: WorkRecord) -> None:
@@ -607,36 +699,28 @@ class Scheduler:
     def _at(self, when: float, record: WorkRecord) -> None:
         self._clock_at(when, record.work_id, record.attempt)
 
-    def _clock_at(self, when: float, work_id: str, attempt: int) -> None:
-        heapq.heappush(self._clock, (when, work_id, attempt))
+    def _clock_at(self, when: float, key: str, attempt: int) -> None:
+        """Something is to be done about an attempt, or (REST) a node, or (DEADLINE) an item."""
+        heapq.heappush(self._clock, (when, key, attempt))
         # Deadlines of attempts that ended long before would pile up; now and then they are swept out.
         if len(self._clock) > CLOCK_SLACK + 8 * (self._waiting + self._out_count):
             self._clock = [entry for entry in self._clock if self._matters(*entry)]
             heapq.heapify(self._clock)
 
-    def _matters(self, _when: float, work_id: str, attempt: int) -> bool:
-        record = self.records.get(work_id)
-        return work_id == "" or (record is not None and record.attempt == attempt and record.state not in FINAL)
+    def _matters(self, _when: float, key: str, attempt: int) -> bool:
+        if attempt == REST:
+            return key == ANY_NODE or key in self.seats
+        record = self.records.get(key)
+        return record is not None and record.state not in FINAL and attempt in (record.attempt, DEADLINE)
 
 
 def _kind(record: WorkRecord, node_id: str) -> Kind:
     return node_id, record.work_type, record.model_name
 
 
-class _Shape(msgspec.Struct, frozen=True):
-    """What placement looks at in an item: items that agree in it fit the same nodes."""
-
-    work_type: str
-    model_name: str
-    requirements: msgspec.Struct
-    replicas: int
-    avoid: str
+_NOWHERE: Final[list[Seat]] = []
 
 
-def _shape(record: WorkRecord) -> bytes:
-    avoid = record.node_id if record.error else ""
-    return msgspec.json.encode(_Shape(record.work_type, record.model_name, record.requirements, record.replicas, avoid))
-
-
-def _rank(record: WorkRecord) -> tuple[int, int, str]:
-    return (-record.priority, record.inbox_seq, record.work_id)
+def _size(node: NodeRecord) -> object:
+    """What a node has of each resource."""
+    return node.cpus_for_work, node.ram_mb_for_work, node.memory, node.gpus

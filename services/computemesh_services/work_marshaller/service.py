@@ -192,7 +192,7 @@ class WorkMarshaller:
         elif existing := await self._find(reign, item.work_id):
             return existing
         assert item.work_id is not None
-        if refusal := reign.scheduler.refusal(item) or await self._unmet(reign, item):
+        if refusal := reign.scheduler.refusal(item, time.time()) or await self._unmet(reign, item):
             return refusal
         try:
             seq = await self._bus.store(work.SUBMIT, item, headers={CHECKED_HEADER: "1"})

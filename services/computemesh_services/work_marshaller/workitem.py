@@ -4,7 +4,8 @@
        ^           |            |------> failed      the work's own fault
        |           v            |------> dead        tried as often as allowed
        +------- retrying <------+
-    and cancelled, from every state that is not final; failed too, when a waiting item can no longer start
+    and cancelled, from every state that is not final; failed too, when a waiting item can no longer start,
+    or the deadline has passed
 
 An item with replicas has a member for each of them: an attempt begins with all of them, completes with the last
 of them, and ends otherwise as soon as one of them does.
@@ -58,6 +59,9 @@ WAITING: Final = frozenset({P, RE})
 
 STORY_MAX: Final = 32
 """Moves a record remembers."""
+
+DEADLINE: Final = "deadline"
+"""Code of the error of an item that had not ended by its deadline."""
 
 LOSSES_MAX: Final = 20
 """Attempts that may vanish with their nodes before the item itself is suspected of killing them."""
@@ -223,6 +227,12 @@ def hopeless(record: WorkRecord, error: WorkError, now: float) -> WorkRecord:
 def awaited(record: WorkRecord, work_id: str) -> WorkRecord:
     """One of the items that *record* waits for has completed."""
     return msgspec.structs.replace(record, awaits=[other for other in record.awaits if other != work_id])
+
+
+def overdue(record: WorkRecord, now: float) -> WorkRecord:
+    """Its deadline has passed: whatever became of it would be of no use."""
+    error = WorkError(reason="it had not ended by its deadline", code=DEADLINE, fault="work")
+    return _move(record, BAD, now, error.reason, {"error": error, "finished_at": now})
 
 
 def is_current(record: WorkRecord, attempt: int | None, replica: int = 0) -> bool:

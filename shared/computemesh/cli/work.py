@@ -237,6 +237,11 @@ def _print_outcome(record: WorkRecord) -> None:
         err.print(f"[bold red]{record.work_id} {record.state}:[/] {common.escape(answer_text(record))}")
 
 
+def _verdict(verdict: work.NodeVerdict) -> str:
+    reasons = "; ".join(verdict.reasons)
+    return f"fits: {reasons}" if verdict.fits else reasons
+
+
 @click.group(name="work", cls=common.Ordered)
 def work_group() -> None:
     """Look at work items and cancel them."""
@@ -297,7 +302,7 @@ def show(work_id: str, as_json: bool) -> None:
     if record.state not in FINAL:
         out.print(common.escape(why.summary))
         for verdict in why.nodes:
-            out.print(f"  {verdict.node_id}: {common.escape('; '.join(verdict.reasons) or 'fits')}")
+            out.print(f"  {verdict.node_id}: {common.escape(_verdict(verdict))}")
     out.print()
     rows = [
         (f"{move.at - record.submitted_at:+.3f} s", state_cell(move.state), str(move.attempt or "-"),

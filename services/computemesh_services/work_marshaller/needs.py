@@ -1,0 +1,80 @@
+"""What an item asks of a node. Items that ask for the same have one shape: they fit the same nodes. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from computemesh.contracts.work import Requirements, WorkItem, WorkRecord
+from computemesh.hardware import Gpu
+from computemesh_services.work_marshaller.grants import wants_gpus
+
+NO_REQUIREMENTS: Final = WorkItem(work_type="any").requirements
+"""What items without requirements share."""
+
+ShapeKey = tuple[str, str, int, bytes, str]
+
+
+class Ask(msgspec.Struct, frozen=True, gc=False):
+    """What an attempt takes of its node for as long as it is out."""
+
+    cpus: int = 0
+    ram_mb: int = 0
+    gpus: int = 0
+    vram_mb: int = 0
+    """On each of the GPUs; 0 for whole ones."""
+    gpu_model: str = ""
+    """Part of the GPUs' name, in lower case."""
+
+    def suits(self, gpu: Gpu) -> bool:
+        """Whether *gpu* would do, were all of it free."""
+        return gpu.vram_total_mb >= self.vram_mb and self.gpu_model in gpu.name.lower()
+
+
+NOTHING: Final = Ask()
+
+
+def ask_of(need: Requirements) -> Ask:
+    if need is NO_REQUIREMENTS or not (need.cpus or need.ram_mb or need.gpus or need.vram_mb or need.gpu_model):
+        return NOTHING
+    gpus = max(need.gpus, 1 if need.vram_mb or need.gpu_model else 0)
+    return Ask(need.cpus, need.ram_mb, gpus, need.vram_mb, need.gpu_model.lower())
+
+
+class Shape:
+    """What placement looks at in an item."""
+
+    __slots__ = ("ask", "avoided", "key", "model_name", "named", "need", "owner", "replicas", "work_type")
+
+    def __init__(self, record: WorkRecord, key: ShapeKey) -> None:
+        self.key: Final = key
+        self.work_type: Final = record.work_type
+        self.model_name: Final = record.model_name
+        self.replicas: Final = record.replicas
+        self.need: Final = record.requirements
+        self.ask: Final = ask_of(self.need)
+        self.owner: Final = key[4]
+        """Of items that want GPUs, of which an owner may have only so many."""
+        self.named: Final = _named(self.need)
+        """The only nodes that may have it, or None for any."""
+        self.avoided: Final = frozenset(self.need.not_node_ids)
+
+
+def _named(need: Requirements) -> frozenset[str] | None:
+    if need.node_id is None:
+        return frozenset(need.node_ids) if need.node_ids else None
+    if need.node_ids and need.node_id not in need.node_ids:
+        return frozenset()
+    return frozenset({need.node_id})
+
+
+def shape_key(record: WorkRecord) -> ShapeKey:
+    need = record.requirements
+    asked = b"" if need is NO_REQUIREMENTS or need == NO_REQUIREMENTS else msgspec.json.encode(need, order="sorted")
+    owner = record.owner if asked and wants_gpus(need) else ""
+    return record.work_type, record.model_name, record.replicas, asked, owner
+
+
+def shape_of(record: WorkRecord) -> Shape:
+    return Shape(record, shape_key(record))
