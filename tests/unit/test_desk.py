@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from computemesh.contracts.gpus import GpuShare
 from computemesh.contracts.nodes import NodeAnnouncement
 from computemesh.contracts.work import Assignment, Requirements
-from computemesh.hardware import Cpu, Gpu, Memory
+from computemesh.hardware import Cpu, Gpu, Memory, Platform
 from computemesh_services.node_agent import desk as desks
 from computemesh_services.node_agent.desk import Desk, Verdict
+from computemesh_services.node_agent.environment import environment_of
 
 OFFERED = frozenset({"render"})
 
@@ -62,7 +64,7 @@ def test_an_attempt_that_runs_or_ran_is_accepted_again_and_not_started_again() -
     desk = a_desk(("w1", 1), slots=1)
     desk.accepting = False
     assert desk.judge(asked(), OFFERED, NODE) == (Verdict.KNOWN, "")
-    desk.ended("w1", 1)
+    desk.ended(asked(1))
     assert desk.running == {}
     assert desk.judge(asked(), OFFERED, NODE) == (Verdict.KNOWN, "")
 
@@ -71,9 +73,9 @@ def test_a_newer_attempt_replaces_the_one_that_runs_even_when_all_slots_are_take
     """It takes over the slot."""
     desk = a_desk(("w1", 1), slots=1)
     assert answer(desk, asked(2)) == (Verdict.START, "")
-    assert desk.started(asked(2)) == asked(1)
+    assert desk.started(asked(2)) == [asked(1)]
     assert answer(desk, asked(2)) == (Verdict.KNOWN, "")
-    assert desk.started(asked(1, "w2")) is None
+    assert desk.started(asked(1, "w2")) == []
 
 
 def test_an_assignment_for_another_node_is_declined() -> None:
@@ -107,8 +109,8 @@ def test_the_end_of_an_attempt_that_was_replaced_leaves_its_successor_running() 
     """The old one's processes may take a moment to be gone."""
     desk = a_desk(("w1", 1))
     desk.started(asked(2))
-    desk.ended("w1", 1)
-    assert desk.running == {"w1": asked(2)}
+    desk.ended(asked(1))
+    assert desk.running == {("w1", 0): asked(2)}
 
 
 def test_only_so_many_ended_attempts_are_remembered_the_latest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +119,7 @@ def test_only_so_many_ended_attempts_are_remembered_the_latest_ones(monkeypatch:
     desk = a_desk()
     for attempt in (1, 2, 3):
         desk.started(asked(attempt))
-        desk.ended("w1", attempt)
+        desk.ended(asked(attempt))
     assert [desk.judge(asked(attempt), OFFERED, NODE)[0] for attempt in (1, 2, 3)] == [
         Verdict.START,
         Verdict.KNOWN,
@@ -154,7 +156,7 @@ def test_what_an_attempt_had_is_free_once_it_has_ended_and_for_its_own_successor
     """Of two attempts at one item only one has anything."""
     desk = filled(needs("w1", cpus=16, ram_mb=64_000))
     assert answer(desk, needs("w1", attempt=2, cpus=16, ram_mb=64_000)) == (Verdict.START, "")
-    desk.ended("w1", 1)
+    desk.ended(asked(1))
     assert answer(desk, needs("w2", cpus=16, ram_mb=64_000)) == (Verdict.START, "")
 
 
@@ -195,3 +197,61 @@ def test_a_gpu_that_is_not_here_is_not_used() -> None:
     assert answer(filled(), needs("w1", GpuShare(index=2, mb=1))) == (Verdict.DECLINE, "has no GPU 2")
     moved = needs("w1", GpuShare(index=0, uuid="GPU-b", mb=1))
     assert answer(filled(), moved) == (Verdict.DECLINE, "has no GPU GPU-b")
+
+
+def replica(number: int, attempt: int = 1) -> Assignment:
+    """One of several replicas of w1, all here."""
+    return replace(asked(attempt), replica=number, replicas=3, peers=["n1", "n1", "n1"])
+
+
+def test_replicas_of_one_item_run_side_by_side_each_in_a_slot() -> None:
+    """Each is accepted once, and its end frees its own slot."""
+    desk = filled()
+    desk.slots = 2
+    for number in (0, 1):
+        assert answer(desk, replica(number)) == (Verdict.START, "")
+        assert desk.started(replica(number)) == []
+        assert answer(desk, replica(number)) == (Verdict.KNOWN, "")
+    assert answer(desk, replica(2)) == (Verdict.DECLINE, "busy: 2 of 2 slots taken")
+    desk.ended(replica(0))
+    assert desk.running == {("w1", 1): replica(1)}
+    assert answer(desk, replica(0)) == (Verdict.KNOWN, "")
+    assert answer(desk, replica(2)) == (Verdict.START, "")
+
+
+def test_a_newer_attempt_ends_all_replicas_of_the_older_one() -> None:
+    """Whichever of its replicas arrives first, and it needs none of their slots; the older attempt never comes back."""
+    desk = filled(replica(0), replica(2))
+    desk.slots = 2
+    assert answer(desk, replica(1, attempt=2)) == (Verdict.START, "")
+    assert desk.started(replica(1, attempt=2)) == [replica(0), replica(2)]
+    assert desk.running == {("w1", 1): replica(1, attempt=2)}
+    assert answer(desk, replica(0)) == (Verdict.DECLINE, "attempt 2 runs here already")
+
+
+@pytest.mark.parametrize(
+    ("uuids", "platform", "expected"),
+    [
+        (("GPU-a", "MIG-b"), Platform.CUDA, {"CUDA_VISIBLE_DEVICES": "GPU-a,MIG-b"}),
+        (("GPU-a", ""), Platform.CUDA, {"CUDA_VISIBLE_DEVICES": "0,1"}),
+        (("GPU-a", "GPU-b"), Platform.ROCM, {"HIP_VISIBLE_DEVICES": "0,1"}),
+        (("GPU-a", "GPU-b"), None, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}),
+    ],
+)
+def test_an_attempt_sees_the_gpus_that_are_reserved_for_it(
+    uuids: tuple[str, ...], platform: Platform | None, expected: dict[str, str]
+) -> None:
+    """And the id that makes its memory its own."""
+    shares = [GpuShare(index=index, uuid=uuid, mb=1) for index, uuid in enumerate(uuids)]
+    given = replace(asked(), reservation_id="w-1", gpus=shares)
+    assert environment_of(given, platform) == {"COMPUTEMESH_RESERVATION_ID": "w-1", **expected}
+
+
+def test_only_what_concerns_an_attempt_is_in_its_environment() -> None:
+    """One without GPUs keeps what the node's own environment says of them; one of many knows the others."""
+    assert environment_of(asked(), Platform.CUDA) == {}
+    assert environment_of(replica(2), Platform.CUDA) == {
+        "COMPUTEMESH_REPLICA": "2",
+        "COMPUTEMESH_REPLICAS": "3",
+        "COMPUTEMESH_PEERS": "n1,n1,n1",
+    }

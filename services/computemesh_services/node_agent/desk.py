@@ -18,6 +18,10 @@ FINISHED_MAX: Final = 10_000
 """Attempts a node remembers to have finished."""
 
 
+Key = tuple[str, int]
+"""A replica of an item: the item's id, and the number of the replica."""
+
+
 class Verdict(Enum):
     START = "start"
     KNOWN = "known"
@@ -32,9 +36,9 @@ class Desk:
         self.node_id = node_id
         self.slots = slots
         self.accepting = True
-        self.running: dict[str, Assignment] = {}
-        """By work id."""
-        self._finished: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self.running: dict[Key, Assignment] = {}
+        self._finished: OrderedDict[tuple[str, int, int], None] = OrderedDict()
+        """Work id, attempt, replica."""
 
     def judge(self, asked: Assignment, offered: frozenset[str], node: NodeAnnouncement) -> tuple[Verdict, str]:
         """What to do with an assignment, and the reason of a refusal.
@@ -45,34 +49,42 @@ class Desk:
         """
         if asked.node_id != self.node_id:
             return Verdict.DECLINE, f"this is node {self.node_id}, the assignment is for {asked.node_id}"
-        key = (asked.work_id, asked.attempt)
-        running = self.running.get(asked.work_id)
+        running = self.running.get((asked.work_id, asked.replica))
+        key = (asked.work_id, asked.attempt, asked.replica)
         if (running and running.attempt == asked.attempt) or key in self._finished:
             return Verdict.KNOWN, ""
-        if running and running.attempt > asked.attempt:
-            return Verdict.DECLINE, f"attempt {running.attempt} runs here already"
+        same = [other for other in self.running.values() if other.work_id == asked.work_id]
+        if newer := max((other.attempt for other in same if other.attempt > asked.attempt), default=0):
+            return Verdict.DECLINE, f"attempt {newer} runs here already"
         if not self.accepting:
             return Verdict.DECLINE, "draining"
         if asked.work_type not in offered:
             return Verdict.DECLINE, f"runs no {asked.work_type!r}, but {', '.join(sorted(offered)) or 'nothing'}"
-        if running is None and len(self.running) >= self.slots:
-            return Verdict.DECLINE, f"busy: {len(self.running)} of {self.slots} slots taken"
         # What an older attempt at the same item has is free once that one is ended.
-        others = [other for other in self.running.values() if other is not running]
+        others = [other for other in self.running.values() if not _overtakes(asked, other)]
+        if len(others) >= self.slots:
+            return Verdict.DECLINE, f"busy: {len(others)} of {self.slots} slots taken"
         if reason := shortage(asked, others, node):
             return Verdict.DECLINE, reason
         return Verdict.START, ""
 
-    def started(self, asked: Assignment) -> Assignment | None:
-        """Takes it in hand. Gives the older attempt at the same item that runs here, if one does: it is to be ended."""
-        older = self.running.get(asked.work_id)
-        self.running[asked.work_id] = asked
+    def started(self, asked: Assignment) -> list[Assignment]:
+        """Takes it in hand. Gives what runs here of older attempts at the same item: it is to be ended."""
+        older = [other for other in self.running.values() if _overtakes(asked, other)]
+        for other in older:
+            del self.running[other.work_id, other.replica]
+        self.running[asked.work_id, asked.replica] = asked
         return older
 
-    def ended(self, work_id: str, attempt: int) -> None:
+    def ended(self, asked: Assignment) -> None:
         """The attempt is over and its report is stored, or no longer wanted."""
-        if (running := self.running.get(work_id)) and running.attempt == attempt:
-            del self.running[work_id]
-        self._finished[work_id, attempt] = None
+        key = (asked.work_id, asked.replica)
+        if (running := self.running.get(key)) and running.attempt == asked.attempt:
+            del self.running[key]
+        self._finished[asked.work_id, asked.attempt, asked.replica] = None
         while len(self._finished) > FINISHED_MAX:
             self._finished.popitem(last=False)
+
+
+def _overtakes(asked: Assignment, other: Assignment) -> bool:
+    return other.work_id == asked.work_id and other.attempt < asked.attempt

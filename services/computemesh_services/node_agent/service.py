@@ -43,6 +43,7 @@ from computemesh.paths import Home
 from computemesh_services.node_agent import folders, llama_server
 from computemesh_services.node_agent.config import TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
+from computemesh_services.node_agent.environment import environment_of
 from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
 from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
@@ -73,6 +74,9 @@ COUNT_TELL_AGAIN_S: Final = 1.0
 HAND_BACK_S: Final = 5.0
 """What is left of the time to drain for handing back what does not finish."""
 
+AttemptKey = tuple[str, int, int]
+"""Work id, attempt, replica."""
+
 _log = log.get("service")
 
 RUNNING = Gauge("computemesh_agent_running", "Work items that run on this node.")
@@ -93,7 +97,7 @@ class NodeAgent:
         self._home = home
         self._session = new_id("s")
         self._desk = Desk(config.node_id, config.slots)
-        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._tasks: dict[AttemptKey, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
         self._topics = config.topic_types()
         installed = registry.available()
@@ -382,7 +386,10 @@ class NodeAgent:
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
             session=self._session,
-            running=[RunningWork(work_id=one.work_id, attempt=one.attempt) for one in self._desk.running.values()],
+            running=[
+                RunningWork(work_id=one.work_id, attempt=one.attempt, replica=one.replica)
+                for one in self._desk.running.values()
+            ],
             accepting=self._desk.accepting,
             leaving=leaving,
             loaded_models=self._engines.loaded(),
@@ -410,14 +417,14 @@ class NodeAgent:
 
     async def on_stop(self, asked: WorkStop) -> Stopped | Refused:
         trace.at_work(asked.work_id)
-        was_running = await self._end(asked.work_id, asked.attempt)
+        was_running = await self._end((asked.work_id, asked.attempt, asked.replica))
         if was_running:
             _log.info("stopped", work_id=asked.work_id, attempt=asked.attempt, reason=asked.reason)
         return Stopped(was_running=was_running)
 
-    async def _end(self, work_id: str, attempt: int) -> bool:
+    async def _end(self, key: AttemptKey) -> bool:
         """Cancels an attempt and waits until its processes are gone."""
-        task = self._tasks.get((work_id, attempt))
+        task = self._tasks.get(key)
         if task is None:
             return False
         task.cancel()
@@ -425,29 +432,29 @@ class NodeAgent:
         return True
 
     def _start(self, asked: Assignment) -> None:
-        key = (asked.work_id, asked.attempt)
+        key = _key(asked)
         # The desk has it from now on: the same assignment may come again while an older attempt is still ending.
         older = self._desk.started(asked)
         task = self._tasks[key] = asyncio.create_task(self._attempt(asked, older))
-        task.add_done_callback(lambda done: self._attempt_over(key, done))
+        task.add_done_callback(lambda done: self._attempt_over(asked, done))
         self._running_changed()
 
-    def _attempt_over(self, key: tuple[str, int], task: asyncio.Task[None]) -> None:
-        del self._tasks[key]
-        self._desk.ended(*key)
+    def _attempt_over(self, asked: Assignment, task: asyncio.Task[None]) -> None:
+        del self._tasks[_key(asked)]
+        self._desk.ended(asked)
         self._running_changed()
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("an attempt ended by a defect", work_id=key[0], exc_info=error)
+            _log.error("an attempt ended by a defect", work_id=asked.work_id, exc_info=error)
 
-    async def _attempt(self, asked: Assignment, older: Assignment | None) -> None:
-        """Runs an attempt, once the *older* one at the same item has ended, and stores its report. Cancelled, it ends
+    async def _attempt(self, asked: Assignment, older: list[Assignment]) -> None:
+        """Runs an attempt, once *older* ones at the same item have ended, and stores its report. Cancelled, it ends
         its processes and reports nothing, unless the whole node ends: then it hands the item back."""
         started_s = time.monotonic()
         _log.info("running", work_id=asked.work_id, attempt=asked.attempt, work_type=asked.work_type)
         _log.debug(f"Selected executor: {self._classes[asked.work_type]} for task_type: {asked.work_type}")
         try:
-            if older:
-                await self._end(older.work_id, older.attempt)
+            for other in older:
+                await self._end(_key(other))
             outcome = await self._outcome(asked, started_s)
         except asyncio.CancelledError:
             if not self._handing_back:
@@ -483,10 +490,15 @@ class NodeAgent:
                     timeout_s=left_s,
                     engine=engine,
                     traceparent=here.header if (here := trace.current()) else "",
+                    replica=asked.replica,
+                    replicas=asked.replicas,
+                    peers=asked.peers,
+                    gpus=asked.gpus,
+                    environment=environment_of(asked, self._inventory.platform if self._inventory else None),
                 )
                 return await self._runner.run(
                     task,
-                    self._folders / asked.work_id,
+                    self._folder(asked.work_id, asked.replica),
                     on_progress=lambda note: self._tell(asked, note),
                     timeout_s=left_s,
                 )
@@ -494,6 +506,10 @@ class NodeAgent:
             return Broke(reason=str(error), code=error.code, fault="node")
         except TimeoutError:
             return Broke(reason=f"no engine within {asked.timeout_s:g} s", code="timeout", fault="node")
+
+    def _folder(self, work_id: str, replica: int) -> Path:
+        """Where a replica of an item has its files."""
+        return self._folders / (f"{work_id}.replica-{replica}" if replica else work_id)
 
     def _default_model(self, work_type: str) -> str:
         """The model for an item that names none; empty when it needs none that is known here."""
@@ -512,6 +528,7 @@ class NodeAgent:
                         work_id=asked.work_id,
                         attempt=asked.attempt,
                         node_id=self._config.node_id,
+                        replica=asked.replica,
                         fraction=note.fraction,
                         message=note.message,
                     ),
@@ -523,7 +540,9 @@ class NodeAgent:
 
     async def _report(self, asked: Assignment, outcome: Outcome) -> None:
         """Stores the report, however long the bus is away. Twice does no harm."""
-        message_id = f"{asked.work_id}.{asked.attempt}.{'done' if isinstance(outcome, Done) else 'broke'}"
+        message_id = (
+            f"{asked.work_id}.{asked.attempt}.{asked.replica}.{'done' if isinstance(outcome, Done) else 'broke'}"
+        )
         while True:
             try:
                 if isinstance(outcome, Done):
@@ -532,6 +551,7 @@ class NodeAgent:
                         result=outcome.result,
                         attempt=asked.attempt,
                         node_id=self._config.node_id,
+                        replica=asked.replica,
                     )
                     await self._bus.store(work.COMPLETED, done, message_id=message_id)
                 else:
@@ -542,6 +562,7 @@ class NodeAgent:
                         fault=outcome.fault,
                         attempt=asked.attempt,
                         node_id=self._config.node_id,
+                        replica=asked.replica,
                     )
                     await self._bus.store(work.FAILED, broke, message_id=message_id)
                 return
@@ -572,8 +593,13 @@ class NodeAgent:
     async def _prune_forever(self) -> None:
         while True:
             older_than = time.time() - self._config.work_keep_s
-            await asyncio.to_thread(folders.prune, self._folders, older_than, frozenset(self._desk.running))
+            in_use = frozenset(self._folder(*key).name for key in self._desk.running)
+            await asyncio.to_thread(folders.prune, self._folders, older_than, in_use)
             await asyncio.sleep(PRUNE_S)
+
+
+def _key(asked: Assignment) -> AttemptKey:
+    return asked.work_id, asked.attempt, asked.replica
 
 
 def _lasting(said: NodeAnnouncement) -> NodeAnnouncement:

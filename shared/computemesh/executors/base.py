@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import msgspec
 
 from computemesh.contracts.base import Message, Refused, convert
+from computemesh.contracts.gpus import GpuShare
 
 P = TypeVar("P", bound=Message)
 
@@ -36,6 +37,16 @@ class Task(Message, frozen=True, kw_only=True):
     """Set when the executor's class says :attr:`Executor.needs_engine`."""
     traceparent: str = ""
     """W3C trace context of the request; also in the environment, as ``TRACEPARENT``."""
+    replica: int = 0
+    """Which of the item's replicas this is, from 0."""
+    replicas: int = 1
+    """How many there are; they started together."""
+    peers: list[str] = []
+    """The nodes of all replicas, in order, when there is more than one."""
+    gpus: list[GpuShare] = []
+    """What is reserved for this attempt: it may use no other GPUs, and no more of their memory."""
+    environment: dict[str, str] = {}
+    """What the process has in its environment from here on, besides what it was born with."""
 
     def payload_as(self, kind: type[P]) -> P:
         """The payload as a message of *kind*.
@@ -80,7 +91,10 @@ class Executor(ABC):
     """Whether the node must have an inference engine serving ``task.model_name`` before a run starts."""
 
     def prepare(self) -> None:
-        """Load what any task needs. Runs ahead of time, before a task is known, so it saves waiting."""
+        """Load what any task needs. Runs ahead of time, before a task is known, so it saves waiting.
+
+        It must not touch a GPU: which one the task may use is only known when ``run`` begins.
+        """
 
     @abstractmethod
     def run(self, task: Task, out_dir: Path, progress: Progress) -> Any:

@@ -152,6 +152,7 @@ def _serve(link: Link, work_type: str) -> int:
 def _run(link: Link, executor: Executor, line: bytes) -> None:
     start = msgspec.json.decode(line, type=Start)
     os.environ[trace.VARIABLE] = start.task.traceparent
+    os.environ.update(start.task.environment)
     out_dir = Path(start.out_dir).absolute()
     _print_into(out_dir / "log.txt")
     with contextlib.suppress(OSError):
