@@ -22,7 +22,7 @@ Run = Callable[[Assignment], Awaitable[Any]]
 
 
 class DirectNode:
-    """A node that takes whatever it is given, and remembers all of it.
+    """A node that takes whatever it is given, and remembers all of it. Of an item with replicas it takes one.
 
     Args:
         bus: connected as a node.
@@ -82,10 +82,13 @@ class DirectNode:
 
     async def complete(self, asked: Assignment, result: Any = None) -> None:
         """Reports an attempt as done and returns once that is stored, however long the bus is away."""
-        done = WorkCompleted(work_id=asked.work_id, attempt=asked.attempt, node_id=self.node_id, result=result)
+        done = WorkCompleted(
+            work_id=asked.work_id, attempt=asked.attempt, node_id=self.node_id, result=result, replica=asked.replica
+        )
         while True:
             with contextlib.suppress(BusError):
-                await self._bus.store(work.COMPLETED, done, message_id=f"{asked.work_id}.{asked.attempt}", timeout_s=1)
+                message_id = f"{asked.work_id}.{asked.attempt}.{asked.replica}"
+                await self._bus.store(work.COMPLETED, done, message_id=message_id, timeout_s=1)
                 break
             await asyncio.sleep(0.1)
         self.running.pop((asked.work_id, asked.attempt), None)
@@ -141,6 +144,9 @@ class DirectNode:
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
-        running = [RunningWork(work_id=work_id, attempt=attempt) for work_id, attempt in self.running]
+        running = [
+            RunningWork(work_id=work_id, attempt=attempt, replica=asked.replica)
+            for (work_id, attempt), asked in self.running.items()
+        ]
         beat = NodeHeartbeat(node_id=self.node_id, session=self.session, running=running)
         await self._bus.publish(nodes.HEARTBEAT, beat)
