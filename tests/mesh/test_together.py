@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import pytest
 
-from computemesh.bus import Bus
-from computemesh.contracts import gpus, nodes, work
+from computemesh.bus import Bucket, Bus
+from computemesh.contracts import gpus, nodes, storage, work
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.gpus import GpuList, GpuRelease, GpuReservation, GpuReservations, GpuReserve
 from computemesh.contracts.nodes import NodesQuery
@@ -95,6 +95,20 @@ async def reservations(bus: Bus) -> list[GpuReservation]:
     found = await bus.ask(gpus.LIST, GpuList())
     assert isinstance(found, GpuReservations), found
     return found.reservations
+
+
+async def stored(mesh: RunningMesh, work_id: str) -> WorkRecord:
+    """The outcome of an item, also while no marshaller answers."""
+    bucket = Bucket(await mesh.bus(Role.SERVICES), storage.WORK)
+    found: list[WorkRecord] = []
+
+    async def has_ended() -> bool:
+        entry = await bucket.get(work_id)
+        found[:] = [entry.value] if entry and entry.value.state in FINAL else []
+        return bool(found)
+
+    await eventually(has_ended, f"the outcome of {work_id}")
+    return found[0]
 
 
 async def explained(bus: Bus, work_id: str) -> WorkExplanation:
@@ -259,7 +273,7 @@ async def test_an_item_starts_after_those_that_it_names_also_over_a_crash(mesh: 
     mesh.kill("work-marshaller")
     (tmp_path / "w2" / "go").touch()
     (folder / "go").touch()
-    first, second = await mesh.record("w1"), await mesh.record("w2")
+    first, second = await stored(mesh, "w1"), await stored(mesh, "w2")
     assert (first.state, second.state) == (WorkState.COMPLETED, WorkState.COMPLETED)
     assert first.finished_at is not None
     assert second.story[-1].at >= first.finished_at
