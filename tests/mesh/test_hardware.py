@@ -54,7 +54,7 @@ class Plugin(Executor):
     def run(self, task, progress):
         return {}
 """
-"""A node announces itself once it can run something."""
+"""Something to run, so that the node has slots."""
 
 
 class Node:

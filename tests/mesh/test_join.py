@@ -32,7 +32,7 @@ class Plugin(Executor):
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Something for nodes to run, since a node that can run nothing does not announce itself."""
+    """Something for nodes to run, since a node that can run nothing gets no work."""
     return install_executor(tmp_path_factory.mktemp("plugin"), "echo", ECHO)
 
 

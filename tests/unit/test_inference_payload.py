@@ -31,28 +31,28 @@ def unwatched(message: str = "", *, fraction: float | None = None) -> None:
     pass
 
 
-@pytest.mark.parametrize(
-    ("payload", "field"),
-    [
-        ({"prompt": "a", "max_tokens": 0}, "payload.max_tokens:"),
-        ({"prompt": "a", "max_tokens": 40_000}, "payload.max_tokens:"),
-        ({"prompt": "a", "max_tokens": "12"}, "payload.max_tokens:"),
-        ({"prompt": "a", "temperature": -1}, "payload.temperature:"),
-        ({"prompt": "a", "seed": 2**70}, "payload.seed:"),
-        ({"prompt": 3}, "payload.prompt:"),
-        ({"prompts": []}, "payload.prompts:"),
-        ({"prompts": ["a", 1]}, "payload.prompts[1]:"),
-        ({"messages": [{"role": "user"}]}, "payload.messages[0].content:"),
-        ({"messages": [{"role": "user", "content": "a", "nane": "b"}]}, "payload.messages[0].nane:"),
-        ({"messages": [[{"role": "user"}]]}, "payload.messages[0][0].content:"),
-        ({"messages": [[]]}, "payload.messages[0]:"),
-        ({"messages": [{"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]]}, "payload.messages: is"),
-        ({"prompt": "a", "top_k": -2}, "payload.top_k:"),
-        ({}, "payload.prompt: give exactly one of"),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "payload.messages: give exactly one of"),
-        ({"raw": True, "messages": [{"role": "user", "content": "a"}]}, "payload.raw:"),
-    ],
-)
+BAD_PAYLOADS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "a", "max_tokens": 0}, "payload.max_tokens:"),
+    ({"prompt": "a", "max_tokens": 40_000}, "payload.max_tokens:"),
+    ({"prompt": "a", "max_tokens": "12"}, "payload.max_tokens:"),
+    ({"prompt": "a", "temperature": -1}, "payload.temperature:"),
+    ({"prompt": "a", "seed": 2**70}, "payload.seed:"),
+    ({"prompt": 3}, "payload.prompt:"),
+    ({"prompts": []}, "payload.prompts:"),
+    ({"prompts": ["a", 1]}, "payload.prompts[1]:"),
+    ({"messages": [{"role": "user"}]}, "payload.messages[0].content:"),
+    ({"messages": [{"role": "user", "content": "a", "nane": "b"}]}, "payload.messages[0].nane:"),
+    ({"messages": [[{"role": "user"}]]}, "payload.messages[0][0].content:"),
+    ({"messages": [[]]}, "payload.messages[0]:"),
+    ({"messages": [{"role": "user", "content": "a"}, [{"role": "user", "content": "a"}]]}, "payload.messages: is"),
+    ({"prompt": "a", "top_k": -2}, "payload.top_k:"),
+    ({}, "payload.prompt: give exactly one of"),
+    ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "payload.messages: give exactly one of"),
+    ({"raw": True, "messages": [{"role": "user", "content": "a"}]}, "payload.raw:"),
+]
+
+
+@pytest.mark.parametrize(("payload", "field"), BAD_PAYLOADS)
 def test_a_bad_payload_is_the_works_fault_and_names_the_field(payload: dict[str, Any], field: str) -> None:
     """The submitter can find what to change without reading our code."""
     assert refused(payload).startswith(field)

@@ -54,7 +54,7 @@ class CommandExecutor(Executor):
         asked = task.payload_as(CommandPayload)
         folder = _folder(out_dir, asked.cwd)
         # The whole group gets SIGTERM: this process waits for what the program makes of it, until SIGKILL.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, _note_nothing)
         environment = {**os.environ, "COMPUTEMESH_WORK_ID": task.work_id, "COMPUTEMESH_ATTEMPT": str(task.attempt)}
         output = Output(progress)
         started_at = time.monotonic()
@@ -115,6 +115,10 @@ def _run(asked: CommandPayload, folder: Path, environment: dict[str, str], stdin
             output.add(data)
         elif readable or ended:
             return process.wait()
+
+
+def _note_nothing(_signal: int, _frame: object) -> None:
+    """Other than a signal that is ignored, this is not inherited by what is started."""
 
 
 def _log(data: bytes) -> None:
