@@ -4,5 +4,6 @@ Owns       the engines and executor processes of its machine
 Answers    ``compute.work.assigned.v1.<node_id>``, ``compute.work.stop.v1.<node_id>``
 Publishes  ``compute.nodes.{announce,heartbeat}.v1``, ``compute.work.{progress,completed,failed}.v1``
 Promises   an accepted attempt is reported once its outcome is stored, or listed in heartbeats until then;
-           cancelling ends its whole process group within a second or two; nothing outlives the agent
+           cancelling ends whatever it started within a second; nothing outlives the agent, and nothing runs
+           here twice or beyond what the machine has for work
 """

@@ -84,7 +84,7 @@ class Executor(ABC):
     """Runs work of one type. A new object, in a new process, for every attempt.
 
     Called in this order, each once: ``prepare``, ``run``, ``teardown`` (also when one of them raised).
-    Cancellation and timeout end the process group: SIGTERM, then SIGKILL a second later.
+    Cancellation and timeout end the process group: SIGTERM, then SIGKILL 0.7 s later.
     """
 
     needs_engine: ClassVar[bool] = False
