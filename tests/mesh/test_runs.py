@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -201,7 +202,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 async def runner(environment: dict[str, str]) -> AsyncIterator[Runner]:
     """A runner without spares, closed afterwards."""
-    runner = Runner(environment=environment)
+    runner = Runner(environment=environment, result_bytes_max=1_000_000, line_bytes_max=16_777_216)
     yield runner
     await runner.close()
     await until(lambda: not executors())
@@ -301,6 +302,31 @@ async def test_an_execution_error_reaches_the_submitter_as_it_is(runner: Runner,
     """Reason, code and fault are the executor's own."""
     expected = Broke(reason="no such file", code="no_file", fault="work")
     assert await failure(runner, "raises", tmp_path, what="ExecutionError") == expected
+
+
+async def test_a_result_of_many_megabytes_is_passed_on_as_the_json_it_is(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The agent's memory holds it once, not as Python objects besides."""
+    runner = Runner(environment=environment)
+    done = await outcome(runner, "gives", tmp_path, what="huge")
+    await runner.close()
+    assert isinstance(done, Done)
+    assert isinstance(done.result, msgspec.Raw)
+    assert bytes(done.result) == msgspec.json.encode("x" * 20_000_000)
+
+
+async def test_each_attempt_has_a_log_of_its_own_and_log_txt_leads_to_the_latest(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """Whatever stood under that name before."""
+    (tmp_path / "log.txt").write_text("of an older version")
+    for attempt in (1, 2):
+        again = msgspec.structs.replace(task("prints"), attempt=attempt)
+        await runner.run(again, tmp_path, on_progress=unwatched)
+    for name in ("log-1.txt", "log-2.txt", "log.txt"):
+        assert (tmp_path / name).read_text().count("to stderr") == 1
+    assert (tmp_path / "log.txt").readlink() == Path("log-2.txt")
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,16 @@ import tempfile
 from asyncio.subprocess import PIPE, Process, SubprocessStreamProtocol
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import msgspec
 import psutil
 
 from computemesh import log as logs
-from computemesh.contracts.base import encode
+from computemesh.contracts.base import Message, encode
 from computemesh.executors import Task
 from computemesh.executors.protocol import (
+    LOG_LINK,
     REASON_CHARS_MAX,
     Broke,
     Done,
@@ -32,15 +33,19 @@ from computemesh.executors.protocol import (
     ProgressNote,
     Ready,
     Start,
+    log_name,
 )
 from computemesh.process import descendants, exit_text, signal_group
 from computemesh_services.node_agent import folders
 
-LINE_BYTES_MAX: Final = 16 * 1024 * 1024
+RESULT_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Bound on a result, as JSON."""
+
+LINE_BYTES_MAX: Final = RESULT_BYTES_MAX + 64 * 1024
 """Bound on one message of an executor's process, and so on the memory it can make the agent use."""
 
-RESULT_BYTES_MAX: Final = 900 * 1024
-"""Bound on a result, as JSON: it must fit into one captured message, with room for what goes around it."""
+LARGE_BYTES: Final = 256 * 1024
+"""A result with more bytes stays the JSON that it came as, :class:`msgspec.Raw`: nobody here looks into it."""
 
 KILL_GRACE_S: Final = 0.7
 """How long a cancelled process group may take to end by itself: all of it is gone within a second."""
@@ -59,6 +64,13 @@ OnProgress = Callable[[ProgressNote], None]
 _TAIL_BYTES: Final = 64 * 1024
 _HINT_CHARS_MAX: Final = 300
 _messages: Final = msgspec.json.Decoder(FromExecutor)
+
+
+class _LargeDone(Message, frozen=True, kw_only=True, tag="done", tag_field="kind"):
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_large_messages: Final = msgspec.json.Decoder(Ready | ProgressNote | _LargeDone | Broke)
 _log = logs.get("runs")
 
 
@@ -75,10 +87,12 @@ class Runner:
         *,
         spare_types: Collection[str] = (),
         result_bytes_max: int = RESULT_BYTES_MAX,
+        line_bytes_max: int = LINE_BYTES_MAX,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._spare_types = frozenset(spare_types)
         self._result_bytes_max = result_bytes_max
+        self._line_bytes_max = line_bytes_max
         self._environment = environment
         self._spares: dict[str, _Child] = {}
         self._warming: dict[str, asyncio.Task[None]] = {}
@@ -112,7 +126,7 @@ class Runner:
         after :data:`KILL_GRACE_S`.
 
         Args:
-            out_dir: made when absent; gets ``log.txt`` and the executor's files.
+            out_dir: made when absent; gets the attempt's log and the executor's files.
             on_progress: called in the event loop; must return at once.
             timeout_s: left out, the task's own.
         """
@@ -163,14 +177,14 @@ class Runner:
     async def _converse(self, child: _Child, task: Task, out_dir: Path, on_progress: OnProgress) -> Outcome:
         try:
             answer = await child.ready()
-            child.log_into(out_dir / "log.txt")
+            child.log_into(out_dir / log_name(task.attempt))
             if isinstance(answer, Broke):
                 return self._stopped() if self._closed else answer
             await child.start(task, out_dir)
             outcome, line_bytes = await child.outcome(on_progress)
         except _LineTooLong:
             child.ended_badly = True
-            return self._too_large(f"more than {LINE_BYTES_MAX:,}")
+            return self._too_large(f"more than {self._line_bytes_max:,}")
         if outcome is None:
             return self._stopped() if self._closed else await child.death()
         if isinstance(outcome, Done) and line_bytes > self._result_bytes_max:
@@ -195,7 +209,7 @@ class Runner:
         return await self._spawn(work_type)
 
     async def _spawn(self, work_type: str) -> _Child:
-        child = await _Child.spawn(work_type, self._environment)
+        child = await _Child.spawn(work_type, self._environment, self._line_bytes_max)
         self._children.add(child)
         if self._closed:
             await self._end(child)
@@ -230,7 +244,7 @@ class Runner:
 
 
 class _LineTooLong(Exception):
-    """A message beyond :data:`LINE_BYTES_MAX`."""
+    """A message beyond the bound on one."""
 
 
 class _Child:
@@ -251,7 +265,7 @@ class _Child:
         """There is nothing to wait for: end it at once."""
 
     @classmethod
-    async def spawn(cls, work_type: str, environment: Mapping[str, str] | None) -> _Child:
+    async def spawn(cls, work_type: str, environment: Mapping[str, str] | None, line_bytes_max: int) -> _Child:
         # What is printed before the task is known is kept here, and copied to its log then.
         early = tempfile.TemporaryFile(prefix="computemesh-executor-")  # noqa: SIM115 - lives as long as the child.
         loop = asyncio.get_running_loop()
@@ -260,7 +274,7 @@ class _Child:
             # No death signal from the kernel: it would end this process before it can end its group, which
             # it does by itself when its standard input ends.
             transport, protocol = await loop.subprocess_exec(
-                lambda: SubprocessStreamProtocol(limit=LINE_BYTES_MAX, loop=loop),
+                lambda: SubprocessStreamProtocol(limit=line_bytes_max, loop=loop),
                 *command,
                 stdin=PIPE,
                 stdout=PIPE,
@@ -286,6 +300,7 @@ class _Child:
     def log_into(self, path: Path) -> None:
         """Names the log of its task, and begins it with what was printed before."""
         self._log = path
+        _lead_to(path.with_name(LOG_LINK), path.name)
         if early := self._printed_early():
             # Should this fail, so does the process itself, which says so.
             with contextlib.suppress(OSError), path.open("ab") as file:
@@ -371,7 +386,7 @@ class _Child:
             except asyncio.LimitOverrunError as error:
                 raise _LineTooLong from error
             try:
-                return _messages.decode(line), len(line)
+                return _read(line), len(line)
             except (ValueError, RecursionError) as error:
                 _log.warning("not a message from an executor", error=str(error), line_bytes=len(line))
 
@@ -387,6 +402,23 @@ def _send(sig: signal.Signals, processes: Iterable[psutil.Process], *, outside: 
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) != outside:
                 process.send_signal(sig)
+
+
+def _lead_to(link: Path, name: str) -> None:
+    """Makes *link* lead to the file *name* beside it, whatever stood there. Only people use it."""
+    new = link.with_name(f"{name}.link")
+    with contextlib.suppress(OSError):
+        new.symlink_to(name)
+        new.replace(link)
+
+
+def _read(line: bytes) -> FromExecutor:
+    if len(line) <= LARGE_BYTES:
+        small: FromExecutor = _messages.decode(line)
+        return small
+    message: Any = _large_messages.decode(line)
+    large: FromExecutor = Done(result=message.result) if isinstance(message, _LargeDone) else message
+    return large
 
 
 def _ended(returncode: int | None) -> str:

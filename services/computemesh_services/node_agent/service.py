@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from prometheus_client import Counter, Gauge
 
 from computemesh import __version__, log, trace
-from computemesh.bus import Bus, BusError, MicroService, NotStored
+from computemesh.bus import Bus, BusError, MicroService
 from computemesh.bus.micro import Endpoint
 from computemesh.contracts import nodes, resources, work
 from computemesh.contracts.base import AnyBound, Refused, serve
@@ -26,21 +26,23 @@ from computemesh.contracts.work import (
     Assignment,
     Delivery,
     Stopped,
-    WorkCompleted,
-    WorkFailed,
+    WorkLogs,
+    WorkLogsGet,
     WorkProgress,
     WorkStop,
 )
 from computemesh.edge import Extra
 from computemesh.executors import Task, registry
-from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready
+from computemesh.executors.protocol import Broke, Done, Outcome, ProgressNote, Ready, log_name
 from computemesh.hardware import Memory, lasting, use_of
 from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
+from computemesh.logtext import Part
 from computemesh.machine import machine_id
 from computemesh.models import find_models
+from computemesh.objects import put_on
 from computemesh.paths import Home
-from computemesh_services.node_agent import folders, llama_server
+from computemesh_services.node_agent import folders, llama_server, logs, reports
 from computemesh_services.node_agent.config import TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.environment import environment_of
@@ -48,8 +50,8 @@ from computemesh_services.node_agent.llama_server import EngineError, EngineOpti
 from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
 
-REPORT_AGAIN_S: Final = 0.5
-"""Pause between attempts to store a report."""
+LOG_LOOK_S: Final = 0.1
+"""How often it is seen whether an attempt has printed more, while somebody waits for it."""
 
 DETECTOR_S: Final = 1.0
 """How long the first announcement waits for the hardware facts."""
@@ -151,6 +153,7 @@ class NodeAgent:
         return [
             serve(work.DELIVER, self.on_deliver, target=self._config.node_id, acting=True),
             serve(work.STOP, self.on_stop, target=self._config.node_id, acting=True),
+            serve(work.NODE_LOG, self.on_log, target=self._config.node_id, acting=True),
         ]
 
     def extras(self) -> list[Extra]:
@@ -469,13 +472,16 @@ class NodeAgent:
             took_s=round(time.monotonic() - started_s, 2),
             outcome="completed" if isinstance(outcome, Done) else outcome.reason,
         )
-        await self._report(asked, outcome)
+        handed_back = isinstance(outcome, Broke) and outcome.code == HANDED_BACK
+        printed = None if handed_back else await logs.keep(put_on(self._bus), self._log_path(asked))
+        await reports.report(self._bus, asked, outcome, printed)
 
     async def _outcome(self, asked: Assignment, started_s: float) -> Outcome:
         try:
             async with asyncio.timeout(asked.timeout_s) as limit, contextlib.AsyncExitStack() as stack:
                 engine = None
                 model = asked.model_name or self._default_model(asked.work_type)
+                payload = await reports.payload_of(self._bus, asked)
                 if self._offered[asked.work_type]:
                     self._tell(asked, ProgressNote(message=f"waiting for an engine that serves {model}"))
                     engine = await stack.enter_async_context(self._engines.use(model))
@@ -486,7 +492,7 @@ class NodeAgent:
                     attempt=asked.attempt,
                     work_type=asked.work_type,
                     model_name=model,
-                    payload=asked.payload,
+                    payload=payload,
                     timeout_s=left_s,
                     engine=engine,
                     traceparent=here.header if (here := trace.current()) else "",
@@ -504,12 +510,45 @@ class NodeAgent:
                 )
         except EngineError as error:
             return Broke(reason=str(error), code=error.code, fault="node")
+        except reports.PayloadError as error:
+            return error.broke
         except TimeoutError:
             return Broke(reason=f"no engine within {asked.timeout_s:g} s", code="timeout", fault="node")
 
     def _folder(self, work_id: str, replica: int) -> Path:
         """Where a replica of an item has its files."""
         return self._folders / (f"{work_id}.replica-{replica}" if replica else work_id)
+
+    def _log_path(self, asked: Assignment | WorkLogsGet) -> Path:
+        return self._folder(asked.work_id, asked.replica) / log_name(asked.attempt or 0)
+
+    async def on_log(self, asked: WorkLogsGet) -> WorkLogs | Refused:
+        """What an attempt has printed, as soon as there is something beyond where it is asked from."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + asked.wait_s
+        while True:
+            # In this order: what it prints at its end must not be missed.
+            ended = not self._in_hand(asked)
+            part = logs.read(self._log_path(asked), asked.offset, asked.limit, ended=ended)
+            if part is None and ended:
+                reason = f"node {self._config.node_id} has no log of attempt {asked.attempt} of {asked.work_id}"
+                return Refused(code="no_log", reason=reason, status=404)
+            part = part or Part()
+            if part.text or ended or loop.time() >= until_s:
+                return WorkLogs(
+                    work_id=asked.work_id,
+                    attempt=asked.attempt or 0,
+                    replica=asked.replica,
+                    node_id=self._config.node_id,
+                    text=part.text,
+                    offset=asked.offset,
+                    next=asked.offset + part.used,
+                    complete=ended and part.at_end,
+                )
+            await asyncio.sleep(LOG_LOOK_S)
+
+    def _in_hand(self, asked: WorkLogsGet) -> bool:
+        return (asked.work_id, asked.attempt, asked.replica) in self._tasks
 
     def _default_model(self, work_type: str) -> str:
         """The model for an item that names none; empty when it needs none that is known here."""
@@ -537,45 +576,6 @@ class NodeAgent:
         task = asyncio.create_task(publish())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
-
-    async def _report(self, asked: Assignment, outcome: Outcome) -> None:
-        """Stores the report, however long the bus is away. Twice does no harm."""
-        message_id = (
-            f"{asked.work_id}.{asked.attempt}.{asked.replica}.{'done' if isinstance(outcome, Done) else 'broke'}"
-        )
-        while True:
-            try:
-                if isinstance(outcome, Done):
-                    done = WorkCompleted(
-                        work_id=asked.work_id,
-                        result=outcome.result,
-                        attempt=asked.attempt,
-                        node_id=self._config.node_id,
-                        replica=asked.replica,
-                    )
-                    await self._bus.store(work.COMPLETED, done, message_id=message_id)
-                else:
-                    broke = WorkFailed(
-                        work_id=asked.work_id,
-                        error=outcome.reason,
-                        code=outcome.code,
-                        fault=outcome.fault,
-                        attempt=asked.attempt,
-                        node_id=self._config.node_id,
-                        replica=asked.replica,
-                    )
-                    await self._bus.store(work.FAILED, broke, message_id=message_id)
-                return
-            except NotStored as error:
-                if isinstance(outcome, Done):
-                    _log.error("the result cannot be stored", work_id=asked.work_id, reason=str(error))
-                    outcome = Broke(reason=f"the result cannot be stored: {error}", code="not_stored", fault="node")
-                    message_id += ".broke"
-                    continue
-                _log.error("a report cannot be stored", work_id=asked.work_id, reason=str(error))
-            except BusError as error:
-                _log.warning("cannot report yet", work_id=asked.work_id, reason=str(error))
-            await asyncio.sleep(REPORT_AGAIN_S)
 
     # --- housekeeping ------------------------------------------------------------------------------------------
 

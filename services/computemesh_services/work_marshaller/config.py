@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from computemesh.config import ServiceConfig
+from computemesh.contracts.objects import OBJECT_BYTES_MAX
 
 
 class MarshallerConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -20,5 +21,7 @@ class MarshallerConfig(ServiceConfig, frozen=True, kw_only=True):
     """Seconds until a blacklisted node is tried again with one item; doubled each time that fails, up to an hour."""
     work_waiting_max: Annotated[int, msgspec.Meta(ge=1)] = 100_000
     """Items that may wait; more are refused."""
+    payload_bytes_max: Annotated[int, msgspec.Meta(ge=1024, le=OBJECT_BYTES_MAX)] = 64 * 1024 * 1024
+    """Bytes in an item that is submitted over HTTP. What is too large for a message goes to the object store."""
     work_keep_s: Annotated[int, msgspec.Meta(ge=1)] = 7 * 86_400
     """How long a finished item stays."""

@@ -23,7 +23,8 @@ from computemesh.contracts.objects import (
     ObjectPut,
     ObjectStored,
 )
-from computemesh.contracts.work import ObjectRef
+from computemesh.contracts.work import ObjectRef, WorkLogs
+from computemesh.logtext import as_text
 
 KNOWN_MAX: Final = 500
 """Objects of which something is remembered, being put and complete each."""
@@ -134,6 +135,24 @@ class Objects:
         else:
             return None
         return Refused(code="no_object", reason=reason, field="payload_object", status=400)
+
+    async def remove(self, object_id: str) -> None:
+        """Removes an object that nobody was told of."""
+        self._complete.pop(object_id, None)
+        await self._store.remove(object_id)
+
+    async def log_part(self, ref: ObjectRef, offset: int, limit: int) -> WorkLogs | None:
+        """A part of a log that has ended, without saying whose; None when it is not kept any more."""
+        start = max(0, offset - ref.skipped)
+        data, size = b"", ref.size
+        while len(data) < limit and start + len(data) < size:  # A character may stand in two parts.
+            found = await self.on_get(ObjectGet(object_id=ref.object_id, offset=start + len(data)))
+            if isinstance(found, Refused):
+                return None
+            data, size = data + found.data[: limit - len(data)], found.size
+        part = as_text(data, rest=max(0, size - start - len(data)), ended=True)
+        at = max(offset, ref.skipped)
+        return WorkLogs(work_id="", attempt=0, text=part.text, offset=at, next=at + part.used, complete=part.at_end)
 
     async def _take(self, part: ObjectPut, upload: Upload) -> Refused | None:
         """Stores the part, unless it is stored."""

@@ -135,6 +135,9 @@ class Scheduler:
                 field="work_type",
                 reason=f"no node has announced work of type {item.work_type!r}; known: {', '.join(known)}",
             )
+        if item.payload and item.payload_object:
+            reason = "an item has its payload either in itself or in the object store"
+            return Refused(code="bad_message", field="payload_object", reason=reason)
         if fresh and item.deadline_at is not None and item.deadline_at <= now:
             return Refused(
                 code="deadline_passed",
@@ -265,6 +268,7 @@ class Scheduler:
         if seat is not None and (seat.strikes or seat.rests):
             seat.strikes = seat.rests = 0
             self._review(seat, now)
+        record = workitem.logged(record, report)
         return msgspec.structs.replace(record, report_seq=seq) if seq else record
 
     def cancel(self, work_id: str, reason: str, now: float) -> WorkRecord | None:

@@ -11,6 +11,7 @@ import msgspec
 
 from computemesh import log
 from computemesh.bus import Bucket, Bus, BusError, MicroService, Mirror, NotStored, lease
+from computemesh.bus.connection import ASK_TIMEOUT_S
 from computemesh.bus.micro import Endpoint
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, encode, serve
@@ -26,15 +27,20 @@ from computemesh.contracts.work import (
     WorkItem,
     WorkItems,
     WorkList,
+    WorkLogs,
+    WorkLogsGet,
     WorkRecord,
+    WorkResult,
 )
 from computemesh.edge import Extra
 from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
-from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller import listing, outputs, workitem
 from computemesh_services.work_marshaller.blacklist import BlacklistPolicy
 from computemesh_services.work_marshaller.config import MarshallerConfig
+from computemesh_services.work_marshaller.edge import WorkEdge
 from computemesh_services.work_marshaller.objects import Objects
+from computemesh_services.work_marshaller.outputs import LogPlace
 from computemesh_services.work_marshaller.reign import CHECKED_HEADER, Reign
 from computemesh_services.work_marshaller.scheduler import Limits
 from computemesh_services.work_marshaller.workitem import RetryPolicy
@@ -42,6 +48,9 @@ from computemesh_services.work_marshaller.workitem import RetryPolicy
 AGAIN_S: Final = 0.2
 AGAIN_S_MAX: Final = 5.0
 """Pause before the next reign when one broke off; doubled while they keep breaking off at once."""
+
+LOG_LOOK_S: Final = 0.1
+"""How often it is seen whether an attempt has begun, while somebody waits for its log."""
 
 STEADY_S: Final = 10.0
 """A reign that lasted this long was no failure to start."""
@@ -62,6 +71,13 @@ class WorkMarshaller:
         self._instance = instance
         self._bucket = Bucket(bus, storage.WORK)
         self._objects = Objects(bus)
+        self._edge = WorkEdge(
+            self._objects,
+            payload_bytes_max=config.payload_bytes_max,
+            on_request=self.on_request,
+            on_result=self.on_result,
+            on_logs=self.on_logs,
+        )
         self._reign: Reign | None = None
         """The present reign, once it has caught up."""
         self._newest: Reign | None = None
@@ -87,11 +103,13 @@ class WorkMarshaller:
             serve(work.EXPLAIN, self.on_explain, acting=True),
             serve(work.BLACKLIST, self.on_blacklist, acting=True),
             serve(work.PARDON, self.on_pardon, acting=True),
+            serve(work.RESULT, self.on_result, acting=True),
+            serve(work.LOGS, self.on_logs, acting=True),
             *self._objects.endpoints(),
         ]
 
     def extras(self) -> list[Extra]:
-        return []
+        return self._edge.extras()
 
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         spawn(self._nodes.follow())
@@ -194,6 +212,8 @@ class WorkMarshaller:
         assert item.work_id is not None
         if refusal := reign.scheduler.refusal(item, time.time()) or await self._unmet(reign, item):
             return refusal
+        if item.payload_object and (refusal := await self._objects.refusal(item.payload_object)):
+            return refusal
         try:
             seq = await self._bus.store(work.SUBMIT, item, headers={CHECKED_HEADER: "1"})
         except NotStored as error:
@@ -229,10 +249,7 @@ class WorkMarshaller:
     async def on_list(self, ask: WorkList) -> WorkItems | Refused:
         if self._reign is None:
             return await self._bus.ask(work.LIST, ask)
-        records = self._reign.scheduler.records.values()
-        found = [record for record in records if ask.status in (None, record.state)]
-        found.sort(key=lambda record: record.inbox_seq, reverse=True)
-        return WorkItems(items=[workitem.summary(record) for record in found[: ask.limit]], count=len(found))
+        return listing.page(self._reign.scheduler.records.values(), ask)
 
     async def on_cancel(self, ask: WorkCancel) -> WorkRecord | Refused:
         reign = self._reign
@@ -272,6 +289,49 @@ class WorkMarshaller:
                 code="not_found", reason=f"{ask.node_id} is not blacklisted{what}", field="node_id", status=404
             )
         return Blacklist(entries=pardoned)
+
+    async def on_result(self, ask: WorkGet) -> WorkResult | Refused:
+        reign = self._reign
+        if reign is None:
+            return await self._bus.ask(work.RESULT, ask)
+        record = await self._find(reign, ask.work_id)
+        return outputs.result_of(record) if record else _unknown(ask.work_id)
+
+    async def on_logs(self, ask: WorkLogsGet) -> WorkLogs | Refused:
+        """A part of a log: from the object store once it is there, else from the node. Before the first attempt there
+        is nothing, for which one may wait as well."""
+        until_s = time.monotonic() + ask.wait_s
+        while True:
+            reign = self._reign
+            if reign is None:
+                return await self._bus.ask(work.LOGS, ask, timeout_s=ask.wait_s + ASK_TIMEOUT_S)
+            record = await self._find(reign, ask.work_id)
+            if record is None:
+                return _unknown(ask.work_id)
+            place = outputs.log_place(record, ask)
+            if isinstance(place, Refused):
+                return place
+            if place.attempt:
+                return await self._log_part(ask, place)
+            if place.ended or time.monotonic() >= until_s:
+                return WorkLogs(work_id=ask.work_id, attempt=0, replica=ask.replica, complete=place.ended)
+            await asyncio.sleep(LOG_LOOK_S)
+
+    async def _log_part(self, ask: WorkLogsGet, place: LogPlace) -> WorkLogs | Refused:
+        if place.object is not None:
+            part = await self._objects.log_part(place.object, ask.offset, ask.limit)
+            if part is not None:
+                return msgspec.structs.replace(
+                    part, work_id=ask.work_id, attempt=place.attempt, replica=ask.replica, node_id=place.node_id
+                )
+        asked = msgspec.structs.replace(ask, attempt=place.attempt)
+        try:
+            return await self._bus.ask(work.NODE_LOG, asked, target=place.node_id, timeout_s=ask.wait_s + ASK_TIMEOUT_S)
+        except BusError as error:
+            if not place.ended:
+                raise
+            reason = f"node {place.node_id}, where it was printed, does not answer, and nothing else keeps it: {error}"
+            return Refused(code="no_log", reason=reason, status=404)
 
     async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
         if record := reign.scheduler.records.get(work_id):

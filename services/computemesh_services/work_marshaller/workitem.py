@@ -127,14 +127,14 @@ def is_final(record: WorkRecord) -> bool:
 def assigned(record: WorkRecord, node_id: str, now: float, *, plain: bool) -> WorkRecord:
     """The next attempt, on *node_id*."""
     changes = {"node_id": node_id, "plain": plain, "attempt": record.attempt + 1, "not_before": 0.0}
-    return _move(record, A, now, "", changes)
+    return _move(record, A, now, "", {**changes, "log_object": None})
 
 
 def assigned_together(record: WorkRecord, node_ids: Sequence[str], now: float) -> WorkRecord:
     """The next attempt of an item with replicas, each on the node of its position."""
     members = [Member(replica=replica, node_id=node_id) for replica, node_id in enumerate(node_ids)]
     changes = {"node_id": node_ids[0], "members": members, "attempt": record.attempt + 1, "not_before": 0.0}
-    return _move(record, A, now, "", changes)
+    return _move(record, A, now, "", {**changes, "log_object": None})
 
 
 def node_of(record: WorkRecord, replica: int) -> str:
@@ -169,7 +169,19 @@ def completed(record: WorkRecord, report: WorkCompleted, now: float) -> WorkReco
     """The attempt is done; of an item with replicas, one of them, and the whole with the last."""
     if record.members:
         return _member_completed(record, report, now)
-    return _move(record, DONE, now, "", {"result": report.result, "finished_at": now})
+    changes = {"result": report.result, "result_object": report.result_object, "finished_at": now}
+    return _move(record, DONE, now, "", changes)
+
+
+def logged(record: WorkRecord, report: WorkCompleted | WorkFailed) -> WorkRecord:
+    """The record with where the log is that came with a report."""
+    if report.log_object is None or report.replica >= max(1, len(record.members)):
+        return record
+    if not record.members:
+        return msgspec.structs.replace(record, log_object=report.log_object)
+    members = list(record.members)
+    members[report.replica] = msgspec.structs.replace(members[report.replica], log_object=report.log_object)
+    return msgspec.structs.replace(record, members=members)
 
 
 def _member_completed(record: WorkRecord, report: WorkCompleted, now: float) -> WorkRecord:

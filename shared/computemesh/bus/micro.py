@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from nats.aio.msg import Msg
@@ -26,6 +26,8 @@ from computemesh.ids import new_id
 
 CONCURRENCY: Final = 64
 """Requests of one endpoint in hand at once; more wait in the subscription."""
+
+R = TypeVar("R", bound=Message)
 
 _log = log.get("micro")
 
@@ -131,7 +133,7 @@ async def run(bound: AnyBound, question: Any) -> Message:
     return await guarded(bound.subject, bound.handler(question))
 
 
-async def guarded(subject: str, answering: Awaitable[Message]) -> Message:
+async def guarded(subject: str, answering: Awaitable[R]) -> R | Refused:
     """An answer, or the refusal that stands for what went wrong."""
     try:
         return await answering

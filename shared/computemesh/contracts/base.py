@@ -299,6 +299,11 @@ def _choices_at(info: msgspec.inspect.Type, steps: list[str]) -> list[str]:
             return []
 
 
+# Also one without an end. Nothing that matched is tried in another way, so time is linear.
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+
+
 def too_deep(data: bytes) -> bool:
     """Whether *data* nests arrays or objects beyond :data:`DEPTH_MAX`.
 
@@ -308,21 +313,11 @@ def too_deep(data: bytes) -> bool:
     if data.count(b"[") + data.count(b"{") <= DEPTH_MAX:
         return False
     depth = 0
-    in_string = escaped = False
-    for byte in data:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:  # backslash
-                escaped = True
-            elif byte == 0x22:  # quote
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
+    for byte in _STRING.sub(b"", data).translate(None, _NO_BRACKETS):
+        if byte in b"[{":
             depth += 1
             if depth > DEPTH_MAX:
                 return True
-        elif byte in b"]}":
+        else:
             depth -= 1
     return False

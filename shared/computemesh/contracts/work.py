@@ -48,6 +48,9 @@ REPLICAS_MAX: Final = 64
 AFTER_MAX: Final = 100
 """Items that one item may wait for."""
 
+INLINE_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 65_536
+"""Bound on an item in one message. Above it, its payload goes to the object store before it is submitted."""
+
 LOG_PART_MAX: Final = 256 * 1024
 """Bytes of an attempt's output in one message."""
 
@@ -306,8 +309,8 @@ class WorkFailed(Message, frozen=True, kw_only=True):
     work_id: Id
     error: Annotated[str, msgspec.Meta(max_length=65_536)] = "the node gave no reason"
     code: Annotated[str, msgspec.Meta(max_length=63)] = "failed"
-    fault: Literal["work", "node"] = "node"
-    """`work`: it would fail anywhere, do not try again."""
+    fault: Literal["work", "node", "mesh"] = "node"
+    """`work`: it would fail anywhere, do not try again. `mesh`: neither it nor the node is to blame."""
     log_object: ObjectRef | None = None
     """What the attempt printed."""
     attempt: int | None = None
@@ -344,7 +347,16 @@ class WorkGet(Message, frozen=True, kw_only=True):
 
 class WorkList(Message, frozen=True, kw_only=True):
     status: WorkState | None = None
+    owner: Annotated[str, msgspec.Meta(max_length=200)] | None = None
+    """Only items for this owner; the empty one stands for items without."""
+    work_type: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Only items of this type."""
+    node_id: Id | None = None
+    """Only items whose latest attempt is or was on this node."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+    """At most so many; an answer has fewer when more do not fit a message."""
+    after: Annotated[str, msgspec.Meta(max_length=100)] = ""
+    """`next` of the answer before, to go on from there."""
 
 
 class WorkSummary(Message, frozen=True, kw_only=True):
@@ -369,7 +381,9 @@ class WorkItems(Message, frozen=True, kw_only=True):
     items: list[WorkSummary]
     """The newest first."""
     count: Count
-    """Items that match, also those beyond `limit`."""
+    """Items that match, on all pages."""
+    next: str = ""
+    """For `after`, to get those that follow; empty when these are the last."""
 
 
 class WorkCancel(Message, frozen=True, kw_only=True):
@@ -417,6 +431,8 @@ class WorkResult(Message, frozen=True, kw_only=True):
     result: Any = None
     result_object: ObjectRef | None = None
     """Where the result is, as JSON, when it is too large for a message. Over HTTP it is put in place of `result`."""
+    result_objects: list[ObjectRef | None] = []
+    """Of an item with replicas, where the results are that are too large; null for those that stand in `result`."""
 
 
 class WorkLogsGet(Message, frozen=True, kw_only=True):
@@ -510,7 +526,8 @@ REQUEST: Final = Request(
     refuses=(
         Refusal(code="unknown_work_type", status=400, when="no node has announced work of this type"),
         Refusal(code="unknown_dependency", status=400, when="there is no item that `after` names"),
-        Refusal(code="too_large", status=413, when="the item is larger than the inbox takes"),
+        Refusal(code="too_large", status=413, when="the item, or its payload, is larger than one may be"),
+        Refusal(code="no_object", status=400, when="the object with the payload is not there, or not what is said"),
         Refusal(code="queue_full", status=503, when="as many items wait as may"),
         Refusal(code="not_stored", status=503, when="the inbox did not take the item"),
     ),
@@ -653,7 +670,7 @@ LOGS: Final = Request(
     http=(Http(method="GET", path="/api/v1/work/{work_id}/logs"),),
     refuses=(_NOT_FOUND, Refusal(code="no_log", status=404, when="nothing is kept of what the attempt printed")),
     example=WorkLogsGet(work_id="w-example"),
-    about="What an attempt has printed, while it runs and afterwards.",
+    about="What an attempt has printed, while it runs and afterwards. With `Accept: text/plain`, as text to its end.",
 )
 NODE_LOG: Final = Request(
     subject="compute.work.log.v1",

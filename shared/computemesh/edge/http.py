@@ -20,10 +20,11 @@ import msgspec
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from computemesh import trace
@@ -54,11 +55,14 @@ OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """A hand-written route, for an ecosystem whose shapes are not ours."""
+    """A hand-written route, for an ecosystem whose shapes are not ours, or for bodies too large for a message. It goes
+    before a route of a contract."""
 
     method: str
     path: str
     handler: Callable[[Request], Any]
+    accept: str = ""
+    """Only for callers whose ``Accept`` header names this media type; others get the next route of that path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +78,34 @@ class Doors:
 
 def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], extras: list[Extra]) -> ASGIApp:
     """The ASGI application of one service's edge."""
-    routes = [
+    routes: list[Route] = [_Extra(extra) for extra in extras]
+    routes += [
         Route(route.path, _handler(bound, route), methods=[route.method])
         for bound in bounds
         for route in bound.contract.http
     ]
-    routes += [Route(extra.path, extra.handler, methods=[extra.method]) for extra in extras]
     routes += _common(config, doors, bounds)
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
     )
     return Observed(Gate(app, config), {route.endpoint: route.path for route in routes})
+
+
+class _Extra(Route):
+    """An extra's route, which matches only those it is for."""
+
+    def __init__(self, extra: Extra) -> None:
+        super().__init__(extra.path, extra.handler, methods=[extra.method])
+        self._accept = extra.accept
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        if match is not Match.FULL:  # Another method at this path may be that of a contract.
+            return Match.NONE, {}
+        if self._accept and self._accept not in Headers(scope=scope).get("accept", ""):
+            return Match.NONE, {}
+        return match, found
 
 
 def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound]) -> list[Route]:
@@ -143,8 +163,11 @@ def _handler(bound: AnyBound, route: Http) -> Callable[[Request], Any]:
 async def read_question(request: Request, kind: type[Any]) -> Any:
     """The request's body, query and path as a message of *kind*, or the refusal."""
     body = await read_body(request)
-    if isinstance(body, Refused):
-        return body
+    return body if isinstance(body, Refused) else question_of(request, body, kind)
+
+
+def question_of(request: Request, body: bytes, kind: type[Any]) -> Any:
+    """A body that was read, and the query and path, as a message of *kind*, or the refusal."""
     fields = _parse_object(body)
     if isinstance(fields, Refused):
         return fields
@@ -154,8 +177,8 @@ async def read_question(request: Request, kind: type[Any]) -> Any:
     return convert({**fields, **texts}, kind)
 
 
-async def read_body(request: Request) -> bytes | Refused:
-    """The body, refused when it is too large or not declared as JSON.
+async def read_body(request: Request, *, bytes_max: int = MESSAGE_BYTES_MAX) -> bytes | Refused:
+    """The body, refused when it has more than *bytes_max* or is not declared as JSON.
 
     The content type matters: a browser lets any page post plain text to a port on this machine, but asks
     first before it sends JSON.
@@ -164,10 +187,8 @@ async def read_body(request: Request) -> bytes | Refused:
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MESSAGE_BYTES_MAX:
-                return Refused(
-                    code="too_large", reason=f"the body is larger than {MESSAGE_BYTES_MAX} bytes", status=413
-                )
+            if len(body) > bytes_max:
+                return Refused(code="too_large", reason=f"the body is larger than {bytes_max} bytes", status=413)
     except ClientDisconnect:
         return Refused(code="bad_message", reason="the caller went away while sending")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

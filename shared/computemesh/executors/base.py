@@ -101,8 +101,8 @@ class Executor(ABC):
         """Do the work and give its result, a JSON value. It is also written to ``out_dir/responses.json``.
 
         Args:
-            out_dir: a folder of this item for whatever files the work makes; standard output and error
-                are already captured there as ``log.txt``.
+            out_dir: a folder of this item for whatever files the work makes; standard output and error are
+                already captured there, each attempt's in a file of its own. ``log.txt`` leads to the latest.
 
         Raises:
             ExecutionError: with a reason for the submitter.

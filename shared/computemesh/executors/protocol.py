@@ -19,7 +19,10 @@ from computemesh.contracts.base import Message
 from computemesh.executors.base import Task
 
 REASON_CHARS_MAX: Final = 4000
-"""Bound on a reason or a progress message; whole tracebacks belong in ``log.txt``."""
+"""Bound on a reason or a progress message; whole tracebacks belong in the log."""
+
+LOG_LINK: Final = "log.txt"
+"""Name under which people find the log of the latest attempt."""
 
 Text = Annotated[str, msgspec.Meta(max_length=REASON_CHARS_MAX)]
 
@@ -52,16 +55,21 @@ class Done(Message, frozen=True, kw_only=True, tag="done", tag_field="kind"):
 
 
 class Broke(Message, frozen=True, kw_only=True, tag="broke", tag_field="kind"):
-    """The run, or what comes before it, went wrong. The traceback is in ``log.txt`` only."""
+    """The run, or what comes before it, went wrong. The traceback is in the log only."""
 
     reason: Text
     code: Annotated[str, msgspec.Meta(max_length=63)] = "failed"
-    fault: Literal["work", "node"] = "node"
-    """`work`: it would fail on every node."""
+    fault: Literal["work", "node", "mesh"] = "node"
+    """`work`: it would fail on every node. `mesh`: said by the agent only, of what it could not get for the run."""
 
 
 FromExecutor = Ready | ProgressNote | Done | Broke
 Outcome = Done | Broke
+
+
+def log_name(attempt: int) -> str:
+    """The file in its folder that an attempt prints into."""
+    return f"log-{attempt}.txt"
 
 
 def plain_text(text: str) -> str:

@@ -1,9 +1,9 @@
 """The process that runs one task: ``python -m computemesh.executors.runner WORK_TYPE``.
 
 It loads the executor, prepares it, says :class:`Ready`, reads one :class:`Start` and runs. Messages leave on
-a private copy of the standard output it was born with. What the executor prints or logs goes to
-``out_dir/log.txt`` (until the task is known, to the standard error it was born with), so nothing printed can
-be taken for a message. The standard input is private too: when it ends, the node agent is dead, and this
+a private copy of the standard output it was born with. What the executor prints or logs goes to the
+attempt's log in ``out_dir`` (until the task is known, to the standard error it was born with), so nothing
+printed can be taken for a message. The standard input is private too: when it ends, the node agent is dead, and this
 process kills its whole group.
 """
 
@@ -32,6 +32,7 @@ from computemesh.executors.protocol import (
     ProgressNote,
     Ready,
     Start,
+    log_name,
     plain_text,
 )
 from computemesh.executors.registry import ExecutorUnavailable, load
@@ -74,12 +75,13 @@ class Link:
 
     def _listen(self) -> None:
         """Hands over the first line, then waits for the end of the agent."""
-        pending = b""
+        pending = bytearray()
         while chunk := os.read(self._in, _READ_BYTES):
-            line, end, rest = (pending + chunk).partition(b"\n")
-            pending = b"" if end else line + rest
+            line, end, _ = chunk.partition(b"\n")
+            pending += line
             if end:
-                self._first_line.put(line)
+                self._first_line.put(bytes(pending))
+                pending.clear()
         _kill_below()
         os.killpg(0, signal.SIGKILL)
 
@@ -154,7 +156,7 @@ def _run(link: Link, executor: Executor, line: bytes) -> None:
     os.environ[trace.VARIABLE] = start.task.traceparent
     os.environ.update(start.task.environment)
     out_dir = Path(start.out_dir).absolute()
-    _print_into(out_dir / "log.txt")
+    _print_into(out_dir / log_name(start.task.attempt))
     with contextlib.suppress(OSError):
         (out_dir / RESULT_FILE).unlink()  # Of an earlier attempt.
     progress = ThinnedProgress(link)
