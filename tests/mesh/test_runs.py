@@ -377,7 +377,7 @@ async def test_a_result_is_a_file_of_its_item_too(runner: Runner, tmp_path: Path
     assert isinstance(await outcome(runner, "saves", out_dir, fails=False), Done)
     assert json.loads((out_dir / "responses.json").read_text()) == {"ok": True, "items": [{"index": 0}]}
     assert json.loads((out_dir / "extra.json").read_text()) == {"more": [1, 2]}
-    assert names(out_dir) == {".computemesh", "extra.json", "log.txt", "responses.json"}
+    assert names(out_dir) == {".computemesh", "extra.json", "log-1.txt", "log.txt", "responses.json"}
     assert out_dir.stat().st_mode & 0o777 == 0o700
 
 
@@ -396,7 +396,7 @@ async def test_a_result_that_cannot_be_written_is_given_all_the_same(runner: Run
     (tmp_path / "responses.json").mkdir()
     assert isinstance(await outcome(runner, "saves", tmp_path, fails=False), Done)
     assert "IsADirectoryError" in (tmp_path / "log.txt").read_text()
-    assert names(tmp_path) == {".computemesh", "log.txt", "extra.json", "responses.json"}
+    assert names(tmp_path) == {".computemesh", "extra.json", "log-1.txt", "log.txt", "responses.json"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has started")

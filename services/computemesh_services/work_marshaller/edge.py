@@ -90,9 +90,9 @@ class WorkEdge:
             return body
         if len(body) <= INLINE_BYTES_MAX:
             item = question_of(request, body, WorkItem)
-            return (
-                item if isinstance(item, Refused) else await micro.guarded(work.REQUEST.subject, self._on_request(item))
-            )
+            if isinstance(item, Refused):
+                return item
+            return await micro.guarded(work.REQUEST.subject, self._on_request(item))
         taken = await asyncio.to_thread(taken_apart, body)
         if isinstance(taken, Refused):
             return taken
@@ -114,11 +114,9 @@ class WorkEdge:
     async def result(self, request: Request) -> Response:
         """As the contract says; what is in the object store is put in its place as it is read."""
         question = await read_question(request, WorkGet)
-        answer = (
-            question
-            if isinstance(question, Refused)
-            else await micro.guarded(work.RESULT.subject, self._on_result(question))
-        )
+        if isinstance(question, Refused):
+            return problem(question)
+        answer = await micro.guarded(work.RESULT.subject, self._on_result(question))
         if isinstance(answer, Refused):
             return problem(answer)
         pieces = result_pieces(answer)
@@ -146,11 +144,9 @@ class WorkEdge:
     async def logs(self, request: Request) -> Response:
         """What an attempt prints, as text, until it has ended."""
         question: WorkLogsGet | Refused = await read_question(request, WorkLogsGet)
-        answer = (
-            question
-            if isinstance(question, Refused)
-            else await micro.guarded(work.LOGS.subject, self._on_logs(question))
-        )
+        if isinstance(question, Refused):
+            return problem(question)
+        answer = await micro.guarded(work.LOGS.subject, self._on_logs(question))
         if isinstance(answer, Refused):
             return problem(answer)
         return StreamingResponse(self._followed(question, answer), media_type="text/plain; charset=utf-8")

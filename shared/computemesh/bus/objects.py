@@ -143,7 +143,7 @@ class ObjectStore:
     async def list(self) -> list[ObjectInfo]:
         """Every complete object, the oldest first."""
         found: list[ObjectInfo] = []
-        for stored in await read_all(self._bus, self.spec.stream, [self.spec.meta_subjects]):
+        for stored in await read_all(self._bus, self.spec.stream, self.spec.meta_subjects):
             try:
                 info = msgspec.json.decode(stored.data, type=ObjectInfo)
             except ValueError:
