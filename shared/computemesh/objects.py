@@ -13,9 +13,9 @@ from typing import Final, TypeVar
 from computemesh import log
 from computemesh.bus import Bus, BusError
 from computemesh.contracts import objects
-from computemesh.contracts.base import Message, Refused
+from computemesh.contracts.base import Message, Refused, encode
 from computemesh.contracts.objects import PART_BYTES, ObjectGet, ObjectPart, ObjectPut, ObjectStored
-from computemesh.contracts.work import ObjectRef
+from computemesh.contracts.work import ObjectRef, WorkResult
 from computemesh.ids import new_id
 
 PATIENCE_S: Final = 20.0
@@ -157,6 +157,18 @@ async def download(
         if on_progress is not None:
             on_progress(len(found), ref.size)
     return bytes(found)
+
+
+def result_pieces(answer: WorkResult) -> list[bytes | ObjectRef]:
+    """A result as JSON: its pieces, some of which are in the object store."""
+    if answer.result_object is not None:
+        return [answer.result_object]
+    if not answer.result_objects:
+        return [encode(answer.result)]
+    pieces: list[bytes | ObjectRef] = [b"["]
+    for number, (result, kept) in enumerate(zip(answer.result, answer.result_objects, strict=True)):
+        pieces += [b"," if number else b"", kept or encode(result)]
+    return [*pieces, b"]"]
 
 
 async def _patiently(ask: Callable[[Q], Awaitable[R | Refused]], question: Q, patience_s: float | None) -> R:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from computemesh.bus import Bus
-from computemesh.cli.work import Follower
+from computemesh.cli.waiting import Follower
 from computemesh.contracts.work import WorkState
 from computemesh.testing.builders import a_record
 
@@ -15,8 +15,8 @@ NO_BUS = cast("Bus", None)
 
 async def test_an_answer_to_the_submission_that_comes_after_the_outcome_does_not_replace_it() -> None:
     """A quick item is completed before the submitter hears that it was taken."""
-    follower = Follower("w1")
+    follower = Follower(["w1"])
     await follower.on_state(a_record("w1", WorkState.COMPLETED, result="done"))
     follower.on_record(a_record("w1", WorkState.ASSIGNED))
-    record = await follower.wait(NO_BUS, 1.0, live=False)
+    (record,) = await follower.wait(NO_BUS, 1.0, live=False)
     assert (record.state, record.result) == (WorkState.COMPLETED, "done")

@@ -25,7 +25,7 @@ from computemesh.contracts.work import (
 )
 from computemesh.testing.builders import a_record
 from computemesh_services.work_marshaller import workitem
-from computemesh_services.work_marshaller.edge import result_pieces, taken_apart
+from computemesh_services.work_marshaller.edge import answer_pieces, taken_apart
 from computemesh_services.work_marshaller.listing import page
 from computemesh_services.work_marshaller.outputs import LogPlace, log_place, result_of
 
@@ -124,15 +124,15 @@ def test_results_in_the_object_store_are_put_in_their_place() -> None:
     """The one result, or those of some of the replicas."""
     whole = result_of(ran(WorkState.COMPLETED, result_object=RESULT))
     assert not isinstance(whole, Refused)
-    assert result_pieces(whole) == [b'{"work_id":"w1","result":', RESULT, b"}"]
+    assert answer_pieces(whole) == [b'{"work_id":"w1","result":', RESULT, b"}"]
     members = [Member(replica=0, node_id="n1"), Member(replica=1, node_id="n2", result_object=RESULT)]
     some = result_of(ran(WorkState.COMPLETED, members=members, result=[{"a": 1}, None]))
     assert not isinstance(some, Refused)
-    pieces = [piece if isinstance(piece, bytes) else b"<object>" for piece in result_pieces(some)]
+    pieces = [piece if isinstance(piece, bytes) else b"<object>" for piece in answer_pieces(some)]
     assert b"".join(pieces) == b'{"work_id":"w1","result":[{"a":1},<object>]}'
     small = result_of(ran(WorkState.COMPLETED, result=3))
     assert not isinstance(small, Refused)
-    assert result_pieces(small) == [encode(small)]
+    assert answer_pieces(small) == [encode(small)]
 
 
 # --- large submissions ---------------------------------------------------------------------------------------------

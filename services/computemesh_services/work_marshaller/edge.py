@@ -28,7 +28,7 @@ from computemesh.contracts.work import (
     WorkResult,
 )
 from computemesh.edge import Extra, problem, question_of, read_body, read_question
-from computemesh.objects import ObjectError, parts, upload
+from computemesh.objects import ObjectError, parts, result_pieces, upload
 from computemesh_services.work_marshaller.objects import Objects
 
 LARGE_AT_ONCE: Final = 4
@@ -119,12 +119,12 @@ class WorkEdge:
         answer = await micro.guarded(work.RESULT.subject, self._on_result(question))
         if isinstance(answer, Refused):
             return problem(answer)
-        pieces = result_pieces(answer)
+        pieces = answer_pieces(answer)
         for piece in pieces:
             if isinstance(piece, ObjectRef) and (refusal := await self._objects.refusal(piece)):
                 reason = f"the result is not kept any more: {refusal.reason}"
                 return problem(Refused(code="no_result", reason=reason, field="work_id", status=409))
-        if len(pieces) == 1:
+        if isinstance(pieces[0], bytes) and len(pieces) == 1:
             return Response(pieces[0], media_type="application/json")
         length = sum(piece.size if isinstance(piece, ObjectRef) else len(piece) for piece in pieces)
         headers = {"Content-Length": str(length)}
@@ -208,20 +208,11 @@ _Fields: Any = msgspec.defstruct(
 """A work item, none of whose fields is looked into."""
 
 
-def result_pieces(answer: WorkResult) -> list[bytes | ObjectRef]:
-    """The answer as JSON with the results in place that are in the object store."""
-    if answer.result_object is not None:
-        return [*_around(answer.work_id, [answer.result_object])]
-    if not answer.result_objects:
+def answer_pieces(answer: WorkResult) -> list[bytes | ObjectRef]:
+    """The answer as JSON, with the results in place that are in the object store."""
+    if answer.result_object is None and not answer.result_objects:
         return [encode(answer)]
-    pieces: list[bytes | ObjectRef] = [b"["]
-    for number, (result, kept) in enumerate(zip(answer.result, answer.result_objects, strict=True)):
-        pieces += [b"," if number else b"", kept or encode(result)]
-    return _around(answer.work_id, [*pieces, b"]"])
-
-
-def _around(work_id: str, pieces: list[bytes | ObjectRef]) -> list[bytes | ObjectRef]:
-    return [b'{"work_id":' + encode(work_id) + b',"result":', *pieces, b"}"]
+    return [b'{"work_id":' + encode(answer.work_id) + b',"result":', *result_pieces(answer), b"}"]
 
 
 def _at(contract: Contract[Any, Any], handler: Callable[[Request], Any], *, accept: str = "") -> Extra:

@@ -35,6 +35,11 @@ CONNECT_S: Final = 3.0
 ANSWER_S: Final = 10.0
 """How long a command waits for a connection, and for an answer."""
 
+ACTING_S: Final = 6.0
+"""How long a question waits for a replica that acts: the next takes over within five seconds."""
+
+ACTING_LOOK_S: Final = 0.2
+
 LOOK_S: Final = 0.25
 """How often it is seen whether anybody still reads our output."""
 
@@ -200,21 +205,62 @@ def silent(reason: str) -> NoMesh:
     return NoMesh(reason, hint="`computemesh doctor` looks for the cause", code="no_answer")
 
 
-async def ask(bus: Bus, request: Request[Q, R], question: Q, *, timeout_s: float = ANSWER_S) -> R:
-    """The answer; a refusal ends the command."""
+async def ask(
+    bus: Bus,
+    request: Request[Q, R],
+    question: Q,
+    *,
+    timeout_s: float = ANSWER_S,
+    acting: bool = False,
+    **failures: type[Failure],
+) -> R:
+    """The answer; a refusal ends the command.
+
+    Args:
+        acting: only the replica that acts answers: while there is none, wait a little for the next.
+        failures: by the code of a refusal, what ends the command instead.
+    """
     if bus.where.role is Role.NODE and Role.NODE not in request.asked_by:
         raise only_a_node(f"may not ask {request.subject}")
-    answer = await bus.ask(request, question, timeout_s=timeout_s)
+    answer: R | Refused
+    if acting:
+        answer = await _acting(bus, request, question, timeout_s)
+    else:
+        answer = await bus.ask(request, question, timeout_s=timeout_s)
     if isinstance(answer, Refused):
-        raise refusal(answer)
+        raise refusal(answer, kind=failures.get(answer.code, Failure))
     return answer
 
 
-def refusal(answer: Refused, *, where: str = "") -> Failure:
+async def _acting(bus: Bus, request: Request[Q, R], question: Q, timeout_s: float) -> R | Refused:
+    until_s = time.monotonic() + ACTING_S
+    told = False
+    while True:
+        try:
+            return await bus.ask(request, question, timeout_s=timeout_s)
+        except NoResponder:
+            if time.monotonic() > until_s:
+                raise
+        if not told:
+            notice(f"no {request.service.name} acts at the moment; waiting for one")
+            told = True
+        await asyncio.sleep(ACTING_LOOK_S)
+
+
+def notice(text: str) -> None:
+    """Says something beside what the command prints, on standard error: a line, or an object where errors are JSON."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.params.get("as_json"):
+        click.echo(msgspec.json.encode({"notice": text}), err=True)
+    else:
+        err.print(f"[dim]{escape(text)}[/]")
+
+
+def refusal(answer: Refused, *, where: str = "", kind: type[Failure] = Failure) -> Failure:
     """A refusal as the failure of this command; *where* stands in front."""
     field = f"{answer.field}: " if answer.field else ""
     hint = "try again in a moment" if answer.retry == "later" else ""
-    return Failure(f"{where}{field}{answer.reason}", hint=hint, field=answer.field, code=answer.code)
+    return kind(f"{where}{field}{answer.reason}", hint=hint, field=answer.field, code=answer.code)
 
 
 def run(command: Coroutine[Any, Any, T]) -> T:

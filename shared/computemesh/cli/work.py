@@ -6,43 +6,57 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import click
 import msgspec
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
+from rich.text import Text
 
-from computemesh import trace
-from computemesh.bus import Bus, BusError
-from computemesh.cli import common, complete, intake
+from computemesh import mloc, trace, yamltext
+from computemesh.bus import Bus
+from computemesh.cli import common, complete, intake, outputs, tables, watch
 from computemesh.cli.common import (
     EXIT_WORK_FAILED,
     Failure,
-    WorkFailure,
     ago,
     coloured,
     err,
+    is_mapping,
     out,
     print_json,
     state_cell,
     table,
 )
-from computemesh.contracts import work
-from computemesh.contracts.base import Refused, convert
+from computemesh.cli.waiting import Follower, all_well
+from computemesh.contracts import nodes, work
+from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.work import (
     FINAL,
+    NodeVerdict,
     WorkCancel,
+    WorkExplanation,
     WorkGet,
     WorkItem,
     WorkList,
-    WorkProgress,
     WorkRecord,
     WorkState,
 )
 from computemesh.ids import new_id
 
-LOOK_AGAIN_S: Final = 5.0
-"""How often a waiting command asks for the state, in case it missed the event."""
+AT_ONCE: Final = 32
+"""Items that are submitted at the same time."""
+
+LIST_MAX: Final = 1000
+"""Items asked for in one page of a list."""
+
+VERDICT_COLUMNS: Final = (
+    tables.Column(title="node"),
+    tables.Column(title="verdict"),
+    tables.Column(title="score", right=True, rank=1),
+    tables.Column(title="why"),
+)
 
 
 @click.command()
@@ -76,7 +90,8 @@ def submit(
       echo '{"work_type": "inference", "payload": {"prompt": "Hi"}}' | computemesh submit -
 
     A YAML file may hold several items; `computemesh call work.request --schema` shows the fields of an item.
-    Options given here count for all items.
+    A task of MLOC (`apiVersion`, `kind`, `spec`) is an item, too. Options given here count for all items. A
+    payload that is too large for a message goes to the object store first.
 
     Exit status: 0 all went well, 1 an item failed, 2 refused, 3 no mesh.
     """
@@ -92,8 +107,8 @@ def submit(
         items = [_item({"work_type": "inference", "payload": payload, **extra}, "")]
     else:
         assert file is not None
-        items = [_item({**fields, **extra}, where) for where, fields in read_items(file)]
-    records = common.run(_submit(items, wait=wait, timeout_s=timeout))
+        items = read_items(file, extra)
+    records = common.run(_submit(items, wait=wait, timeout_s=timeout, whole=not as_json and not sys.stdout.isatty()))
     if as_json:
         print_json(records if len(records) > 1 else records[0])
     elif wait:
@@ -102,35 +117,94 @@ def submit(
     else:
         for record in records:
             out.print(f"{record.work_id} {coloured(record.state)}")
-    if any(record.state in FINAL and record.state is not WorkState.COMPLETED for record in records):
+    if not all_well(records):
         common.bail(EXIT_WORK_FAILED)
 
 
-def read_items(file: str) -> list[tuple[str, dict[str, Any]]]:
-    """The items of a JSON or YAML file, each with where it stands."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for where, document in intake.documents(intake.read_bytes(file), file):
+def read_items(file: str, extra: Mapping[str, Any]) -> list[WorkItem]:
+    """The items of a JSON or YAML file, or of one with MLOC's tasks.
+
+    Args:
+        extra: fields of an item that count for all of them.
+    """
+    data = intake.read_bytes(file)
+    task = yamltext.read(data)
+    if isinstance(task, yamltext.Document) and is_mapping(task.value) and mloc.is_task(task.value):
+        return [_task(task, extra, file)]
+    found: list[WorkItem] = []
+    for where, document in intake.documents(data, file):
         items: list[Any] = list(document) if isinstance(document, list) else [document]  # pyright: ignore[reportUnknownArgumentType]
         for item in items:
             try:
-                found.append((where, msgspec.convert(item, dict[str, Any])))
+                fields = msgspec.convert(item, dict[str, Any])
             except msgspec.ValidationError as error:
                 raise Failure(f"{where}: a work item is a mapping: {error}", code="bad_file") from None
+            if mloc.is_task(fields):
+                found.append(_task(yamltext.Document(fields), extra, where))
+            else:
+                found.append(_item({**fields, **extra}, where))
     if not found:
         raise Failure(f"{file}: no work item in it", code="bad_file")
     return found
 
 
+def _task(document: yamltext.Document, extra: Mapping[str, Any], where: str) -> WorkItem:
+    item = mloc.item_of(document)
+    if isinstance(item, Refused):
+        raise common.refusal(item, where=f"{where}: ")
+    return _with_id(msgspec.structs.replace(item, **extra))
+
+
 def _item(fields: dict[str, Any], where: str) -> WorkItem:
-    item = intake.message(fields, WorkItem, where)
+    return _with_id(intake.message(fields, WorkItem, where))
+
+
+def _with_id(item: WorkItem) -> WorkItem:
     return item if item.work_id else msgspec.structs.replace(item, work_id=new_id("w"))
 
 
-async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None) -> list[WorkRecord]:
+async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None, whole: bool) -> list[WorkRecord]:
     async with common.connected() as bus:
         if not wait:
-            return [await common.ask(bus, work.REQUEST, item) for item in items]
-        return await asyncio.gather(*(submit_and_wait(bus, item, timeout_s=timeout_s) for item in items))
+            return await _submit_all(bus, items)
+        follower = Follower([item.work_id or "" for item in items])
+        await follower.subscribe(bus)
+        submitting = asyncio.create_task(_submit_all(bus, items, follower.on_record))
+        waiting = asyncio.create_task(follower.wait(bus, timeout_s, live=sys.stderr.isatty()))
+        try:
+            await asyncio.wait({submitting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if submitting.done():
+                submitting.result()
+            records = await waiting
+        finally:
+            submitting.cancel()
+            waiting.cancel()
+            await asyncio.gather(submitting, waiting, return_exceptions=True)
+        if not whole:
+            return records
+        return [msgspec.structs.replace(record, result=await outputs.whole_result(bus, record)) for record in records]
+
+
+async def _submit_all(
+    bus: Bus, items: list[WorkItem], on_taken: Callable[[WorkRecord], None] = lambda _: None
+) -> list[WorkRecord]:
+    """What became of each. The first refusal ends the command."""
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(item: WorkItem) -> WorkRecord:
+        async with room:
+            sendable = await outputs.sendable(bus, item)
+            record = await common.ask(bus, work.REQUEST, sendable, acting=True)
+            on_taken(record)
+            return record
+
+    tasks = [asyncio.create_task(one(item)) for item in items]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None, live: bool = True) -> WorkRecord:
@@ -142,76 +216,12 @@ async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None, 
     Raises:
         Failure: refused, or not finished in time.
     """
-    work_id = item.work_id or new_id("w")
-    item = msgspec.structs.replace(item, work_id=work_id)
-    follower = Follower(work_id)
-    await bus.subscribe(work.STATE, follower.on_state, target=work_id)
-    await bus.subscribe(work.PROGRESS, follower.on_progress)
-    await bus.flush()
-    follower.on_record(await common.ask(bus, work.REQUEST, item))
-    return await follower.wait(bus, timeout_s, live=live and sys.stderr.isatty())
-
-
-class Follower:
-    """Follows one item to its end."""
-
-    def __init__(self, work_id: str) -> None:
-        self._work_id = work_id
-        self._record: WorkRecord | None = None
-        self._done = asyncio.Event()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    async def on_state(self, record: WorkRecord) -> None:
-        self.on_record(record)
-
-    def on_record(self, record: WorkRecord) -> None:
-        # The answer to the submission may come after the outcome of a quick item.
-        if self._done.is_set():
-            return
-        self._record = record
-        self._show(f"{record.state}" + (f" on {record.node_id}" if record.node_id else ""))
-        if record.state in FINAL:
-            self._done.set()
-
-    async def on_progress(self, report: WorkProgress) -> None:
-        if report.work_id == self._work_id:
-            self._show(f"running on {report.node_id}  {report.message}", report.fraction)
-
-    async def wait(self, bus: Bus, timeout_s: float | None, *, live: bool) -> WorkRecord:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with Progress(*columns, console=err, transient=True, disable=not live) as self._progress:
-            self._task = self._progress.add_task(f"{self._work_id} submitted", total=1.0)
-            while not self._done.is_set():
-                left_s = LOOK_AGAIN_S if until_s is None else min(LOOK_AGAIN_S, until_s - time.monotonic())
-                if left_s <= 0:
-                    raise WorkFailure(
-                        f"{self._work_id} is not finished after {timeout_s:g} s",
-                        hint=f"it goes on; see `computemesh work show {self._work_id}`",
-                    )
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._done.wait(), left_s)
-                    break
-                await self._look(bus)
-        assert self._record is not None
-        return self._record
-
-    async def _look(self, bus: Bus) -> None:
-        with contextlib.suppress(BusError):
-            answer = await bus.ask(work.GET, WorkGet(work_id=self._work_id))
-            if isinstance(answer, WorkRecord):
-                self.on_record(answer)
-            if isinstance(answer, WorkRecord) and answer.state is WorkState.PENDING:
-                why = await bus.ask(work.EXPLAIN, WorkGet(work_id=self._work_id))
-                if isinstance(why, work.WorkExplanation):
-                    self._show(f"pending: {why.summary}")
-
-    def _show(self, text: str, fraction: float | None = None) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=common.escape(f"{self._work_id} {text}"))
-            if fraction is not None:
-                self._progress.update(self._task, completed=fraction)
+    item = _with_id(item)
+    follower = Follower([item.work_id or ""])
+    await follower.subscribe(bus)
+    follower.on_record(await common.ask(bus, work.REQUEST, await outputs.sendable(bus, item), acting=True))
+    (record,) = await follower.wait(bus, timeout_s, live=live and sys.stderr.isatty())
+    return record
 
 
 def answer_text(record: WorkRecord) -> str:
@@ -219,6 +229,8 @@ def answer_text(record: WorkRecord) -> str:
     if record.state is not WorkState.COMPLETED:
         return record.error.reason if record.error else str(record.state)
     result: Any = record.result
+    if result is None and record.result_object is not None:
+        return f"{record.result_object.size:,} bytes of JSON: `computemesh work result {record.work_id} -o FILE`"
     with contextlib.suppress(KeyError, TypeError):
         return "\n\n".join(str(item["output"]) for item in result["items"])
     return msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
@@ -242,28 +254,45 @@ def _verdict(verdict: work.NodeVerdict) -> str:
     return f"fits: {reasons}" if verdict.fits else reasons
 
 
-@click.group(name="work", cls=common.Ordered)
-def work_group() -> None:
-    """Look at work items and cancel them."""
+def _list_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which items are listed."""
+    options = (
+        click.option("--status", type=click.Choice([state.value for state in WorkState]), help="Only in this state."),
+        click.option("--type", "work_type", help="Only of this type.", shell_complete=complete.work_types),
+        click.option("--owner", help="Only for this owner."),
+        click.option("--node", "node_id", help="Only on this node.", shell_complete=complete.node_ids),
+        click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most this many."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(name="work", cls=common.Ordered, invoke_without_command=True)
+@_list_options
+@click.pass_context
+def work_group(context: click.Context, /, limit: int, as_json: bool, **filters: Any) -> None:
+    """List work items; look at one, its log and its result; cancel it; see what is blacklisted."""
+    if context.invoked_subcommand is None:
+        _list(filters, limit, as_json=as_json)
 
 
 @work_group.command(name="list")
-@click.option("--status", type=click.Choice([state.value for state in WorkState]), help="Only items in this state.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most this many.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_items(status: str | None, limit: int, as_json: bool) -> None:
+@_list_options
+def list_items(limit: int, as_json: bool, **filters: Any) -> None:
     """List work items, the newest first."""
+    _list(filters, limit, as_json=as_json)
 
-    async def fetch() -> work.WorkItems:
-        async with common.connected() as bus:
-            return await common.ask(bus, work.LIST, WorkList(status=WorkState(status) if status else None, limit=limit))
 
-    found = common.run(fetch())
+def _list(filters: Mapping[str, Any], limit: int, *, as_json: bool) -> None:
+    asked = outputs.checked({**filters, "limit": min(limit, LIST_MAX)}, WorkList)
+    found = common.once(lambda bus: every_item(bus, asked, limit))
     if as_json:
         print_json(found)
         return
     if not found.items:
-        out.print("No work items." if status is None else f"No {status} work items.")
+        out.print("No work items." if not any(filters.values()) else "No such work items.")
         return
     rows = [
         (i.work_id, state_cell(i.state), i.work_type, i.model_name or "-", str(i.priority), str(i.attempt),
@@ -279,6 +308,17 @@ def list_items(status: str | None, limit: int, as_json: bool) -> None:
         err.print(f"{found.count - len(found.items)} more; see --limit")
 
 
+async def every_item(bus: Bus, asked: WorkList, limit: int) -> work.WorkItems:
+    """The items that match, from as many pages as it takes."""
+    items: list[work.WorkSummary] = []
+    while True:
+        page = await common.ask(bus, work.LIST, asked, acting=True)
+        items += page.items
+        if not page.next or len(items) >= limit:
+            return msgspec.structs.replace(page, items=items[:limit])
+        asked = msgspec.structs.replace(asked, after=page.next, limit=min(LIST_MAX, limit - len(items)))
+
+
 @work_group.command()
 @click.argument("work_id", shell_complete=complete.work_ids)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -289,7 +329,8 @@ def show(work_id: str, as_json: bool) -> None:
 
     async def fetch() -> tuple[WorkRecord, work.WorkExplanation]:
         async with common.connected() as bus:
-            return await common.ask(bus, work.GET, ask), await common.ask(bus, work.EXPLAIN, ask)
+            record = await common.ask(bus, work.GET, ask, acting=True)
+            return record, await common.ask(bus, work.EXPLAIN, ask, acting=True)
 
     record, why = common.run(fetch())
     if as_json:
@@ -326,7 +367,7 @@ def cancel(work_id: str, reason: str, as_json: bool) -> None:
 
     async def fetch() -> WorkRecord:
         async with common.connected() as bus:
-            return await common.ask(bus, work.CANCEL, ask)
+            return await common.ask(bus, work.CANCEL, ask, acting=True)
 
     record = common.run(fetch())
     if as_json:
@@ -335,9 +376,120 @@ def cancel(work_id: str, reason: str, as_json: bool) -> None:
         out.print(f"{record.work_id} {coloured(record.state)}")
 
 
+@work_group.command()
+@click.argument("work_id", shell_complete=complete.work_ids)
+@watch.watch_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(work_id: str, watching: bool, interval: float, as_json: bool) -> None:
+    """Show why an item is where it is: what each node is to it, and why."""
+    ask = _get(work_id)
+
+    async def fetch(bus: Bus, _: int | None) -> WorkExplanation:
+        return await common.ask(bus, work.EXPLAIN, ask, acting=True)
+
+    view = watch.View(fetch=fetch, draw=_explained, events=(work.STATE, nodes.LOST))
+    watch.present(view, watching=watching, interval_s=interval, as_json=as_json)
+
+
+def _explained(found: WorkExplanation, width: int, lines: int | None) -> RenderableType:
+    head = Text.assemble(f"{found.work_id}  ", state_cell(found.state), f"  {common.one_line(found.summary)}")
+    if not found.nodes:
+        return head
+    order = sorted(found.nodes, key=lambda one: (not one.fits, not one.may_change, -one.score, one.node_id))
+    shown = order if lines is None else order[: max(1, lines - 4)]
+    rows = [
+        (one.node_id, _verdict(one), f"{one.score:.2f}" if one.fits else "-", "; ".join(one.reasons)) for one in shown
+    ]
+    made = tables.grid(VERDICT_COLUMNS, rows, width)
+    return Group(head, "", made, *filter(None, [tables.folded(len(order), len(shown))]))
+
+
+def _verdict(one: NodeVerdict) -> Text:
+    if one.fits:
+        return Text("fits", "green")
+    return Text("not now", "yellow") if one.may_change else Text("never", "red")
+
+
+@work_group.command()
+@click.argument("work_ids", nargs=-1, required=True, shell_complete=complete.work_ids)
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Give up waiting after seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON.")
+def wait(work_ids: tuple[str, ...], timeout: float | None, as_json: bool) -> None:
+    """Wait until items have ended, and say how.
+
+    Exit status: 0 all completed, 1 one did not, or not in time.
+    """
+    asks = [_get(work_id) for work_id in dict.fromkeys(work_ids)]
+
+    async def follow() -> list[WorkRecord]:
+        async with common.connected() as bus:
+            follower = Follower([ask.work_id for ask in asks])
+            await follower.subscribe(bus)
+            for ask in asks:
+                follower.on_record(await common.ask(bus, work.GET, ask, acting=True))
+            return await follower.wait(bus, timeout, live=sys.stderr.isatty())
+
+    records = common.run(follow())
+    if as_json:
+        print_json(records if len(records) > 1 else records[0])
+    else:
+        for record in records:
+            why = f"  {common.escape(record.error.reason)}" if record.error and not all_well([record]) else ""
+            out.print(f"{record.work_id} {coloured(record.state)}{why}")
+    if not all_well(records):
+        common.bail(EXIT_WORK_FAILED)
+
+
+work_group.add_command(outputs.logs)
+work_group.add_command(outputs.result)
+
+
+@work_group.command()
+@click.option("--node", "node_id", help="Only of this node.", shell_complete=complete.node_ids)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def blacklist(node_id: str | None, as_json: bool) -> None:
+    """List the nodes that get no work of some type for a while, as it kept failing there."""
+    ask = outputs.checked({"node_id": node_id}, work.BlacklistGet)
+    found = common.once(lambda bus: common.ask(bus, work.BLACKLIST, ask, acting=True))
+    if as_json:
+        print_json(found)
+    elif not found.entries:
+        out.print("Nothing is blacklisted.")
+    else:
+        _print_blacklist(found)
+
+
+@work_group.command()
+@click.argument("node_id", shell_complete=complete.node_ids)
+@click.option("--type", "work_type", default="", help="Only for this type of work.", shell_complete=complete.work_types)
+@click.option("--json", "as_json", is_flag=True, help="Print what was on the list.")
+def pardon(node_id: str, work_type: str, as_json: bool) -> None:
+    """Give a blacklisted node work again at once."""
+    ask = outputs.checked({"node_id": node_id, "work_type": work_type}, work.BlacklistPardon)
+    found = common.once(lambda bus: common.ask(bus, work.PARDON, ask, acting=True), Role.SERVICES)
+    if as_json:
+        print_json(found)
+    else:
+        for entry in found.entries:
+            out.print(f"{entry.node_id} gets {common.escape(entry.work_type)} work again")
+
+
+def _print_blacklist(found: work.Blacklist) -> None:
+    now = time.time()
+    rows = [
+        (one.node_id, one.work_type, str(one.failures), ago(one.since), _until(one, now), one.reason)
+        for one in found.entries
+    ]
+    table(["node", "type", "failures", "since", "tried again", "last error"], rows, right=["failures", "since"])
+
+
+def _until(one: work.Blacklisted, now: float) -> str:
+    if one.probing:
+        return f"now, with {one.probing}"
+    return f"in {common.lasting(one.until - now)}" if one.until > now else "with the next item"
+
+
 def _get(work_id: str) -> WorkGet:
     """A checked question: an id that is none is refused before anything is asked."""
-    ask = convert({"work_id": work_id}, WorkGet)
-    if isinstance(ask, Refused):
-        raise common.refusal(ask)
-    return ask
+    asked: WorkGet = outputs.checked({"work_id": work_id}, WorkGet)
+    return asked

@@ -1,0 +1,186 @@
+"""Waiting for work: one item or many followed to their ends, with a bar for each that runs, and one for all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import Final
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from computemesh.bus import Bus, BusError
+from computemesh.cli import common
+from computemesh.cli.common import WorkFailure, err
+from computemesh.contracts import work
+from computemesh.contracts.work import FINAL, WorkExplanation, WorkGet, WorkProgress, WorkRecord, WorkState
+
+LOOK_AGAIN_S: Final = 5.0
+"""How often a waiting command asks for states, in case it missed an event."""
+
+LOOKED_AT_MAX: Final = 50
+"""Items asked for in one go, those first whose last word is the oldest."""
+
+BARS_MAX: Final = 8
+"""Items that have a bar of their own at the same time."""
+
+_OUT: Final = frozenset({WorkState.ASSIGNED, WorkState.RUNNING})
+
+
+class Follower:
+    """Follows items to their ends."""
+
+    def __init__(self, work_ids: Sequence[str]) -> None:
+        self.records: dict[str, WorkRecord] = {}
+        """What was heard last of each."""
+        self._open = dict.fromkeys(work_ids)
+        """Those that have not ended, by when they were heard of or asked for, the longest ago first."""
+        self._order = list(self._open)
+        self._done = asyncio.Event()
+        if not self._open:
+            self._done.set()
+        self._bars = _Bars(self._order)
+
+    async def subscribe(self, bus: Bus) -> None:
+        """Hears of them from now on."""
+        for work_id in self._order:
+            await bus.subscribe(work.STATE, self.on_state, target=work_id)
+        await bus.subscribe(work.PROGRESS, self.on_progress)
+        await bus.flush()
+
+    async def on_state(self, record: WorkRecord) -> None:
+        self.on_record(record)
+
+    def on_record(self, record: WorkRecord) -> None:
+        # The answer to the submission may come after the outcome of a quick item.
+        if record.work_id not in self._open:
+            return
+        self.records[record.work_id] = record
+        self._heard(record.work_id)
+        self._bars.moved(record)
+        if record.state in FINAL:
+            del self._open[record.work_id]
+            if not self._open:
+                self._done.set()
+
+    async def on_progress(self, report: WorkProgress) -> None:
+        if report.work_id in self._open:
+            self._bars.progressed(report)
+
+    async def wait(self, bus: Bus, timeout_s: float | None, *, live: bool) -> list[WorkRecord]:
+        """The outcomes, in the order of the ids.
+
+        Args:
+            live: show bars on the terminal.
+
+        Raises:
+            WorkFailure: not all have ended in time.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._bars.shown(live=live):
+            while not self._done.is_set():
+                left_s = LOOK_AGAIN_S if until_s is None else min(LOOK_AGAIN_S, until_s - time.monotonic())
+                if left_s <= 0:
+                    raise self._late(timeout_s or 0.0)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._done.wait(), left_s)
+                    break
+                await self._look(bus)
+        return [self.records[work_id] for work_id in self._order]
+
+    def _late(self, timeout_s: float) -> WorkFailure:
+        first = next(iter(self._open))
+        what = first if len(self._order) == 1 else f"{len(self._open)} of {len(self._order)} items"
+        verb = "is" if len(self._open) == 1 and len(self._order) == 1 else "are"
+        goes_on = "it goes on" if verb == "is" else "they go on"
+        return WorkFailure(
+            f"{what} {verb} not finished after {timeout_s:g} s",
+            hint=f"{goes_on}; see `computemesh work show {first}`",
+        )
+
+    def _heard(self, work_id: str) -> None:
+        del self._open[work_id]
+        self._open[work_id] = None
+
+    async def _look(self, bus: Bus) -> None:
+        with contextlib.suppress(BusError):
+            for work_id in list(self._open)[:LOOKED_AT_MAX]:
+                answer = await bus.ask(work.GET, WorkGet(work_id=work_id))
+                if isinstance(answer, WorkRecord):
+                    self.on_record(answer)
+            if len(self._order) == 1 and self.state_of(self._order[0]) is WorkState.PENDING:
+                why = await bus.ask(work.EXPLAIN, WorkGet(work_id=self._order[0]))
+                if isinstance(why, WorkExplanation):
+                    self._bars.waits(self._order[0], why.summary)
+
+    def state_of(self, work_id: str) -> WorkState | None:
+        return self.records[work_id].state if work_id in self.records else None
+
+
+class _Bars:
+    """The bars of one item, or those of the items that run below one for all."""
+
+    def __init__(self, work_ids: Sequence[str]) -> None:
+        self._all = len(work_ids)
+        self._single = work_ids[0] if len(work_ids) == 1 else ""
+        self._ended = 0
+        self._progress = Progress(disable=True)
+        self._whole: TaskID | None = None
+        self._bars: dict[str, TaskID] = {}
+
+    @contextlib.contextmanager
+    def shown(self, *, live: bool) -> Generator[None]:
+        """Shows them until the block ends."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            *([MofNCompleteColumn()] if not self._single else []),
+            TimeElapsedColumn(),
+        )
+        self._progress = Progress(*columns, console=err, transient=True, disable=not live)
+        with self._progress:
+            if self._single:
+                self._bar(self._single, f"{self._single} submitted")
+            else:
+                self._whole = self._progress.add_task("items", total=self._all, completed=self._ended)
+            yield
+
+    def moved(self, record: WorkRecord) -> None:
+        where = f" on {record.node_id}" if record.node_id else ""
+        text = f"{record.work_id} {record.state}{where}"
+        if record.state in FINAL:
+            self._ended += 1
+            if self._whole is not None:
+                self._progress.update(self._whole, completed=self._ended)
+        if self._single:
+            self._describe(record.work_id, text)
+        elif record.state in _OUT:
+            self._bar(record.work_id, text)
+        elif bar := self._bars.pop(record.work_id, None):
+            self._progress.remove_task(bar)
+
+    def progressed(self, report: WorkProgress) -> None:
+        self._describe(report.work_id, f"{report.work_id} running on {report.node_id}  {report.message}")
+        if report.fraction is not None and (bar := self._bars.get(report.work_id)) is not None:
+            self._progress.update(bar, completed=report.fraction)
+
+    def waits(self, work_id: str, why: str) -> None:
+        self._describe(work_id, f"{work_id} pending: {why}")
+
+    def _bar(self, work_id: str, text: str) -> None:
+        if work_id in self._bars:
+            self._describe(work_id, text)
+        elif len(self._bars) < BARS_MAX:
+            self._bars[work_id] = self._progress.add_task(common.escape(text), total=1.0)
+
+    def _describe(self, work_id: str, text: str) -> None:
+        if (bar := self._bars.get(work_id)) is not None:
+            self._progress.update(bar, description=common.escape(text))
+
+
+def all_well(records: Mapping[str, WorkRecord] | Sequence[WorkRecord]) -> bool:
+    """Whether none of these ended in any way but completed."""
+    found = records.values() if isinstance(records, Mapping) else records
+    return not any(record.state in FINAL and record.state is not WorkState.COMPLETED for record in found)
