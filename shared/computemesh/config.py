@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -31,6 +32,19 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400)]
 
 class ConfigError(Exception):
     """A setting that cannot be used; the message names the variable, its value and what is expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrance:
+    """Who may call an HTTP edge."""
+
+    tokens: tuple[str, ...] = ()
+    """Bearer tokens, any of which will do."""
+    loopback_is_open: bool = True
+    """Whether callers need none of them where the edge is bound to loopback."""
+    missing: str = "send Authorization: Bearer <COMPUTEMESH_TOKEN>"
+    wrong: str = "that token is not the one of this mesh"
+    """What callers are told who show none, or another one."""
 
 
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +73,10 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Copies of each stream and bucket in a JetStream cluster. Those that have more keep them."""
     ready_fd: int | None = None
     """Descriptor to which one line is written once the service is ready. Set by the supervisor."""
+
+    def entrance(self) -> Entrance:
+        """Who may call the HTTP edge."""
+        return Entrance(tokens=(self.token,) if self.token else ())
 
 
 def nats_url(role: Role, environ: Mapping[str, str] | None = None) -> str:

@@ -199,7 +199,8 @@ async def _serve(
     async with asyncio.TaskGroup() as group:
         background: list[asyncio.Task[None]] = []
         await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
-        await micro.start([bound for bound in bounds if not bound.acting])
+        if bounds:  # What answers nothing on the bus is no service there.
+            await micro.start([bound for bound in bounds if not bound.acting])
         await bus.flush()  # The server has our subscriptions before we say that we are ready.
         http = group.create_task(edge.serve(app))
         background.append(group.create_task(_say_ready(config, edge, unready)))

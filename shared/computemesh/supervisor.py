@@ -319,9 +319,9 @@ class Supervisor:
         self._tasks.append(asyncio.create_task(service.keep()))
 
     async def stop(self) -> None:
-        """Ends everything: nodes first, so that they can hand back their work, the bus last."""
+        """Ends everything: what lets work in, nodes, so that they can hand theirs back, and the bus last."""
         self._stopping = True
-        for roles in ((Role.NODE,), (Role.SERVICES,)):
+        for roles in ((Role.CLIENT,), (Role.NODE,), (Role.SERVICES,)):
             await asyncio.gather(*(service.stop() for service in self._services if service.spec.role in roles))
         if self._server is not None:
             await self._server.stop()

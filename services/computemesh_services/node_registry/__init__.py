@@ -1,7 +1,7 @@
 """node-registry (8115): who is here, what they can do, who is alive.
 
 Owns       the bucket ``compute-nodes``: a record for each node, and up to where losses were told
-Answers    ``compute.nodes.{register,alive,query,list,get,drain,undrain,forget,stats}.v1`` and their HTTP routes;
+Answers    ``compute.nodes.{register,alive,query,list,get,drain,undrain,forget,cleanup,stats}.v1`` and their routes;
            ``POST /v1/nodes/register`` and ``/v1/nodes/heartbeat`` as RoleMesh's node agents post them
 Publishes  ``compute.nodes.{discover,lost,refused}.v1``; ``compute.nodes.heartbeat.v1`` for those that come as requests
 Promises   - Any replica answers. Whoever writes answers with what is then recorded; a node that another replica wrote

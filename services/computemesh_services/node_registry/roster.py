@@ -186,6 +186,12 @@ def forgotten(record: NodeRecord, now: float, forget_after_s: float) -> bool:
     return record.state is NodeState.LOST and now - record.changed_at >= forget_after_s
 
 
+def may_clean(record: NodeRecord, now: float, silent_s: float) -> bool:
+    """Whether a node is forgotten when somebody cleans up. What an operator said of one is not."""
+    silent = record.left or now - record.last_seen >= silent_s
+    return record.state is NodeState.LOST and not record.drained and silent
+
+
 def too_large(said: NodeAnnouncement, bytes_max: int) -> str:
     """Why an announcement cannot be kept; empty when it can."""
     size = len(msgspec.json.encode(said))

@@ -30,6 +30,8 @@ from computemesh.contracts.nodes import (
     NodeList,
     NodeRecord,
     NodeRefused,
+    NodesCleaned,
+    NodesCleanup,
     NodesQuery,
     NodesStats,
     NodeState,
@@ -157,6 +159,7 @@ class NodeRegistry:
             serve(nodes.STATS, self.on_stats),
             serve(nodes.GET, self.on_get),
             serve(nodes.FORGET, self.on_forget),
+            serve(nodes.CLEANUP, self.on_cleanup),
         ]
 
     def extras(self) -> list[Extra]:
@@ -396,6 +399,10 @@ class NodeRegistry:
                 continue
             return NodeForgotten(node_id=ask.node_id)
 
+    async def on_cleanup(self, ask: NodesCleanup) -> NodesCleaned | Refused:
+        at = self._at()
+        return NodesCleaned(node_ids=await self._forget_all(lambda record: roster.may_clean(record, at, ask.silent_s)))
+
     async def _forget(self, node_id: str, revision: int) -> None:
         marker = await self._bucket.purge(node_id, last=revision, marker_ttl_s=MARKER_S)
         self._mirror.wrote(node_id, None, marker)
@@ -520,17 +527,21 @@ class NodeRegistry:
 
     async def _forget_lost(self) -> None:
         at = self._at()
-        old = [
-            node_id
-            for node_id, entry in self._mirror.entries.items()
-            if roster.forgotten(entry.value, at, self._forget_after_s)
-        ]
-        for node_id in old[:FORGET_AT_ONCE]:
-            if entry := self._mirror.entries.get(node_id):
-                try:
-                    await self._forget(node_id, entry.revision)
-                except Conflict:
-                    continue  # It is back.
+        await self._forget_all(lambda record: roster.forgotten(record, at, self._forget_after_s))
+
+    async def _forget_all(self, due: Callable[[NodeRecord], bool]) -> list[str]:
+        """Forgets the nodes that are *due*, though not very many at once; gives their ids."""
+        gone: list[str] = []
+        for node_id in [key for key, entry in self._mirror.entries.items() if due(entry.value)][:FORGET_AT_ONCE]:
+            entry = self._mirror.entries.get(node_id)
+            if entry is None or not due(entry.value):
+                continue
+            try:
+                await self._forget(node_id, entry.revision)
+            except Conflict:
+                continue  # It is back.
+            gone.append(node_id)
+        return gone
 
     def _log_news(self) -> None:
         news, self._news = self._news, []

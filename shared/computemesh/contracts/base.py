@@ -167,6 +167,27 @@ class Bound(Generic[Q, R]):
 AnyBound = Bound[Any, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """An HTTP route in the shapes of another system, with a handler written by hand. It is not on the bus."""
+
+    name: str
+    """Of the operation, for programs that are generated from the OpenAPI document."""
+    service: ServiceCard
+    http: Http
+    takes: type[Message]
+    """Its fields come from the path, the query string and, for POST, the JSON body."""
+    gives: Any
+    """A message type, or a list of one; ``Any`` for what only its maker knows."""
+    texts: tuple[str, ...] = ()
+    """Media types of a body that is text instead."""
+    gives_text: bool = False
+    """Whether the answer is plain text when the caller accepts that."""
+    refuses: tuple[Refusal, ...] = ()
+    example: Message
+    about: str
+
+
 def serve(contract: Request[Q, R], handler: Handler[Q, R], *, target: str = "", acting: bool = False) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
     return Bound(contract, handler, target, acting)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, nodes, objects, resources, work
-from computemesh.contracts.base import Event, Request
+from computemesh.contracts import gpus, nodes, objects, resources, tasks, work
+from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     nodes,
@@ -25,3 +25,8 @@ def events() -> list[Event[Any]]:
 def requests() -> list[Request[Any, Any]]:
     """Every request of every conversation, in the order of declaration."""
     return [value for module in CONVERSATIONS for value in vars(module).values() if isinstance(value, Request)]
+
+
+def routes(service: ServiceCard) -> list[Route]:
+    """Every route of a service that is on HTTP alone, in the order of declaration."""
+    return [value for value in vars(tasks).values() if isinstance(value, Route) and value.service is service]

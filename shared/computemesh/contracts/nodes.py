@@ -329,6 +329,19 @@ class NodeForgotten(Message, frozen=True, kw_only=True):
     node_id: Id
 
 
+class NodesCleanup(Message, frozen=True, kw_only=True):
+    """Asks that lost nodes are forgotten now."""
+
+    silent_s: Annotated[float, msgspec.Meta(ge=0, le=366 * 86_400)] = 120.0
+    """Those of which nothing has been heard for so many seconds, or that said that they end."""
+
+
+class NodesCleaned(Message, frozen=True, kw_only=True):
+    """Which nodes were forgotten."""
+
+    node_ids: list[Id]
+
+
 class StatsAsk(Message, frozen=True, kw_only=True):
     pass
 
@@ -505,4 +518,16 @@ FORGET: Final = Request(
     ),
     example=NodeForget(node_id="render-01", force=True),
     about="Removes a node that is gone for good: one that is lost, or that never sent heartbeats.",
+)
+CLEANUP: Final = Request(
+    subject="compute.nodes.cleanup.v1",
+    takes=NodesCleanup,
+    gives=NodesCleaned,
+    # Harmless, so clients may: it does now what the registry does after a week, to nodes that have no work any more and
+    # that announce themselves anew when they come back. What an operator said of a node, that it is drained, stays.
+    asked_by=frozenset({Role.CLIENT, Role.SERVICES}),
+    http=(Http(method="POST", path="/api/v1/nodes/cleanup"),),
+    service=NODE_REGISTRY,
+    example=NodesCleanup(silent_s=3600.0),
+    about="Forgets the nodes that are lost, but for those that are drained; at most 1000 at a time.",
 )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
 from computemesh import __version__
-from computemesh.contracts.base import Event, Http, Message, Refusal, Refused, Request, ServiceCard
+from computemesh.contracts.base import Event, Http, Message, Refusal, Refused, Request, Route, ServiceCard
 from computemesh.contracts.schemas import schemas_of
 
 AnyRequest = Request[Any, Any]
@@ -79,15 +79,18 @@ _ASKED: Final = (
 # --- the document ----------------------------------------------------------------------------------------------
 
 
-def document(card: ServiceCard, requests: Sequence[AnyRequest]) -> dict[str, Any]:
-    """The document of the edge of a service that answers *requests*."""
+def document(card: ServiceCard, requests: Sequence[AnyRequest], routes: Sequence[Route] = ()) -> dict[str, Any]:
+    """The document of the edge of a service that answers *requests* and, over HTTP alone, *routes*."""
     routed = [request for request in requests if request.http]
     kinds = [kind for request in routed for kind in (request.takes, request.gives)]
+    kinds += [kind for route in routes for kind in (route.takes, _item_kind(route.gives)) if kind is not Any]
     schemas = schemas_of(list(dict.fromkeys([*kinds, Problem])), _REF)
     paths: dict[str, dict[str, Any]] = {}
     for request in routed:
         for route in request.http:
             paths.setdefault(route.path, {})[route.method.lower()] = _operation(request, route, schemas)
+    for other in routes:
+        paths.setdefault(other.http.path, {})[other.http.method.lower()] = _operation_of(other, schemas)
     paths |= _doors()
     return {
         "openapi": "3.1.0",
@@ -147,32 +150,67 @@ def _references(value: dict[str, Any]) -> list[str]:
 
 
 def _operation(request: AnyRequest, route: Http, schemas: dict[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = schemas[request.takes.__name__]["properties"]
-    example = _said(request.example)
-    in_path = _PATH_FIELD.findall(route.path)
-    has_body = route.method == "POST"
-    in_query = [] if has_body else [name for name in fields if name not in in_path]
     operation: dict[str, Any] = {
         "summary": request.about,
         "description": f"The same as a request on `{subject(request)}`.",
         "operationId": f"{route.method.lower()}_{request.subject.replace('.', '_')}",
         "x-nats-subject": subject(request),
-        "parameters": [
-            _parameter(name, where, fields[name], example)
-            for where, names in (("path", in_path), ("query", in_query))
-            for name in names
-        ],
+        "parameters": _parameters(request.takes, route, schemas, _said(request.example)),
         "responses": {
-            str(route.status): _json(schemas[request.gives.__name__].get("description", "The answer."), request.gives),
+            str(route.status): _json(_about_answer(request.gives, schemas), request.gives),
             **_refused([*_ASKED, *request.refuses]),
         },
     }
-    if has_body:
+    if route.method == "POST":
         operation["requestBody"] = {
             "required": any(field.required for field in msgspec.structs.fields(request.takes)),
-            "content": {"application/json": {"schema": _ref(request.takes), "example": example}},
+            "content": {"application/json": {"schema": _ref(request.takes), "example": _said(request.example)}},
         }
     return operation
+
+
+def _operation_of(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    in_path = _PATH_FIELD.findall(route.http.path)
+    example = _said(route.example)
+    answer = _json(_about_answer(route.gives, schemas), route.gives)
+    if route.gives_text:
+        answer["content"]["text/plain"] = {"schema": {"type": "string"}}
+    operation: dict[str, Any] = {
+        "summary": route.about,
+        "operationId": route.name,
+        "parameters": _parameters(route.takes, route.http, schemas, example),
+        "responses": {str(route.http.status): answer, **_refused([*_ASKED, *route.refuses])},
+    }
+    if route.http.method == "POST":
+        said = {name: value for name, value in example.items() if name not in in_path}
+        content: dict[str, Any] = {"application/json": {"schema": _ref(route.takes), "example": said}}
+        content |= {kind: {"schema": {"type": "string"}} for kind in route.texts}
+        needed = any(field.required for field in msgspec.structs.fields(route.takes) if field.name not in in_path)
+        operation["requestBody"] = {"required": needed or bool(route.texts), "content": content}
+    return operation
+
+
+def _parameters(
+    takes: type[Message], route: Http, schemas: dict[str, Any], example: dict[str, Any]
+) -> list[dict[str, Any]]:
+    fields: dict[str, Any] = schemas[takes.__name__]["properties"]
+    in_path = _PATH_FIELD.findall(route.path)
+    in_query = [] if route.method == "POST" else [name for name in fields if name not in in_path]
+    return [
+        _parameter(name, where, fields[name], example)
+        for where, names in (("path", in_path), ("query", in_query))
+        for name in names
+    ]
+
+
+def _item_kind(gives: Any) -> Any:
+    """The type of an answer, or of the elements of one that is a list."""
+    return get_args(gives)[0] if get_origin(gives) is list else gives
+
+
+def _about_answer(gives: Any, schemas: dict[str, Any]) -> str:
+    about: str = "" if gives is Any else schemas[_item_kind(gives).__name__].get("description", "")
+    return about or "The answer."
 
 
 def _parameter(name: str, where: str, schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
@@ -222,11 +260,15 @@ def _refused(refusals: Sequence[Refusal]) -> dict[str, Any]:
     return responses
 
 
-def _ref(kind: type[Any]) -> dict[str, str]:
+def _ref(kind: Any) -> dict[str, Any]:
+    if kind is Any:
+        return {}
+    if get_origin(kind) is list:
+        return {"type": "array", "items": _ref(_item_kind(kind))}
     return {"$ref": _REF.format(name=kind.__name__)}
 
 
-def _json(about: str, kind: type[Any], media_type: str = "application/json") -> dict[str, Any]:
+def _json(about: str, kind: Any, media_type: str = "application/json") -> dict[str, Any]:
     return {"description": about, "content": {media_type: {"schema": _ref(kind)}}}
 
 
@@ -235,7 +277,14 @@ def _json(about: str, kind: type[Any], media_type: str = "application/json") -> 
 
 def _doors() -> dict[str, Any]:
     text, flag = {"type": "string"}, {"type": "number"}
-    health = {"status": text, "service": text, "nats": text, "problem": text, "uptime_s": flag}
+    health = {
+        "status": text,
+        "ok": {"type": "boolean"},
+        "service": text,
+        "nats": text,
+        "problem": text,
+        "uptime_s": flag,
+    }
     ready = {"status": text, "reason": text}
     return {
         "/healthz": _door(

@@ -15,7 +15,7 @@ import msgspec
 
 from computemesh.contracts import storage
 from computemesh.contracts.base import Event, Refused, Request, Role, ServiceCard
-from computemesh.contracts.catalog import CONVERSATIONS, events, requests
+from computemesh.contracts.catalog import CONVERSATIONS, events, requests, routes
 from computemesh.contracts.openapi import document, subject
 from computemesh.contracts.permissions import (
     ACCOUNTS,
@@ -46,7 +46,7 @@ def pages() -> dict[str, str]:
         "storage.md": kept(),
         "permissions.md": granted(),
         "schemas.json": schemas(),
-        **{f"openapi/{card.name}.json": _json(document(card, _answered_by(card))) for card in SERVICES},
+        **{f"openapi/{card.name}.json": _json(document(card, _answered_by(card), routes(card))) for card in SERVICES},
     }
 
 
@@ -70,7 +70,9 @@ def processes() -> str:
             + (f" Owns {', '.join(owned)}." if owned else "")
             + f" [OpenAPI document](openapi/{card.name}.json).\n"
         )
-        parts.append(_table(("request", "HTTP", "what"), [_door_row(request) for request in _answered_by(card)]))
+        rows = [_door_row(request) for request in _answered_by(card)]
+        rows += [("", f"`{route.http.method} {route.http.path}`", route.about) for route in routes(card)]
+        parts.append(_table(("request", "HTTP", "what"), rows))
     return "".join(parts)
 
 

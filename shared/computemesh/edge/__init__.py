@@ -1,5 +1,29 @@
 """HTTP, for people and other ecosystems: a translation of the contracts, with no logic of its own."""
 
-from computemesh.edge.http import Edge, Extra, application, as_json, problem, question_of, read_body, read_question
+from computemesh.edge.http import (
+    Edge,
+    Extra,
+    application,
+    as_json,
+    declared,
+    media_type,
+    parse_object,
+    problem,
+    question_of,
+    read_body,
+    read_question,
+)
 
-__all__ = ["Edge", "Extra", "application", "as_json", "problem", "question_of", "read_body", "read_question"]
+__all__ = [
+    "Edge",
+    "Extra",
+    "application",
+    "as_json",
+    "declared",
+    "media_type",
+    "parse_object",
+    "problem",
+    "question_of",
+    "read_body",
+    "read_question",
+]

@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -42,6 +42,7 @@ from computemesh.contracts.base import (
     refused,
     too_deep,
 )
+from computemesh.contracts.base import Route as RouteContract
 from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
 from computemesh.edge.observe import Observed
@@ -63,6 +64,13 @@ class Extra:
     handler: Callable[[Request], Any]
     accept: str = ""
     """Only for callers whose ``Accept`` header names this media type; others get the next route of that path."""
+    route: RouteContract | None = None
+    """What is declared of it; left out, it is in no document."""
+
+
+def declared(route: RouteContract, handler: Callable[[Request], Any]) -> Extra:
+    """A hand-written route that is declared among the contracts."""
+    return Extra(method=route.http.method, path=route.http.path, handler=handler, route=route)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], ext
         for bound in bounds
         for route in bound.contract.http
     ]
-    routes += _common(config, doors, bounds)
+    routes += _common(config, doors, bounds, [extra.route for extra in extras if extra.route])
     app = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
@@ -108,15 +116,15 @@ class _Extra(Route):
         return match, found
 
 
-def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound]) -> list[Route]:
+def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], declared: list[RouteContract]) -> list[Route]:
     @cache
     def described() -> dict[str, Any]:
-        return document(doors.card, [bound.contract for bound in bounds])
+        return document(doors.card, [bound.contract for bound in bounds], declared)
 
     async def healthz(_: Request) -> Response:
         facts = {"service": doors.card.name, **doors.health()}
         ok = not facts.get("problem")
-        return JSONResponse({"status": "ok" if ok else "failing", **facts}, 200 if ok else 503)
+        return JSONResponse({"status": "ok" if ok else "failing", "ok": ok, **facts}, 200 if ok else 503)
 
     async def readyz(_: Request) -> Response:
         reason = doors.unready()
@@ -130,7 +138,7 @@ def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound]) -> list
 
     async def docs(request: Request) -> Response:
         base_url = f"{request.url.scheme}://{request.url.netloc}"
-        text = page.render(described(), base_url, token=not is_loopback(config.http_host) and bool(config.token))
+        text = page.render(described(), base_url, token=_token_needed(config))
         return HTMLResponse(text, headers=page.HEADERS)
 
     async def root(_: Request) -> Response:
@@ -168,7 +176,7 @@ async def read_question(request: Request, kind: type[Any]) -> Any:
 
 def question_of(request: Request, body: bytes, kind: type[Any]) -> Any:
     """A body that was read, and the query and path, as a message of *kind*, or the refusal."""
-    fields = _parse_object(body)
+    fields = parse_object(body)
     if isinstance(fields, Refused):
         return fields
     texts = _texts(request, kind)
@@ -177,11 +185,18 @@ def question_of(request: Request, body: bytes, kind: type[Any]) -> Any:
     return convert({**fields, **texts}, kind)
 
 
-async def read_body(request: Request, *, bytes_max: int = MESSAGE_BYTES_MAX) -> bytes | Refused:
-    """The body, refused when it has more than *bytes_max* or is not declared as JSON.
+def media_type(request: Request) -> str:
+    """What the body is declared as, in lower case and without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_body(
+    request: Request, texts: Collection[str] = (), *, bytes_max: int = MESSAGE_BYTES_MAX
+) -> bytes | Refused:
+    """The body, refused when it has more than *bytes_max*, or is declared neither as JSON nor as one of *texts*.
 
     The content type matters: a browser lets any page post plain text to a port on this machine, but asks
-    first before it sends JSON.
+    first before it sends JSON, or YAML.
     """
     body = bytearray()
     try:
@@ -191,15 +206,15 @@ async def read_body(request: Request, *, bytes_max: int = MESSAGE_BYTES_MAX) -> 
                 return Refused(code="too_large", reason=f"the body is larger than {bytes_max} bytes", status=413)
     except ClientDisconnect:
         return Refused(code="bad_message", reason="the caller went away while sending")
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if body and kind != "application/json":
-        return Refused(
-            code="bad_content_type", reason=f"send Content-Type: application/json, not {kind or 'none'}", status=415
-        )
+    kind, known = media_type(request), ["application/json", *texts]
+    if body and kind not in known:
+        reason = f"send Content-Type: {' or '.join(known)}, not {kind or 'none'}"
+        return Refused(code="bad_content_type", reason=reason, status=415)
     return bytes(body)
 
 
-def _parse_object(body: bytes) -> dict[str, Any] | Refused:
+def parse_object(body: bytes) -> dict[str, Any] | Refused:
+    """A JSON object, or the refusal; no bytes are an empty one."""
     if not body:
         return {}
     if too_deep(body):
@@ -284,8 +299,10 @@ class Gate:
     def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
         self._app = app
         self._loopback = is_loopback(config.http_host)
-        self._token = config.token.encode()
-        if not self._loopback and not self._token and not config.allow_open:
+        self._entrance = config.entrance()
+        self._tokens = [token.encode() for token in self._entrance.tokens]
+        self._token_needed = _token_needed(config)
+        if not self._loopback and not self._tokens and not config.allow_open:
             raise ConfigError(
                 f"COMPUTEMESH_HTTP_HOST={config.http_host} is reachable from other machines: set "
                 "COMPUTEMESH_TOKEN, or COMPUTEMESH_ALLOW_OPEN=true inside a closed network"
@@ -305,16 +322,21 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             return Refused(code="bad_origin", reason=f"calls from {origin!r} are not allowed", status=403)
-        if scope["path"] in OPEN_PATHS or self._loopback or not self._token:
+        if scope["path"] in OPEN_PATHS or not self._token_needed:
             return None
         scheme, _, shown = headers.get(b"authorization", "").partition(" ")
         if NODE_KEY in headers and not scheme:
             scheme, shown = "bearer", headers[NODE_KEY]
         if scheme.lower() != "bearer":
-            return Refused(code="no_token", reason="send Authorization: Bearer <COMPUTEMESH_TOKEN>", status=401)
-        if not hmac.compare_digest(shown.strip().encode(), self._token):
-            return Refused(code="bad_token", reason="that token is not the one of this mesh", status=403)
+            return Refused(code="no_token", reason=self._entrance.missing, status=401)
+        if not any(hmac.compare_digest(shown.strip().encode(), token) for token in self._tokens):
+            return Refused(code="bad_token", reason=self._entrance.wrong, status=403)
         return None
+
+
+def _token_needed(config: ServiceConfig) -> bool:
+    entrance = config.entrance()
+    return bool(entrance.tokens) and not (entrance.loopback_is_open and is_loopback(config.http_host))
 
 
 def _host_name(host: str) -> str:

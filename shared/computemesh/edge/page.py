@@ -88,8 +88,9 @@ def render(document: Json, base_url: str, *, token: bool) -> str:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    requests = [_operation(*each, base_url, token) for each in operations if "x-nats-subject" in each[2]]
-    doors = [_operation(*each, base_url, token) for each in operations if "x-nats-subject" not in each[2]]
+    # The doors that every edge has take nothing.
+    requests = [_operation(*each, base_url, token) for each in operations if "parameters" in each[2]]
+    doors = [_operation(*each, base_url, token) for each in operations if "parameters" not in each[2]]
     schemas = [_schema(name, schema) for name, schema in document["components"]["schemas"].items()]
     head = _tag(
         "head",
@@ -138,7 +139,12 @@ def _operation(method: str, path: str, operation: Json, base_url: str, token: bo
         parts += [_tag("h4", "Parameters"), _tag("dl", *fields)]
     if body:
         must = "required" if operation["requestBody"]["required"] else "may be left out"
-        parts += [_tag("h4", "Body"), _tag("p", *_kind(body["schema"]), " ", _tag("span", must, class_="kind"))]
+        texts = [kind for kind in operation["requestBody"]["content"] if kind != "application/json"]
+        instead = [part for kind in texts for part in (" or ", _tag("code", kind))]
+        parts += [
+            _tag("h4", "Body"),
+            _tag("p", *_kind(body["schema"]), *instead, " ", _tag("span", must, class_="kind")),
+        ]
     parts += [_tag("h4", "Answers"), *_answers(operation["responses"])]
     parts += [_tag("h4", "With curl"), _command(_curl(method, path, operation, base_url, token))]
     if subject := operation.get("x-nats-subject"):
@@ -163,7 +169,7 @@ def _answers(responses: Json) -> Iterator[_Html]:
 
 
 def _answer(status: str, answer: Json) -> Iterator[_Html]:
-    kinds = [part for content in answer["content"].values() for part in _kind(content["schema"])]
+    kinds = [part for content in answer["content"].values() for part in (" or ", *_kind(content["schema"]))][1:]
     yield _tag("dt", _tag("code", status), " ", *kinds)
     yield _tag("dd", *_prose(answer["description"]))
 
