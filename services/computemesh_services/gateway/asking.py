@@ -13,6 +13,7 @@ from starlette.responses import Response
 from computemesh.bus import Bus, NoResponder, micro
 from computemesh.contracts.base import Message, Refused, Request, Route, encode
 from computemesh.edge import Extra, declared, problem, read_question
+from computemesh.objects import ObjectError
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
@@ -51,7 +52,14 @@ def route(contract: Route, kind: type[Q], handler: Callable[[Q], Awaitable[Any]]
 
 async def guarded(request: HttpRequest, answering: Awaitable[Any]) -> Any:
     """What a handler found, or the refusal that stands for what went wrong."""
-    return await micro.guarded(request.url.path, answering)
+
+    async def told() -> Any:
+        try:
+            return await answering
+        except ObjectError as error:
+            return error.refused
+
+    return await micro.guarded(request.url.path, told())
 
 
 def answer(found: Any) -> Response:

@@ -12,9 +12,6 @@ from computemesh.config import Entrance, ServiceConfig
 class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
     http_port: Annotated[int, msgspec.Meta(ge=0, le=65_535, extra={"env": ["PORT"]})] = 8000
     """Port of the HTTP edge; 0 = any free one."""
-    log_level: Annotated[str, msgspec.Meta(pattern="^(?i:debug|info|warning|error)$", extra={"env": ["LOG_LEVEL"]})] = (
-        "info"
-    )
     orchestrator_token: Annotated[str, msgspec.Meta(extra={"env": ["ORCHESTRATOR_TOKEN"]})] = ""
     """Bearer token that callers must show, on loopback too."""
     heartbeat_ttl_sec: Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400, extra={"env": ["HEARTBEAT_TTL_SEC"]})] = (

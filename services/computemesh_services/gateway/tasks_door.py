@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import msgspec
 from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from computemesh import mloc, yamltext
+from computemesh import mloc, objects, yamltext
 from computemesh.bus import Bus, BusError, micro
 from computemesh.contracts import tasks, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, Refused, encode
@@ -21,6 +22,8 @@ from computemesh.contracts.work import (
     FINAL,
     LOG_WAIT_S_MAX,
     TASK_TEXT,
+    Member,
+    ObjectRef,
     WorkCancel,
     WorkGet,
     WorkItem,
@@ -36,6 +39,9 @@ from computemesh.ids import new_id
 from computemesh.yamltext import Document
 from computemesh_services.gateway import views
 from computemesh_services.gateway.asking import answer, ask, guarded, route
+
+ITEM_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 4096
+"""Bound on an item, its text included, with room for what goes around it in a record."""
 
 PLACED_S: Final = 1.0
 """How long the answer to a submission waits for a node to get the task. What waits longer than a quarter of a second is
@@ -62,7 +68,7 @@ class TasksDoor:
             declared(tasks.SUBMIT, self.on_submit),
             route(tasks.LIST, TaskList, self.on_list),
             route(tasks.GET, TaskGet, self.on_get),
-            route(tasks.RESULT, TaskGet, self.on_result),
+            declared(tasks.RESULT, self.on_result),
             declared(tasks.LOGS, self.on_logs),
             route(tasks.CANCEL, TaskCancel, self.on_cancel),
             route(tasks.DELETE, TaskCancel, self.on_cancel),
@@ -84,10 +90,11 @@ class TasksDoor:
         return answer(await guarded(request, self._submit(keyed, document, patient=patient)))
 
     async def _submit(self, item: WorkItem, document: Document, *, patient: bool) -> TaskSubmitted | Refused:
-        assert item.work_id is not None
-        if (size := len(encode(item))) > MESSAGE_BYTES_MAX:
-            reason = f"the task has {size} bytes as an item with its text, more than {MESSAGE_BYTES_MAX}"
+        item = await self._slim(item)
+        if (size := len(encode(item))) > ITEM_BYTES_MAX:
+            reason = f"the text of the task is too large: {size} bytes in a message, {ITEM_BYTES_MAX} are allowed"
             return Refused(code="too_large", reason=reason, status=413)
+        assert item.work_id is not None
         moved = asyncio.Event()
         latest: list[WorkRecord] = []
 
@@ -109,6 +116,17 @@ class TasksDoor:
             await self._bus.forget(heard)
         record = latest[-1] if latest else record
         return views.submitted(record, await self._why(record) if patient else "")
+
+    async def _slim(self, item: WorkItem) -> WorkItem:
+        """The item, its payload in the object store when the two do not fit into a message.
+
+        Raises:
+            ObjectError: the store did not take it.
+        """
+        if len(encode(item)) <= ITEM_BYTES_MAX:
+            return item
+        ref = await objects.upload(objects.put_on(self._bus), encode(item.payload))
+        return replace(item, payload={}, payload_object=ref)
 
     async def _why(self, record: WorkRecord) -> str:
         """Why an item waits; empty when it does not."""
@@ -153,7 +171,21 @@ class TasksDoor:
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 
-    async def on_result(self, asked: TaskGet) -> Any:
+    async def on_result(self, request: Request) -> Response:
+        asked = await read_question(request, TaskGet)
+        if isinstance(asked, Refused):
+            return problem(asked)
+        found = await guarded(request, self._result(asked))
+        if not isinstance(found, ObjectRef):
+            return answer(found)
+        parts = objects.parts(objects.get_on(self._bus), found)
+        first = await guarded(request, anext(parts, b""))
+        if isinstance(first, Refused):
+            return problem(first)
+        return StreamingResponse(_from(first, parts), media_type="application/json")
+
+    async def _result(self, asked: TaskGet) -> Any:
+        """The result, where it is when it is large, or why there is none."""
         record = await ask(self._bus, work.GET, WorkGet(work_id=asked.task_id))
         if isinstance(record, Refused):
             return _in_its_words(record)
@@ -162,7 +194,17 @@ class TasksDoor:
             return Refused(code="not_finished", reason=f"the task is {status}", status=409, retry="later")
         if record.state is not WorkState.COMPLETED:
             return Refused(code="no_result", reason=views.why_not(record) or "there is none", status=409)
-        return views.together(record.result) if record.replicas > 1 else record.result
+        if not record.members:
+            return record.result_object or record.result
+        pairs = zip(record.members, record.result, strict=True)
+        return views.together([await self._whole(member, result) for member, result in pairs])
+
+    async def _whole(self, member: Member, result: Any) -> Any:
+        """The result of a replica, wherever it is."""
+        if member.result_object is None:
+            return result
+        data = await objects.download(objects.get_on(self._bus), member.result_object)
+        return msgspec.json.decode(data)
 
     async def on_logs(self, request: Request) -> Response:
         asked = await read_question(request, TaskLogs)
@@ -198,6 +240,12 @@ class TasksDoor:
             if not isinstance(found, WorkLogs):
                 return
             part = found
+
+
+async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part
 
 
 async def _read_task(request: Request) -> Document | Refused:
