@@ -198,30 +198,32 @@ async def _serve(
     )
     async with asyncio.TaskGroup() as group:
         background: list[asyncio.Task[None]] = []
-        await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
-        if bounds:  # What answers nothing on the bus is no service there.
-            await micro.start([bound for bound in bounds if not bound.acting])
-        await bus.flush()  # The server has our subscriptions before we say that we are ready.
-        http = group.create_task(edge.serve(app))
-        background.append(group.create_task(_say_ready(config, edge, unready)))
-        background.append(group.create_task(_end_on_defect(defects)))
-        _log.info("serving", http=edge.url, instance=instance)
-        await stop.wait()
-        draining = True
-        _log.info("draining")
         try:
-            async with asyncio.timeout(config.drain_timeout_s):
-                edge.stop()
-                await micro.drain()
-                await http
-                await service.drain()
-                with contextlib.suppress(BusError):
-                    await bus.flush()
-        except TimeoutError:
-            _log.error("could not finish in time", drain_timeout_s=config.drain_timeout_s)
-            status = 1
-            http.cancel()
-        await end_all(background)
+            await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
+            if bounds:  # What answers nothing on the bus is no service there.
+                await micro.start([bound for bound in bounds if not bound.acting])
+            await bus.flush()  # The server has our subscriptions before we say that we are ready.
+            http = group.create_task(edge.serve(app))
+            background.append(group.create_task(_say_ready(config, edge, unready)))
+            background.append(group.create_task(_end_on_defect(defects)))
+            _log.info("serving", http=edge.url, instance=instance)
+            await stop.wait()
+            draining = True
+            _log.info("draining")
+            try:
+                async with asyncio.timeout(config.drain_timeout_s):
+                    edge.stop()
+                    await micro.drain()
+                    await http
+                    await service.drain()
+                    with contextlib.suppress(BusError):
+                        await bus.flush()
+            except TimeoutError:
+                _log.error("could not finish in time", drain_timeout_s=config.drain_timeout_s)
+                status = 1
+                http.cancel()
+        finally:  # The group cancels a task only once when something fails, and once may not be enough.
+            await end_all(background)
     _log.info("stopped")
     return status
 

@@ -59,16 +59,18 @@ class Served:
         try:
             async with asyncio.TaskGroup() as group:
                 background: list[asyncio.Task[None]] = []
-                await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
-                await micro.start([bound for bound in service.endpoints() if not bound.acting])
-                await bus.flush()
-                self.service = service
-                await self.stop.wait()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(20.0):
-                        await micro.drain()
-                        await service.drain()
-                await end_all(background)
+                try:
+                    await service.start(lambda coroutine: background.append(group.create_task(coroutine)), micro)
+                    await micro.start([bound for bound in service.endpoints() if not bound.acting])
+                    await bus.flush()
+                    self.service = service
+                    await self.stop.wait()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(20.0):
+                            await micro.drain()
+                            await service.drain()
+                finally:
+                    await end_all(background)
         except* BusError:
             pass  # Its supervisor starts it again.
         except* Exception as group_of:

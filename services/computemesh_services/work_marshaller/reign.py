@@ -434,8 +434,18 @@ class Reign:
         await self._journal.stored(work_id)
         return record
 
+    async def settled(self, record: WorkRecord) -> WorkRecord:
+        """The record, once nobody can have to take it back: an outcome only when it is stored.
+
+        Raises:
+            NotStored: it could not be stored.
+        """
+        if workitem.is_final(record):
+            await self._journal.stored(record.work_id)
+        return record
+
     async def _tick_forever(self) -> None:
-        cursor_at = 0.0
+        cursor_s = 0.0
         while True:
             now = time.time()
             until = min(self.scheduler.next_at() or now + CURSOR_S, now + CURSOR_S)
@@ -443,8 +453,8 @@ class Reign:
                 await asyncio.wait_for(self._wake.wait(), max(0.005, until - now))
             self._wake.clear()
             await self._advance(time.time())
-            if (now := time.time()) >= cursor_at:
-                cursor_at = now + CURSOR_S
+            if (now_s := time.monotonic()) >= cursor_s:
+                cursor_s = now_s + CURSOR_S
                 await self._journal.write_cursor(self._stream_created)
                 WAITING.set(self.scheduler.waiting)
                 OUT.set(self.scheduler.out)

@@ -335,7 +335,7 @@ class WorkMarshaller:
 
     async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
         if record := reign.scheduler.records.get(work_id):
-            return record
+            return await reign.settled(record)
         entry = await self._bucket.get(work_id)
         return entry.value if entry else None
 

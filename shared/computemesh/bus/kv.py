@@ -274,7 +274,8 @@ class Mirror(Generic[V]):
             except BusError as error:
                 _log.warning("cannot follow a bucket yet", bucket=self._spec.name, reason=str(error))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._bus.interrupted.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await self._bus.interrupted.wait()
             finally:
                 self.synced.clear()
                 await pull.stop()
