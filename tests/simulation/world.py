@@ -304,7 +304,8 @@ class Link:
     """Until when nothing arrives at the server, and nothing from it."""
 
     def delay_s(self) -> float:
-        return self.rng.choice(self.delays_s) * self.rng.uniform(0.5, 1.5)
+        chance = self.rng.random()
+        return self.delays_s[int(chance * len(self.delays_s))] * (0.5 + (chance * 1009) % 1)
 
 
 class End(asyncio.Transport):
