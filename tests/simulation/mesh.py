@@ -184,7 +184,11 @@ class Simulation:
 
         self._note(f"{machine.name} starts")
         task = self.loop.start(process, live)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(lambda done: self._live_over(machine.name, done))
+
+    def _live_over(self, name: str, done: asyncio.Task[None]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._on_defect(name, error)
 
     def _ended(self, machine: Machine, process: Process) -> None:
         if process.alive and not isinstance(machine.body, Person):

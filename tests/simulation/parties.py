@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Collection, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -139,8 +140,8 @@ def planned(payload: dict[str, Any], attempt: int) -> Outcome:
 def no_machine() -> Generator[None]:
     """Node agents find neither executors, models nor engines of this machine."""
 
-    def available() -> Collection[str]:
-        return {"inference": None}
+    def available() -> dict[str, EntryPoint]:
+        return {"inference": EntryPoint("inference", "nowhere:Inference", "computemesh.executors")}
 
     with (
         patch.object(agent, "Runner", Runner),

@@ -3,8 +3,8 @@
 It speaks NATS's own protocol on the network of :mod:`tests.simulation.world`, so the programs run unchanged, down
 to the bytes their client library writes. Modelled after what nats-server does: queue groups, no responders,
 streams with one message a subject, compare-and-set, times to live and their markers, duplicates by message id,
-batches that are written together, republishing, direct gets that may be a moment behind as in a cluster, and
-ephemeral consumers that end with their server.
+batches that are written together, republishing, and ephemeral consumers that end with their server. As in a cluster,
+direct gets and consumers may be a moment behind, and messages may be lost although every connection stands.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from computemesh.bus.provision import bucket_config, stream_config
-from computemesh.contracts import storage
+from computemesh.bus.provision import wanted
 from tests.simulation.world import End, Link, Loop, Process, ServerEnd
 
 Headers = dict[str, str]
@@ -105,6 +104,8 @@ class Consumer:
     queue: list[int]
     """Sequences that are to be delivered; what is gone meanwhile is passed over."""
     inbox: str = ""
+    behind_s: float = 0.0
+    """It reads from a replica that is so far behind the leader."""
     left: int = 0
     sent: int = 0
     last_seq: int = 0
@@ -173,7 +174,7 @@ class Weather:
     gaps: float = 0.0
     """Of what a consumer delivers."""
     behind: float = 0.0
-    """Of direct gets."""
+    """Of direct gets and of new consumers: by a replica that has not heard of the newest yet."""
 
 
 class Server:
@@ -199,13 +200,8 @@ class Server:
         self._batches: dict[str, list[tuple[str, bytes, Headers]]] = {}
         self._names = 0
         self._context = contextvars.Context()
-        for spec in storage.STREAMS:
-            self._provide(stream_config(spec, replicas=1))
-        for bucket in storage.BUCKETS:
-            self._provide(bucket_config(bucket, replicas=1))
-
-    def _provide(self, config: dict[str, Any]) -> None:
-        self.streams[config["name"]] = Stream(config["name"], config["subjects"], config)
+        for config in wanted(replicas=1):
+            self.streams[config["name"]] = Stream(config["name"], config["subjects"], config)
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -406,8 +402,7 @@ class Server:
         self.on_stored(stream, kept, before, sender)
         for consumer in list(stream.consumers.values()):
             if any(matches(pattern, subject) for pattern in consumer.patterns):
-                consumer.queue.append(kept.seq)
-                self._pump(consumer)
+                self._hear(consumer, kept.seq)
         republish = stream.config.get("republish")
         if republish and matches(republish["src"], subject):
             to = republish["dest"].replace("{{wildcard(1)}}", subject.rsplit(".", 1)[1])
@@ -438,6 +433,8 @@ class Server:
         if what.startswith("CONSUMER.MSG.NEXT."):
             _, _, _, name, consumer = what.split(".")
             return self._next(self.streams[name].consumers.get(consumer), msgspec.json.decode(payload), reply)
+        if what.startswith("STREAM.MSG.GET."):
+            return self._get(self.streams[what.split(".")[3]], msgspec.json.decode(payload)["last_by_subj"])
         if what.startswith("STREAM.INFO."):
             return self._info(self.streams[what.split(".")[2]])
         assert what.startswith("STREAM.PURGE."), what
@@ -458,6 +455,18 @@ class Server:
         own = {"Nats-Stream": stream.name, "Nats-Subject": kept.subject, "Nats-Sequence": str(kept.seq)}
         return kept.data, {**kept.headers, **own}
 
+    def _get(self, stream: Stream, pattern: str) -> tuple[bytes, Headers]:
+        """From the stream's leader, which knows the newest."""
+        found = [kept for key, kept in stream.newest.items() if matches(pattern, key)]
+        if not found:
+            return b'{"error":{"code":404,"err_code":10037,"description":"no message found"}}', {}
+        kept = max(found, key=lambda kept: kept.seq)
+        message = {"subject": kept.subject, "seq": kept.seq, "data": kept.data}
+        if kept.headers:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in kept.headers.items())
+            message["hdrs"] = f"NATS/1.0\r\n{lines}\r\n".encode()
+        return msgspec.json.encode({"message": message}), {}
+
     def _create_consumer(self, stream: Stream, config: dict[str, Any]) -> tuple[bytes, Headers]:
         patterns: list[str] = config["filter_subjects"]
         if config["deliver_policy"] == "last_per_subject":
@@ -469,6 +478,12 @@ class Server:
         self._names += 1
         consumer = Consumer(stream, f"c{self._names}", patterns, queue, idle_since=self._loop.now)
         stream.consumers[consumer.name] = consumer
+        if self._rng.random() < self.weather.behind:
+            consumer.behind_s = self._rng.uniform(0.0, BEHIND_S_MAX)
+            late = [seq for seq in queue if stream.messages[seq].at > self._loop.now - consumer.behind_s]
+            consumer.queue = queue = [seq for seq in queue if seq not in late]
+            for seq in late:
+                self._hear(consumer, seq)
         self._loop.call_later(INACTIVE_S, self._look_after, consumer, context=self._context)
         return msgspec.json.encode({"name": consumer.name, "num_pending": len(queue)}), {}
 
@@ -512,6 +527,20 @@ class Server:
             left = sum(seq in consumer.stream.messages for seq in consumer.queue) if consumer.queue else 0
             reply = f"$JS.ACK.{consumer.stream.name}.{consumer.name}.1.{kept.seq}.{consumer.sent}.0.{left}"
             listeners[0].connection.send(_message(listeners[0].sid, kept.subject, kept.data, kept.headers, reply))
+
+    def _hear(self, consumer: Consumer, seq: int) -> None:
+        """The consumer's server learns of a message."""
+
+        def heard() -> None:
+            consumer.queue.append(seq)
+            self._pump(consumer)
+            self.flush()
+
+        if consumer.behind_s:
+            self._loop.call_later(consumer.behind_s, heard, context=self._context)
+        else:
+            consumer.queue.append(seq)
+            self._pump(consumer)
 
     def _beat(self, consumer: Consumer) -> None:
         if consumer.stream.consumers.get(consumer.name) is not consumer:
