@@ -34,6 +34,11 @@ def demand(holds: bool, promise: str, *shown: object) -> None:
         raise Violation(f"{promise}: " + "; ".join(map(str, shown)))
 
 
+def places(record: WorkRecord) -> list[str]:
+    """The node of each replica of the latest attempt."""
+    return [member.node_id for member in record.members] or [record.node_id]
+
+
 @dataclass
 class Truth:
     """All that was ever stored, and what may follow it."""
@@ -41,8 +46,8 @@ class Truth:
     retries_max: int
     records: dict[str, WorkRecord] = field(default_factory=dict[str, WorkRecord])
     """The present record of each item."""
-    handed: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
-    """The node of each attempt that was stored as assigned."""
+    handed: dict[tuple[str, int], list[str]] = field(default_factory=dict[tuple[str, int], list[str]])
+    """The nodes, by replica, of each attempt that was stored as assigned."""
     submissions: dict[int, str] = field(default_factory=dict[int, str])
     """Work id by sequence; empty when the marshaller makes one up."""
     reports: dict[int, WorkCompleted | WorkFailed] = field(default_factory=dict[int, WorkCompleted | WorkFailed])
@@ -90,8 +95,10 @@ class Truth:
             continued = after.story[: len(before.story)] == before.story
             demand(not whole or continued, "a story is continued", before.story, after.story)
         if after.state is WorkState.ASSIGNED:
-            node_id = self.handed.setdefault((after.work_id, after.attempt), after.node_id)
-            demand(node_id == after.node_id, "an attempt number belongs to one node", after, node_id)
+            there = places(after)
+            demand(len(there) == after.replicas, "all replicas start together", after)
+            known = self.handed.setdefault((after.work_id, after.attempt), there)
+            demand(known == there, "an attempt number belongs to one place", after, known)
         if after.state is WorkState.COMPLETED:
             self._completed(after)
         shown = self.finals_shown.get(after.work_id)
@@ -111,12 +118,13 @@ class Truth:
             demand(record.attempt <= ended + 1, "attempts ≤ 1 + failures + losses + undelivered", record)
 
     def _completed(self, record: WorkRecord) -> None:
-        result = record.result
-        if record.plain:
-            demand(result["plain"], "a direct node's report does not count for a plain attempt", record)
-        else:
-            told = (result["node"], result["attempt"])
-            demand(told == (record.node_id, record.attempt), "a result is that of the recorded attempt", record, told)
+        results = record.result if record.replicas > 1 else [record.result]
+        for node_id, result in zip(places(record), results, strict=True):
+            if result["plain"]:
+                demand(node_id.startswith("plain"), "a plain node's report is no direct one's", record)
+            else:
+                told = (result["node"], result["attempt"])
+                demand(told == (node_id, record.attempt), "a result is that of the recorded attempt", record, told)
 
     def _noted(self, next_seq: int) -> None:
         """The inbox position: all below it is reflected in the bucket."""
@@ -127,6 +135,8 @@ class Truth:
             if report is not None and report.attempt is not None and seq not in self.rejected:
                 record = self.records.get(report.work_id)
                 waits = record is not None and record.state in OUT and record.attempt == report.attempt
+                if record is not None and record.members and isinstance(report, WorkCompleted):
+                    waits &= not record.members[report.replica].completed
                 demand(not waits, "the floor passes only reports that are reflected", seq, report, record)
         self.passed = max(self.passed, next_seq)
 
@@ -142,8 +152,9 @@ class Truth:
     def on_sent(self, subject: str, data: bytes, _sender: Connection) -> None:
         if subject.startswith(work.ASSIGNED.subject):
             asked = msgspec.json.decode(data, type=Assignment)
-            node_id = self.handed.get((asked.work_id, asked.attempt))
-            demand(node_id == asked.node_id, "nothing is delivered that was not stored as assigned", asked, node_id)
+            there = self.handed.get((asked.work_id, asked.attempt), [])
+            stored = asked.replica < len(there) and there[asked.replica] == asked.node_id
+            demand(stored, "nothing is delivered that was not stored as assigned", asked, there)
 
     # --- what somebody was told --------------------------------------------------------------------------------------
 

@@ -15,10 +15,12 @@ import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 from unittest.mock import patch
 
 import msgspec
+from msgspec.structs import replace
 
 from computemesh.bus import BusError, Stored
 from computemesh.contracts import storage, work
@@ -39,7 +41,7 @@ from tests.simulation.parties import (
     no_machine,
 )
 from tests.simulation.server import Server, Weather
-from tests.simulation.world import HERE, Clock, Link, Loop, Process, virtual_time
+from tests.simulation.world import EPOCH_S, HERE, Clock, Link, Loop, Process, virtual_time
 
 # pyright: reportPrivateUsage=false
 
@@ -368,10 +370,14 @@ class Simulation:
 
     def _people_join(self) -> None:
         rng = self._rng
-        waiting_max = rng.choice((100_000, 100_000, 8))
+        waiting_max, blacklist_after = rng.choice((100_000, 100_000, 8)), rng.choice((0, 2, 3))
+
+        def marshaller(name: str) -> Served:
+            return a_marshaller(name, self._on_defect, waiting_max=waiting_max, blacklist_after=blacklist_after)
+
         for number in range(rng.choice((2, 2, 3))):
             name = f"work-marshaller{number}"
-            self._add(name, lambda name=name: a_marshaller(name, self._on_defect, waiting_max=waiting_max))
+            self._add(name, partial(marshaller, name))
         self._add("node-registry0", lambda: a_registry("node-registry0", self._on_defect))
         for number in range(rng.randint(1, 3)):
             name, slots = f"n{number}", rng.randint(1, 3)
@@ -388,6 +394,10 @@ class Simulation:
         for number in range(rng.randint(3, 25)):
             at_s = rng.uniform(0.3, self.faults_end_s)
             item = _an_item(rng, f"w{number}" if rng.random() < 0.9 else None)
+            if ids and rng.random() < 0.15:
+                item = replace(item, after=rng.sample(ids, min(len(ids), rng.randint(1, 2))))
+            if rng.random() < 0.05:
+                item = replace(item, deadline_at=EPOCH_S + at_s + rng.uniform(0.2, 10.0))
             plans.append((at_s, "request" if item.work_id and rng.random() < 0.4 else "submit", item))
             if item.work_id is not None:
                 ids.append(item.work_id)
@@ -507,6 +517,7 @@ def _an_item(rng: random.Random, work_id: str | None) -> WorkItem:
         timeout_s=rng.choice((0.4, 1.5, 3.0, 6.0)),
         retries_max=rng.choice((None, None, 0, 1)),
         owner=rng.choice(("", "a", "b")),
+        replicas=rng.choice((1,) * 9 + (2, 3)),
         requirements=Requirements(node_id="n0") if rng.random() < 0.05 else Requirements(),
     )
 

@@ -16,7 +16,14 @@ from computemesh.bus import Bus, BusError, MicroService, Where
 from computemesh.contracts import nodes, work
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.nodes import NodeAnnouncement
-from computemesh.contracts.work import Assignment, WorkCompleted, WorkFailed, WorkItem, WorkRecord, WorkState
+from computemesh.contracts.work import (
+    Assignment,
+    WorkCompleted,
+    WorkFailed,
+    WorkItem,
+    WorkRecord,
+    WorkState,
+)
 from computemesh.executors import Task
 from computemesh.executors.protocol import Broke, Done, Outcome, Ready
 from computemesh.lifecycle import Service
@@ -84,8 +91,14 @@ class Served:
             self._on_defect(self.name, error)
 
 
-def a_marshaller(name: str, on_defect: Defect, *, waiting_max: int) -> Served:
-    config = MarshallerConfig(work_retry_max=RETRIES_MAX, work_retry_delay=0.2, work_waiting_max=waiting_max)
+def a_marshaller(name: str, on_defect: Defect, *, waiting_max: int, blacklist_after: int) -> Served:
+    config = MarshallerConfig(
+        work_retry_max=RETRIES_MAX,
+        work_retry_delay=0.2,
+        work_waiting_max=waiting_max,
+        work_blacklist_after=blacklist_after,
+        work_blacklist_s=1.0,
+    )
     return Served(name, Role.SERVICES, lambda bus: WorkMarshaller(bus, config, name), on_defect)
 
 
@@ -184,12 +197,15 @@ class PlainNode:
         while True:
             try:
                 if isinstance(outcome, Done):
-                    result = {"plain": True}
-                    await self._bus.store(
-                        work.COMPLETED, WorkCompleted(work_id=asked.work_id, result=result, attempt=named)
+                    done = WorkCompleted(
+                        work_id=asked.work_id, result={"plain": True}, attempt=named, replica=asked.replica
                     )
+                    await self._bus.store(work.COMPLETED, done)
                 else:
-                    broke = WorkFailed(work_id=asked.work_id, error="planned", fault=outcome.fault, attempt=named)
+                    broke = WorkFailed(
+                        work_id=asked.work_id, error="planned", fault=outcome.fault, attempt=named,
+                        replica=asked.replica,
+                    )  # fmt: skip
                     await self._bus.store(work.FAILED, broke)
                 return
             except BusError:
