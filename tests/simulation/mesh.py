@@ -162,7 +162,7 @@ class Simulation:
         known = (BusError, OSError, asyncio.CancelledError)
         if not isinstance(error, known) and not type(error).__module__.startswith("nats"):
             self._defects.append(f"{where}: {type(error).__name__}: {error}")
-            self._note(f"defect: {self._defects[-1]}")
+            self._note(f"defect: {''.join(traceback.format_exception(error))}")
 
     # --- machines ----------------------------------------------------------------------------------------------------
 
@@ -504,6 +504,7 @@ class Simulation:
 
 
 def _an_item(rng: random.Random, work_id: str | None) -> WorkItem:
+    only = rng.random() < 0.05
     payload = {
         "takes_s": rng.choice((0.0, 0.05, 0.3, 0.8, 2.0)) * rng.uniform(0.5, 1.5),
         "fails": rng.choice((0, 0, 0, 0, 1, 2, 9)),
@@ -517,8 +518,8 @@ def _an_item(rng: random.Random, work_id: str | None) -> WorkItem:
         timeout_s=rng.choice((0.4, 1.5, 3.0, 6.0)),
         retries_max=rng.choice((None, None, 0, 1)),
         owner=rng.choice(("", "a", "b")),
-        replicas=rng.choice((1,) * 9 + (2, 3)),
-        requirements=Requirements(node_id="n0") if rng.random() < 0.05 else Requirements(),
+        replicas=1 if only else rng.choice((1,) * 9 + (2, 3)),
+        requirements=Requirements(node_id="n0") if only else Requirements(),
     )
 
 

@@ -173,7 +173,8 @@ class Scheduler:
                     self._write(workitem.lost(record, f"node {node_id} is gone", now), now)
                     break
 
-        for record in [record for record in self.records.values() if record.awaits]:
+        waiting = [record for record in self.records.values() if record.awaits and record.state is WorkState.PENDING]
+        for record in waiting:
             self._look_at(record, now)
 
     def submitted(
