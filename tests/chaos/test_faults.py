@@ -20,7 +20,7 @@ import httpx
 from computemesh.bus import Bucket
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import Refused, Role
-from computemesh.contracts.work import WorkCancel, WorkItem, WorkRecord, WorkState
+from computemesh.contracts.work import WorkCancel, WorkItem, WorkItems, WorkList, WorkRecord, WorkState
 from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
 from tests.chaos.history import History, told, violations
 
@@ -113,6 +113,24 @@ async def test_a_report_that_was_stored_while_nobody_reigned_counts(tmp_path: Pa
         await node.complete(asked, "done")
         record = await until_stored(mesh, "w1", WorkState.COMPLETED)
         assert (record.attempt, record.result) == (1, "done")
+
+
+async def test_a_marshaller_that_stopped_keeps_no_question_from_the_one_that_acts(tmp_path: Path) -> None:
+    """The server still counts it among those who listen, and does so for minutes."""
+    async with mesh_with_node(tmp_path, marshallers=2) as (mesh, _node):
+        client = await mesh.bus()
+        stopped = await until_acting(mesh)
+        mesh.kill(stopped, signal.SIGSTOP)
+        await until_acting(mesh, other_than=stopped)
+        for number in range(20):
+            answer = await client.ask(work.REQUEST, WorkItem(work_id=f"w{number}", work_type="inference"), timeout_s=2)
+            assert isinstance(answer, WorkRecord), answer
+        mesh.kill(stopped, signal.SIGCONT)
+        # What it heard meanwhile was the other's to answer.
+        await until(lambda: said(mesh, stopped, "stepped down"), what="the one that was stopped to step down")
+        listed = await client.ask(work.LIST, WorkList())
+        assert isinstance(listed, WorkItems)
+        assert listed.count == 20
 
 
 async def test_an_item_that_waited_when_the_marshaller_died_still_gets_its_turn(tmp_path: Path) -> None:
@@ -244,6 +262,14 @@ async def test_an_attempt_that_nobody_will_report_is_made_again_once_its_node_is
         await other.join()
         new = await until_given(other, "w1", 2)
         await node.complete(old, "old")
+        await until(lambda: said(mesh, "work-marshaller", "refused a late report"), what="a word about the late report")
+        line = next(line for line in mesh.lines if "refused a late report" in line)
+        told_of = json.loads(line.partition(" ")[2])
+        assert (told_of["work_id"], told_of["attempt"], told_of["node"]) == ("w1", 1, "n2")
+        assert (told_of["current_attempt"], told_of["current_node"]) == (2, "n3")
+        async with httpx.AsyncClient() as http:
+            metrics = (await http.get(f"{mesh.http('work-marshaller')}/metrics")).text
+        assert 'computemesh_work_reports_ignored_total{why="old_attempt"} 1.0' in metrics
         await other.complete(new, "new")
         record = await until_stored(mesh, "w1", WorkState.COMPLETED)
         assert (record.result, record.losses, record.failures) == ("new", 1, 0)

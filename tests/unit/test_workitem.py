@@ -236,3 +236,24 @@ def test_a_summary_says_where_an_item_is_without_its_payload() -> None:
     assert (line.work_id, line.state, line.attempt, line.node_id) == ("w1", WorkState.RUNNING, 2, "n1")
     assert line.error == NODE_FAULT
     assert "payload" not in line.__struct_fields__
+
+
+@pytest.mark.parametrize(
+    ("attempt", "seq", "state", "plain", "why"),
+    [
+        (1, 9, WorkState.RUNNING, False, "old_attempt"),
+        (1, 9, WorkState.COMPLETED, False, "old_attempt"),
+        (2, 9, WorkState.CANCELLED, False, "ended"),
+        (2, 5, WorkState.COMPLETED, False, "repeated"),
+        (1, 4, WorkState.RUNNING, False, "repeated"),
+        (None, 9, WorkState.RUNNING, False, "no_attempt"),
+        (None, 9, WorkState.COMPLETED, True, "ended"),
+    ],
+)
+def test_a_report_that_changes_nothing_says_why(
+    attempt: int | None, seq: int, state: WorkState, plain: bool, why: str
+) -> None:
+    """The item is at its second attempt, and a report that stood fifth in the inbox was applied."""
+    record = a_record(state=state, attempt=2, node_id="n1", report_seq=5, plain=plain)
+    assert workitem.why_ignored(record, attempt, seq) == why
+    assert workitem.why_ignored(None, attempt, seq) == "unknown"

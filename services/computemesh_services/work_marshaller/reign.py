@@ -94,6 +94,7 @@ DURATION = Histogram(
 )
 BEHIND = Gauge("computemesh_inbox_behind", "Messages of the inbox that the acting marshaller has not read yet.")
 _ENDED: Final = {state: DURATION.labels(state) for state in FINAL}
+IGNORED = Counter("computemesh_work_reports_ignored_total", "Reports of nodes that changed nothing, by why.", ["why"])
 REJECTED = Counter("computemesh_work_rejected_total", "Captured messages that could not be used.", ["code"])
 
 
@@ -333,11 +334,31 @@ class Reign:
         return f"w-{created_s:x}-{seq}"
 
     def _report(self, stored: Stored, now: float) -> WorkRecord | Refused | None:
+        report: work.WorkCompleted | work.WorkFailed | Refused
         if stored.subject == work.COMPLETED.subject:
-            done = decode(stored.data, work.WorkCompleted)
-            return done if isinstance(done, Refused) else self.scheduler.completed(done, now, seq=stored.seq)
-        failed = decode(stored.data, work.WorkFailed)
-        return failed if isinstance(failed, Refused) else self.scheduler.failed(failed, now, seq=stored.seq)
+            report = decode(stored.data, work.WorkCompleted)
+        else:
+            report = decode(stored.data, work.WorkFailed)
+        if isinstance(report, Refused):
+            return report
+        if isinstance(report, work.WorkCompleted):
+            changed = self.scheduler.completed(report, now, seq=stored.seq)
+        else:
+            changed = self.scheduler.failed(report, now, seq=stored.seq)
+        if changed is None:
+            self._ignored(report, stored)
+        return changed
+
+    def _ignored(self, report: work.WorkCompleted | work.WorkFailed, stored: Stored) -> None:
+        """Counts a report that changes nothing; says so when the work was another's by then."""
+        record = self.scheduler.records.get(report.work_id)
+        why = workitem.why_ignored(record, report.attempt, stored.seq)
+        IGNORED.labels(why).inc()
+        if record is not None and why == "old_attempt":
+            _log.warning(
+                "refused a late report", work_id=report.work_id, attempt=report.attempt, node=report.node_id,
+                current_attempt=record.attempt, current_node=record.node_id, state=str(record.state), seq=stored.seq,
+            )  # fmt: skip
 
     async def _reject(self, stored: Stored, refusal: Refused) -> None:
         REJECTED.labels(refusal.code).inc()

@@ -181,7 +181,8 @@ class WorkMarshaller:
             await asyncio.wait({running, caught_up}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 self._reign = reign
-                self._endpoints = [await micro.add(bound) for bound in self.endpoints() if bound.acting]
+                acting = [bound for bound in self.endpoints() if bound.acting]
+                self._endpoints = [await micro.add(bound, acts=lambda: held.certain) for bound in acting]
                 await self._bus.flush()  # The server knows our endpoints before we say that we are ready.
                 self._serving = True
             return await running

@@ -16,7 +16,7 @@ Time is a parameter, in Unix seconds. A move that is not in :data:`NEXT` is a de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -259,6 +259,25 @@ def is_current(record: WorkRecord, attempt: int | None, replica: int = 0) -> boo
     if replica:
         return False
     return attempt == record.attempt if attempt is not None else record.plain
+
+
+Ignored = Literal["unknown", "repeated", "old_attempt", "no_attempt", "ended"]
+"""Why a report changes nothing."""
+
+
+def why_ignored(record: WorkRecord | None, attempt: int | None, seq: int) -> Ignored:
+    """Why a report that does not count about *record* does not.
+
+    Args:
+        seq: where it stands in the inbox.
+    """
+    if record is None:
+        return "unknown"
+    if 0 < seq <= record.report_seq:
+        return "repeated"
+    if attempt is None and not record.plain:
+        return "no_attempt"
+    return "ended" if attempt in (None, record.attempt) else "old_attempt"
 
 
 def error_of(report: WorkFailed) -> WorkError:

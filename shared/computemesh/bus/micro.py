@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -54,7 +54,7 @@ class ServiceInfo(Message, frozen=True, kw_only=True):
 class Endpoint:
     """One subject, its handler and its counters."""
 
-    def __init__(self, bus: Bus, bound: AnyBound, group: str) -> None:
+    def __init__(self, bus: Bus, bound: AnyBound, group: str, acts: Callable[[], bool] | None = None) -> None:
         self.bound: Final = bound
         self.name: Final = bound.contract.subject.removeprefix("compute.").replace(".", "-")
         self.group: Final = group
@@ -63,6 +63,7 @@ class Endpoint:
         self.spent_ns = 0
         self.last_error = ""
         self._bus = bus
+        self._acts = acts
         self._slots = asyncio.Semaphore(CONCURRENCY)
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
@@ -82,6 +83,8 @@ class Endpoint:
             # A node can have an answer to a question of its own delivered here, in the place of a question;
             # but an answer wants no answer.
             _log.warning("ignored what asks for no answer", subject=message.subject)
+            return
+        if self._acts is not None and not self._acts():
             return
         await self._slots.acquire()
         task = asyncio.create_task(self._answer(message))
@@ -173,9 +176,15 @@ class MicroService:
             for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self.name}", f"$SRV.{verb}.{self.name}.{self.id}"):
                 self._control.append(await self._listen(subject, reply))
 
-    async def add(self, bound: AnyBound) -> Endpoint:
-        """Serves one more request, at once."""
-        endpoint = Endpoint(self._bus, bound, self.name)
+    async def add(self, bound: AnyBound, *, acts: Callable[[], bool] | None = None) -> Endpoint:
+        """Serves one more request, at once.
+
+        Args:
+            acts: whether this replica still is the one that acts; while it is not, requests are left to the one that
+                is. So every replica that thinks it acts hears each request, and one that was halted keeps none from
+                its successor, as it would in a queue group.
+        """
+        endpoint = Endpoint(self._bus, bound, self.name if acts is None else "", acts)
         await endpoint.start()
         self._endpoints.append(endpoint)
         return endpoint
