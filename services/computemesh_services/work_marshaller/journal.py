@@ -70,6 +70,8 @@ class Journal:
     def __init__(self, bus: Bus, bucket: Bucket[WorkRecord], floor: Floor, *, keep_s: int, timeout_s: float) -> None:
         self.broken = asyncio.Event()
         self.reason = ""
+        self.refused = False
+        """Whether it broke because the server would not store something."""
         self.on_stored: OnStored | None = None
         self.on_duplicate: Callable[[str], None] | None = None
         """Called with the id of a new item that turned out to be finished long ago."""
@@ -180,7 +182,7 @@ class Journal:
                 headers=headers,
             )
         except NotStored as error:
-            self._break(str(error))
+            self._break(str(error), refused=True)
 
     def _fitted(self, record: WorkRecord) -> bytes:
         """The record's bytes; without its payload when both payload and result are near the limit."""
@@ -202,10 +204,10 @@ class Journal:
             if slot.revision == 0:
                 self._check_duplicate(slot, record)
             else:
-                self._break(str(error))
+                self._break(str(error), refused=True)
             return
         except NotStored as error:
-            self._break(str(error))
+            self._break(str(error), refused=True)
             return
         await self._stored(slot, record, ack.seq)
 
@@ -275,13 +277,13 @@ class Journal:
         try:
             self._cursor_revision = read_ack(CURSOR_KEY, reply.data).seq
         except (Conflict, NotStored) as error:
-            self._break(str(error))
+            self._break(str(error), refused=True)
             return
         self._cursor_written = seq
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str, *, refused: bool = False) -> None:
         if not self.broken.is_set():
-            self.reason = reason
+            self.reason, self.refused = reason, refused
             _log.warning("the journal stops; reading the truth again", reason=reason)
             self.broken.set()
 

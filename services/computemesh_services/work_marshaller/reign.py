@@ -196,6 +196,11 @@ class Reign:
         records = self.scheduler.records.values()
         return {one.payload_object.object_id for one in records if one.payload_object and not workitem.is_final(one)}
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server refused to store something."""
+        return self._journal.refused
+
     # --- recovery ----------------------------------------------------------------------------------------------
 
     async def _recover(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from computemesh import log
-from computemesh.bus import Bucket, Bus, BusError, MicroService, Mirror, NotStored, lease
+from computemesh.bus import Bucket, Bus, BusError, Conflict, MicroService, Mirror, NotStored, lease
 from computemesh.bus.connection import ASK_TIMEOUT_S
 from computemesh.bus.micro import Endpoint
 from computemesh.contracts import storage, work
@@ -47,13 +47,25 @@ from computemesh_services.work_marshaller.workitem import RetryPolicy
 
 AGAIN_S: Final = 0.2
 AGAIN_S_MAX: Final = 5.0
-"""Pause before the next reign when one broke off; doubled while they keep breaking off at once."""
+"""Pause before the next reign; doubled while they keep breaking off at once because the server refuses to store."""
 
 LOG_LOOK_S: Final = 0.1
 """How often it is seen whether an attempt has begun, while somebody waits for its log."""
 
 STEADY_S: Final = 10.0
 """A reign that lasted this long was no failure to start."""
+
+
+def pause_s(before_s: float, lasted_s: float, *, refused: bool) -> float:
+    """How long to wait before the next reign.
+
+    Args:
+        before_s: the pause before the one that ended.
+        refused: the server would not store what it decided, and likely will not at once again. Any other end, such as
+            a connection that broke, is no reason to wait: until the lease can be taken nothing is read.
+    """
+    return min(AGAIN_S_MAX, before_s * 2) if refused and lasted_s <= STEADY_S else AGAIN_S
+
 
 _log = log.get("service")
 
@@ -132,7 +144,7 @@ class WorkMarshaller:
     # --- reigns ------------------------------------------------------------------------------------------------
 
     async def _reign_forever(self, micro: MicroService) -> None:
-        pause_s = AGAIN_S
+        waits_s = AGAIN_S
         try:
             while not self._draining.is_set():
                 began_s = time.monotonic()
@@ -140,15 +152,15 @@ class WorkMarshaller:
                 if held is None:
                     break
                 try:
-                    reason = await self._reign_once(held, micro)
+                    reason, refused = await self._reign_once(held, micro)
                 except BusError as error:
-                    reason = str(error)
+                    reason, refused = str(error), isinstance(error, NotStored | Conflict)
                 finally:
                     await held.release()
                 _log.info("stepped down", reason=reason)
                 if not self._draining.is_set():
-                    pause_s = AGAIN_S if time.monotonic() - began_s > STEADY_S else min(AGAIN_S_MAX, pause_s * 2)
-                    await asyncio.sleep(pause_s)
+                    waits_s = pause_s(waits_s, time.monotonic() - began_s, refused=refused)
+                    await asyncio.sleep(waits_s)
         finally:
             self._ended.set()
 
@@ -172,7 +184,8 @@ class WorkMarshaller:
             _log.info("standing by: another replica acts")
         self._standing_by = True
 
-    async def _reign_once(self, held: lease.Held, micro: MicroService) -> str:
+    async def _reign_once(self, held: lease.Held, micro: MicroService) -> tuple[str, bool]:
+        """Why it ended, and whether that was because the server refused to store."""
         reign = Reign(self._bus, held, self._nodes, self._limits, keep_s=self._config.work_keep_s)
         self._newest = reign
         running = asyncio.create_task(reign.run(self._draining))
@@ -185,7 +198,7 @@ class WorkMarshaller:
                 self._endpoints = [await micro.add(bound, acts=lambda: held.certain) for bound in acting]
                 await self._bus.flush()  # The server knows our endpoints before we say that we are ready.
                 self._serving = True
-            return await running
+            return await running, reign.refused
         finally:
             self._reign = self._newest = None
             self._serving = False
