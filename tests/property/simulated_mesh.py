@@ -320,7 +320,9 @@ class SimulatedBus:
     def new_inbox(self) -> str:
         return f"_INBOX.{self._name}.{self._rng.getrandbits(64):x}"
 
-    async def listen(self, subject: str, on_message: Callable[[Message], Awaitable[None]], *, queue: str = "") -> str:
+    async def listen(
+        self, subject: str, on_message: Callable[[Message], Awaitable[None]], *, queue: str = "", inline: bool = False
+    ) -> str:
         self._inboxes[subject] = on_message
         return subject
 

@@ -2,12 +2,13 @@
 
 A record's next put waits for the acknowledgement of its last one, and whatever must be sent because a
 record changed is handed out only after its acknowledgement. Puts that wait for the same item are merged:
-only the newest is written.
+only the newest is written. First assignments are stored together, as :mod:`.assignments` describes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,9 @@ from computemesh import log, trace
 from computemesh.bus import Bucket, Bus, Conflict, NotStored, Pipeline, Reply
 from computemesh.bus.connection import read_ack
 from computemesh.contracts.base import Message, encode
-from computemesh.contracts.work import WorkRecord
+from computemesh.contracts.work import WorkRecord, WorkState
+from computemesh_services.work_marshaller import assignments
+from computemesh_services.work_marshaller.assignments import ENTRY_BYTES_MAX, LATE_S, Place, Ring, Seen, entry_bytes
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.workitem import is_final
 
@@ -42,6 +45,8 @@ class Slot:
     """One item's place in the bucket."""
 
     revision: int = 0
+    place: Place | None = None
+    """Where `stored` stands, when it is not the item's own record."""
     stored: WorkRecord | None = None
     flight: WorkRecord | None = None
     flight_seqs: list[int] = field(default_factory=list[int])
@@ -85,9 +90,27 @@ class Journal:
         self._cursor_written = 0
         self._cursor_in_flight = False
         self._checks: set[asyncio.Future[Any]] = set()
+        self._ring = Ring()
+        self._stream_created = ""
+        self._group: list[tuple[Slot, WorkRecord, bytes]] = []
+        """First assignments that wait for the entry that is being written."""
+        self._entry_in_flight = False
+        self._late: deque[tuple[float, str, Place]] = deque()
+        """Items without a record of their own, and when they need one; the oldest first."""
+        self._ended = Seen()
+        """Items whose record may be final, though nobody remembers them."""
+        self._held: set[int] = set()
+        """Submissions of items without a record of their own, as found at the start."""
 
-    async def start(self) -> None:
+    async def start(self, stream_created: str) -> list[tuple[WorkRecord, Place]]:
+        """Deposes other journals, and gives the assignments that may have no record of their own.
+
+        Raises:
+            BusError: they could not be read.
+        """
+        self._stream_created = stream_created
         await self._puts.start()
+        return await assignments.take_over(self._bus, self._ring, stream_created)
 
     async def stop(self) -> None:
         self.reason = self.reason or "the reign ended"
@@ -99,6 +122,21 @@ class Journal:
     def adopt(self, record: WorkRecord, revision: int) -> None:
         """Takes over a record that is stored."""
         self._slots[record.work_id] = Slot(revision=revision, stored=record)
+
+    def adopt_assigned(self, record: WorkRecord, place: Place, revision: int) -> None:
+        """Takes over an assignment that stands in an entry only; *revision* is that of an older record, if any."""
+        place.needed += 1
+        self._slots[record.work_id] = Slot(revision=revision, place=place, stored=record, seqs=[record.inbox_seq])
+        self._late.append((0.0, record.work_id, place))
+        self._held.add(record.inbox_seq)
+
+    def adopt_ended(self, work_id: str) -> None:
+        """Takes note of a record that is final."""
+        self._ended.add(work_id)
+
+    def holds(self, seq: int) -> bool:
+        """Whether the inbox message *seq* is that of an item that has no record of its own yet."""
+        return seq in self._held
 
     def adopt_cursor(self, next_seq: int, revision: int) -> None:
         self._cursor_written, self._cursor_revision = next_seq, revision
@@ -156,8 +194,85 @@ class Journal:
                 self.on_duplicate(record.work_id)
             return
         slot.wanted = record
-        if slot.flight is None:
+        if slot.flight is not None:
+            return
+        if record.state is WorkState.ASSIGNED and slot.stored is None and record.work_id not in self._ended:
+            await self._join(slot, record)
+        else:
             await self._send(slot, record)
+
+    async def _join(self, slot: Slot, record: WorkRecord) -> None:
+        """Stores a first assignment together with others."""
+        data = encode(record)
+        if len(data) > ENTRY_BYTES_MAX:
+            await self._send(slot, record)
+            return
+        slot.flight, slot.wanted = record, None
+        self._group.append((slot, record, data))
+        if not self._entry_in_flight:
+            await self._write_entry()
+
+    async def _write_entry(self) -> None:
+        if self.broken.is_set():
+            return
+        if not self._ring.has_room:  # So many are out that each gets its own record at once.
+            group, self._group = self._group, []
+            for slot, record, _ in group:
+                await self._send(slot, slot.wanted or record)
+            return
+        size = count = 0
+        for _, _, data in self._group:
+            size += len(data)
+            if size > ENTRY_BYTES_MAX:
+                break
+            count += 1
+        group, self._group = self._group[:count], self._group[count:]
+        self._entry_in_flight = True
+        try:
+            await self._puts.send(
+                self._bucket.spec.subject(assignments.key(self._ring.turn)),
+                entry_bytes(self._stream_created, [data for _, _, data in group]),
+                partial(self._on_entry, group),
+                headers={"Nats-Expected-Last-Subject-Sequence": str(self._ring.places[self._ring.turn].revision)},
+            )
+        except NotStored as error:
+            self._break(str(error))
+
+    async def _on_entry(self, group: list[tuple[Slot, WorkRecord, bytes]], reply: Reply) -> None:
+        self._entry_in_flight = False
+        if self.broken.is_set():
+            return
+        if reply.timed_out or reply.no_responder:
+            self._break("no acknowledgement of assignments")
+            return
+        try:
+            revision = read_ack(assignments.KEY, reply.data).seq
+        except (Conflict, NotStored) as error:
+            self._break(str(error))
+            return
+        place = self._ring.wrote(revision, len(group))
+        due_s = asyncio.get_running_loop().time() + LATE_S
+        for slot, record, _ in group:
+            slot.stored, slot.place, slot.flight = record, place, None
+            self._late.append((due_s, record.work_id, place))
+        if self._group:
+            await self._write_entry()
+        for slot, record, _ in group:
+            if slot.wanted is not None:
+                await self._send(slot, slot.wanted)
+            else:
+                _rest(slot)
+            assert self.on_stored is not None
+            await self.on_stored(None, record)
+
+    async def write_late(self, *, all_of_them: bool = False) -> None:
+        """Gives the items a record of their own that are out for long."""
+        now_s = asyncio.get_running_loop().time()
+        while self._late and (all_of_them or self._late[0][0] <= now_s):
+            _, work_id, place = self._late.popleft()
+            slot = self._slots.get(work_id)
+            if slot is not None and slot.place is place and slot.flight is None and slot.stored is not None:
+                await self._send(slot, slot.stored)
 
     def _slot(self, work_id: str) -> Slot:
         slot = self._slots.get(work_id)
@@ -201,7 +316,7 @@ class Journal:
         try:
             ack = read_ack(record.work_id, reply.data)
         except Conflict as error:
-            if slot.revision == 0:
+            if slot.revision == 0 and slot.stored is None:
                 self._check_duplicate(slot, record)
             else:
                 self._break(str(error), refused=True)
@@ -214,21 +329,27 @@ class Journal:
     async def _stored(self, slot: Slot, record: WorkRecord, revision: int) -> None:
         before = slot.stored
         slot.stored, slot.revision, slot.flight = record, revision, None
+        if slot.place is not None:
+            slot.place.needed -= 1
+            slot.place = None
         self._close(slot)
         if slot.wanted is not None:
             await self._send(slot, slot.wanted)
         elif is_final(record):
             self._slots.pop(record.work_id, None)
+            self._ended.add(record.work_id)
             for seq in slot.seqs:
                 self._floor.close(seq)
         if slot.flight is None:
             _rest(slot)
-        assert self.on_stored is not None
-        await self.on_stored(before, record)
+        if before is not record:
+            assert self.on_stored is not None
+            await self.on_stored(before, record)
 
     def _close(self, slot: Slot) -> None:
         for seq in slot.flight_seqs:
             self._floor.close(seq)
+            self._held.discard(seq)
         slot.flight_seqs = []
 
     def _check_duplicate(self, slot: Slot, record: WorkRecord) -> None:

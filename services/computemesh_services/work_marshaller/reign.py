@@ -32,6 +32,7 @@ from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
 from computemesh.contracts.work import FINAL, Blacklisted, WorkItem, WorkRecord, WorkState
 from computemesh.tasks import end_all
 from computemesh_services.work_marshaller import workitem
+from computemesh_services.work_marshaller.assignments import Place
 from computemesh_services.work_marshaller.blacklist import Tally
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
 from computemesh_services.work_marshaller.floor import Floor
@@ -210,11 +211,12 @@ class Reign:
         for node in self._nodes.values():
             self.scheduler.node_changed(node, now)
         self._stream_created = await stream_created_at(self._bus, storage.WORK_INBOX.name)
-        start_seq = await self._read_cursor()
-        await self._journal.start()
         self._journal.on_stored = self._on_stored
         self._journal.on_duplicate = self.scheduler.forget
-        count = await self._load(now)
+        # In this order: what one of them no longer has stands in the next.
+        assigned = await self._journal.start(self._stream_created)
+        start_seq = await self._read_cursor()
+        count = await self._load(assigned, start_seq, now)
         waiting = await self._pull.start(
             self._on_inbox, subjects=list(storage.WORK_INBOX.subjects), start_seq=start_seq
         )
@@ -239,11 +241,27 @@ class Reign:
         self._floor.start(start_seq)
         return start_seq
 
-    async def _load(self, now: float) -> int:
+    async def _load(self, assigned: list[tuple[WorkRecord, Place]], start_seq: int, now: float) -> int:
+        """Takes over what is stored, and gives the number of items.
+
+        Args:
+            assigned: first assignments, most of which have records of their own by now. What stands below *start_seq*
+                in the inbox has, or had one that expired.
+        """
         entries = await self._bucket.load()
         finished: list[WorkRecord] = []
+        for record, place in assigned:
+            own = entries.get(record.work_id)
+            if record.inbox_seq < start_seq or (own and own.value.attempt >= record.attempt):
+                continue
+            if own is None or not workitem.is_final(own.value):
+                entries.pop(record.work_id, None)
+                self.scheduler.restore(record, now)
+                self._journal.adopt_assigned(record, place, own.revision if own else 0)
+                self._reservations.adopt(record)
         for entry in entries.values():
             if workitem.is_final(entry.value):
+                self._journal.adopt_ended(entry.value.work_id)
                 finished.append(entry.value)
             else:
                 self.scheduler.restore(entry.value, now)
@@ -277,7 +295,8 @@ class Reign:
                 await self._reject(stored, changed)
             self._floor.close(stored.seq)
         elif changed is None:
-            self._floor.close(stored.seq)
+            if not self._journal.holds(stored.seq):
+                self._floor.close(stored.seq)
         else:
             self._journal.carry(changed.work_id, stored.seq)
         self._read_seq, self._behind = stored.seq, stored.pending
@@ -481,6 +500,7 @@ class Reign:
             await self._advance(time.time())
             if (now_s := time.monotonic()) >= cursor_s:
                 cursor_s = now_s + CURSOR_S
+                await self._journal.write_late()
                 await self._journal.write_cursor(self._stream_created)
                 WAITING.set(self.scheduler.waiting)
                 OUT.set(self.scheduler.out)
@@ -515,6 +535,8 @@ class Reign:
         for record in list(self.scheduler.records.values()):
             if not workitem.is_final(record):
                 await self._journal.write(record)
+        await self._journal.settled()
+        await self._journal.write_late(all_of_them=True)
         await self._journal.settled()
         await self._journal.write_cursor(self._stream_created)
         await self._journal.settled()
