@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -78,7 +79,7 @@ class Writer:
 
 async def entries(bus: Bus) -> list[list[str]]:
     """The items of each entry, in the order they were written; empty ones left out."""
-    found = await read_all(bus, storage.WORK.stream, [storage.WORK.subject(f"{assignments.KEY}.*")])
+    found = await read_all(bus, storage.WORK.stream, storage.WORK.subject(f"{assignments.KEY}.*"))
     read = [msgspec.json.decode(stored.data, type=assignments.Entry) for stored in sorted(found, key=lambda s: s.seq)]
     return [[record.work_id for record in entry.records] for entry in read if entry.records]
 
@@ -254,12 +255,12 @@ async def test_an_item_that_ended_and_was_forgotten_is_not_run_again(
             async with a_reign(mesh, life):
                 for work_id in ("a", "b", f"{life}-new"):
                     await client.store(work.SUBMIT, WorkItem(work_id=work_id, work_type="inference"))
-                await until(lambda name=f"{life}-new": node.attempts(name), what="the new item")
+                await until(partial(node.attempts, f"{life}-new"), what="the new item")
                 for asked in list(node.running.values()):
                     await node.complete(asked)
                 for work_id in ("a", "b", f"{life}-last"):
                     await client.store(work.SUBMIT, WorkItem(work_id=work_id, work_type="inference"))
-                await until(lambda name=f"{life}-last": node.attempts(name), what="the last item")
+                await until(partial(node.attempts, f"{life}-last"), what="the last item")
                 assert (node.attempts("a"), node.attempts("b")) == ([1], [1])
                 for asked in list(node.running.values()):
                     await node.complete(asked)
@@ -294,14 +295,14 @@ async def test_the_inbox_position_does_not_pass_an_assignment_that_has_no_record
         for life in ("first", "second", "third"):
             async with a_reign(mesh, life):
                 seq = await client.store(work.SUBMIT, WorkItem(work_id=life, work_type="inference"))
-                await until(lambda name=life: (name, 1) in given, what="the new item")
+                await until(partial(given.count, (life, 1)), what="the new item")
                 async with asyncio.timeout(10):
                     while (await bucket.get(life)) is None:
                         await asyncio.sleep(0.02)
                 await asyncio.sleep(2 * CURSOR_S)  # Time to note a position, were there one that passes.
                 cursor = await bucket.read_other(CURSOR_KEY, Cursor)
                 assert cursor is None or cursor.value.next_seq <= 1 < seq
-                await until(lambda count=given.count: count(("stays", 1)) >= 1, what="the item that stays")
+                await until(partial(given.count, ("stays", 1)), what="the item that stays")
         assert given.count(("stays", 1)) == 3
         assert await bucket.get("stays") is None
 

@@ -122,7 +122,7 @@ async def take_over(bus: Bus, ring: Ring, stream_created: str) -> list[tuple[Wor
     for _ in range(RACES_MAX):
         stored = {
             int(message.subject.rpartition(".")[2]): message
-            for message in await read_all(bus, storage.WORK.stream, [storage.WORK.subject(f"{KEY}.*")])
+            for message in await read_all(bus, storage.WORK.stream, storage.WORK.subject(f"{KEY}.*"))
         }
         ring.restore({number: message.seq for number, message in stored.items()})
         present = stored.get(ring.turn)
