@@ -18,6 +18,7 @@ from computemesh.contracts.work import (
     WorkRecord,
     WorkState,
 )
+from computemesh_services.work_marshaller import firsts
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor
 from computemesh_services.work_marshaller.workitem import LOSSES_MAX, NEXT, STORY_MAX
 from tests.simulation.server import Connection, Kept, Stream
@@ -45,7 +46,9 @@ class Truth:
 
     retries_max: int
     records: dict[str, WorkRecord] = field(default_factory=dict[str, WorkRecord])
-    """The present record of each item."""
+    """The present record of each item, be it its own or its first, which stands with those of others."""
+    own: set[str] = field(default_factory=set[str])
+    """Items that have a record of their own."""
     handed: dict[tuple[str, int], list[str]] = field(default_factory=dict[tuple[str, int], list[str]])
     """The nodes, by replica, of each attempt that was stored as assigned."""
     submissions: dict[int, str] = field(default_factory=dict[int, str])
@@ -67,10 +70,24 @@ class Truth:
             key = kept.subject.removeprefix(storage.WORK.subject(""))
             if key == CURSOR_KEY:
                 self._noted(msgspec.json.decode(kept.data, type=Cursor).next_seq)
+            elif key.startswith(firsts.KEY):
+                self._began(kept, before)
             elif "." not in key:
                 record = msgspec.json.decode(kept.data, type=WorkRecord)
                 demand(record.work_id == key, "a record stands under its own id", key, record)
                 self._recorded(self.records.get(key), record)
+                self.own.add(key)
+
+    def _began(self, kept: Kept, before: Kept | None) -> None:
+        """An entry of first records was written, anew or as it stood."""
+        present = msgspec.json.decode(kept.data, type=firsts.Entry).records
+        for record in present:
+            if record.work_id not in self.records:
+                self._recorded(None, record)
+        if before is not None:
+            replaced = {record.work_id for record in msgspec.json.decode(before.data, type=firsts.Entry).records}
+            lost = replaced - {record.work_id for record in present} - self.own
+            demand(not lost, "a first record stands until the item has its own", *lost)
 
     def _captured(self, kept: Kept) -> None:
         if kept.subject == work.SUBMIT.subject:
@@ -144,8 +161,8 @@ class Truth:
         if seq in self.rejected:
             return True
         if work_id:
-            return work_id in self.records
-        return any(record.inbox_seq == seq for record in self.records.values())
+            return work_id in self.own
+        return any(record.inbox_seq == seq and work_id in self.own for work_id, record in self.records.items())
 
     # --- what is sent through it -------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 A record's next put waits for the acknowledgement of its last one, and whatever must be sent because a
 record changed is handed out only after its acknowledgement. Puts that wait for the same item are merged:
-only the newest is written. First assignments are stored together, as :mod:`.assignments` describes.
+only the newest is written. First records are stored together, as :mod:`.firsts` describes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from computemesh import log, trace
 from computemesh.bus import Bucket, Bus, Conflict, NotStored, Pipeline, Reply
 from computemesh.bus.connection import read_ack
 from computemesh.contracts.base import Message, encode
-from computemesh.contracts.work import WorkRecord, WorkState
-from computemesh_services.work_marshaller import assignments
-from computemesh_services.work_marshaller.assignments import ENTRY_BYTES_MAX, LATE_S, Place, Ring, Seen, entry_bytes
+from computemesh.contracts.work import WorkRecord
+from computemesh_services.work_marshaller import firsts
+from computemesh_services.work_marshaller.firsts import ENTRY_BYTES_MAX, LATE_S, Place, Ring, Seen, entry_bytes
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.workitem import is_final
 
@@ -93,7 +93,7 @@ class Journal:
         self._ring = Ring()
         self._stream_created = ""
         self._group: list[tuple[Slot, WorkRecord, bytes]] = []
-        """First assignments that wait for the entry that is being written."""
+        """First records that wait for the entry that is being written, or for room in the ring."""
         self._entry_in_flight = False
         self._late: deque[tuple[float, str, Place]] = deque()
         """Items without a record of their own, and when they need one; the oldest first."""
@@ -103,14 +103,14 @@ class Journal:
         """Submissions of items without a record of their own, as found at the start."""
 
     async def start(self, stream_created: str) -> list[tuple[WorkRecord, Place]]:
-        """Deposes other journals, and gives the assignments that may have no record of their own.
+        """Deposes other journals, and gives the first records of items that may have none of their own.
 
         Raises:
             BusError: they could not be read.
         """
         self._stream_created = stream_created
         await self._puts.start()
-        return await assignments.take_over(self._bus, self._ring, stream_created)
+        return await firsts.take_over(self._bus, self._ring, stream_created)
 
     async def stop(self) -> None:
         self.reason = self.reason or "the reign ended"
@@ -123,10 +123,10 @@ class Journal:
         """Takes over a record that is stored."""
         self._slots[record.work_id] = Slot(revision=revision, stored=record)
 
-    def adopt_assigned(self, record: WorkRecord, place: Place, revision: int) -> None:
-        """Takes over an assignment that stands in an entry only; *revision* is that of an older record, if any."""
+    def adopt_first(self, record: WorkRecord, place: Place) -> None:
+        """Takes over a record that stands in an entry only."""
         place.needed += 1
-        self._slots[record.work_id] = Slot(revision=revision, place=place, stored=record, seqs=[record.inbox_seq])
+        self._slots[record.work_id] = Slot(place=place, stored=record, seqs=[record.inbox_seq])
         self._late.append((0.0, record.work_id, place))
         self._held.add(record.inbox_seq)
 
@@ -196,44 +196,41 @@ class Journal:
         slot.wanted = record
         if slot.flight is not None:
             return
-        if record.state is WorkState.ASSIGNED and slot.stored is None and record.work_id not in self._ended:
-            await self._join(slot, record)
-        else:
+        if slot.stored is not None:
             await self._send(slot, record)
+        elif record.work_id in self._ended:
+            self._check_duplicate(slot, record)
+        else:
+            await self._join(slot, record)
 
     async def _join(self, slot: Slot, record: WorkRecord) -> None:
-        """Stores a first assignment together with others."""
-        data = encode(record)
-        if len(data) > ENTRY_BYTES_MAX:
-            await self._send(slot, record)
-            return
+        """Stores an item's first record together with those of others."""
         slot.flight, slot.wanted = record, None
-        self._group.append((slot, record, data))
-        if not self._entry_in_flight:
-            await self._write_entry()
+        self._group.append((slot, record, encode(record)))
+        await self._write_entry()
 
     async def _write_entry(self) -> None:
-        if self.broken.is_set():
+        """Writes what waits, unless an entry is being written or the next is still needed; both lead here again."""
+        if self.broken.is_set() or self._entry_in_flight or not self._group:
             return
-        if not self._ring.has_room:  # So many are out that each gets its own record at once.
-            group, self._group = self._group, []
-            for slot, record, _ in group:
-                await self._send(slot, slot.wanted or record)
+        place = self._ring.next
+        if place.needed:
+            await self.write_late(all_of_them=True)
             return
         size = count = 0
         for _, _, data in self._group:
             size += len(data)
-            if size > ENTRY_BYTES_MAX:
+            if count and size > ENTRY_BYTES_MAX:
                 break
             count += 1
         group, self._group = self._group[:count], self._group[count:]
         self._entry_in_flight = True
         try:
             await self._puts.send(
-                self._bucket.spec.subject(assignments.key(self._ring.turn)),
+                self._bucket.spec.subject(firsts.key(self._ring.turn)),
                 entry_bytes(self._stream_created, [data for _, _, data in group]),
                 partial(self._on_entry, group),
-                headers={"Nats-Expected-Last-Subject-Sequence": str(self._ring.places[self._ring.turn].revision)},
+                headers={"Nats-Expected-Last-Subject-Sequence": str(place.revision)},
             )
         except NotStored as error:
             self._break(str(error))
@@ -243,10 +240,10 @@ class Journal:
         if self.broken.is_set():
             return
         if reply.timed_out or reply.no_responder:
-            self._break("no acknowledgement of assignments")
+            self._break("no acknowledgement of first records")
             return
         try:
-            revision = read_ack(assignments.KEY, reply.data).seq
+            revision = read_ack(firsts.KEY, reply.data).seq
         except (Conflict, NotStored) as error:
             self._break(str(error))
             return
@@ -255,18 +252,17 @@ class Journal:
         for slot, record, _ in group:
             slot.stored, slot.place, slot.flight = record, place, None
             self._late.append((due_s, record.work_id, place))
-        if self._group:
-            await self._write_entry()
+        await self._write_entry()
         for slot, record, _ in group:
-            if slot.wanted is not None:
-                await self._send(slot, slot.wanted)
+            if slot.wanted is not None or is_final(record):
+                await self._send(slot, slot.wanted or record)
             else:
                 _rest(slot)
             assert self.on_stored is not None
             await self.on_stored(None, record)
 
     async def write_late(self, *, all_of_them: bool = False) -> None:
-        """Gives the items a record of their own that are out for long."""
+        """Gives the items a record of their own that did not move on for long."""
         now_s = asyncio.get_running_loop().time()
         while self._late and (all_of_them or self._late[0][0] <= now_s):
             _, work_id, place = self._late.popleft()
@@ -315,13 +311,7 @@ class Journal:
             return
         try:
             ack = read_ack(record.work_id, reply.data)
-        except Conflict as error:
-            if slot.revision == 0 and slot.stored is None:
-                self._check_duplicate(slot, record)
-            else:
-                self._break(str(error), refused=True)
-            return
-        except NotStored as error:
+        except (Conflict, NotStored) as error:
             self._break(str(error), refused=True)
             return
         await self._stored(slot, record, ack.seq)
@@ -332,6 +322,7 @@ class Journal:
         if slot.place is not None:
             slot.place.needed -= 1
             slot.place = None
+            await self._write_entry()
         self._close(slot)
         if slot.wanted is not None:
             await self._send(slot, slot.wanted)
@@ -353,14 +344,16 @@ class Journal:
         slot.flight_seqs = []
 
     def _check_duplicate(self, slot: Slot, record: WorkRecord) -> None:
-        """A new item whose key is taken: finished long ago and forgotten here, or another writer's."""
+        """A new item whose id may be taken by one that ended long ago and was forgotten here."""
 
         async def check() -> None:
             entry = await self._bucket.get(record.work_id)
-            if entry is None or not is_final(entry.value):
+            if entry is None:
+                await self._join(slot, slot.wanted or record)
+                return
+            if not is_final(entry.value):
                 self._break(f"{record.work_id}: another marshaller writes")
                 return
-            self._close(slot)
             for seq in slot.seqs:
                 self._floor.close(seq)
             self._slots.pop(record.work_id, None)
@@ -368,6 +361,7 @@ class Journal:
             if self.on_duplicate:
                 self.on_duplicate(record.work_id)
 
+        slot.flight, slot.wanted = record, None
         task = asyncio.ensure_future(check())
         self._checks.add(task)
         task.add_done_callback(self._checked)

@@ -32,9 +32,9 @@ from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
 from computemesh.contracts.work import FINAL, Blacklisted, WorkItem, WorkRecord, WorkState
 from computemesh.tasks import end_all
 from computemesh_services.work_marshaller import workitem
-from computemesh_services.work_marshaller.assignments import Place
 from computemesh_services.work_marshaller.blacklist import Tally
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
+from computemesh_services.work_marshaller.firsts import Place
 from computemesh_services.work_marshaller.floor import Floor
 from computemesh_services.work_marshaller.grants import wants_gpus
 from computemesh_services.work_marshaller.journal import CURSOR_KEY, Cursor, Journal, trace_headers
@@ -214,9 +214,9 @@ class Reign:
         self._journal.on_stored = self._on_stored
         self._journal.on_duplicate = self.scheduler.forget
         # In this order: what one of them no longer has stands in the next.
-        assigned = await self._journal.start(self._stream_created)
+        first = await self._journal.start(self._stream_created)
         start_seq = await self._read_cursor()
-        count = await self._load(assigned, start_seq, now)
+        count = await self._load(first, start_seq, now)
         waiting = await self._pull.start(
             self._on_inbox, subjects=list(storage.WORK_INBOX.subjects), start_seq=start_seq
         )
@@ -241,23 +241,19 @@ class Reign:
         self._floor.start(start_seq)
         return start_seq
 
-    async def _load(self, assigned: list[tuple[WorkRecord, Place]], start_seq: int, now: float) -> int:
+    async def _load(self, first: list[tuple[WorkRecord, Place]], start_seq: int, now: float) -> int:
         """Takes over what is stored, and gives the number of items.
 
         Args:
-            assigned: first assignments, most of which have records of their own by now. What stands below *start_seq*
-                in the inbox has, or had one that expired.
+            first: the first records of items, most of which have records of their own by now. What stands below
+                *start_seq* in the inbox has, or had one that expired.
         """
         entries = await self._bucket.load()
         finished: list[WorkRecord] = []
-        for record, place in assigned:
-            own = entries.get(record.work_id)
-            if record.inbox_seq < start_seq or (own and own.value.attempt >= record.attempt):
-                continue
-            if own is None or not workitem.is_final(own.value):
-                entries.pop(record.work_id, None)
+        for record, place in first:
+            if record.work_id not in entries and record.inbox_seq >= start_seq:
                 self.scheduler.restore(record, now)
-                self._journal.adopt_assigned(record, place, own.revision if own else 0)
+                self._journal.adopt_first(record, place)
                 self._reservations.adopt(record)
         for entry in entries.values():
             if workitem.is_final(entry.value):

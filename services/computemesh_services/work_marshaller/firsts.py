@@ -1,11 +1,12 @@
-"""First assignments, many in one write.
+"""The first records of items, many in one write.
 
-Most items are assigned as soon as they come, and end soon after. So what is assigned while one write is under way is
-stored as one entry of a ring of keys beside the records, and an item gets a record of its own when it moves on, or when
-it is out for longer than :data:`LATE_S`. An entry is overwritten, by compare-and-set, once all in it have such records.
+Most items are assigned as soon as they come, and end soon after. So the first records that are decided while one write
+is under way are stored as one entry of a ring of keys beside the records, and an item gets a record of its own when it
+moves on, or after :data:`LATE_S`. An entry is overwritten, by compare-and-set, once all in it have such records.
 
 The ring is also a fence. Entries are written in turn, so whoever takes over reads them all and writes the one whose
-turn it is as it stands: if that succeeds it has missed none, and a predecessor that wakes up cannot write another.
+turn it is as it stands: if that succeeds it has missed none, and a predecessor that wakes up cannot write another. As
+every item begins in the ring, that one can do nothing about items of which its successor does not know.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from computemesh.contracts import storage
 from computemesh.contracts.base import Message
 from computemesh.contracts.work import WorkRecord
 
-KEY: Final = "meta.assigned"
+KEY: Final = "meta.first"
 """Where the entries are kept, each under its number. Several tokens, so they are not republished as states."""
 
 ENTRIES: Final = 256
 ENTRY_BYTES_MAX: Final = 65_536
-"""Of the records of one entry. A record that is larger is written by itself."""
+"""Of the records of one entry. A record that is larger has one to itself."""
 
 LATE_S: Final = 0.25
-"""An item that is out for longer gets a record of its own."""
+"""An item that did not move on for that long gets a record of its own."""
 
 RACES_MAX: Final = 8
 """Entries that a predecessor may still write while it is being deposed."""
 
 SEEN_BITS: Final = 25
 
-_log = log.get("assignments")
+_log = log.get("firsts")
 
 
 class Entry(Message, frozen=True, kw_only=True):
-    """Items that were assigned for the first time."""
+    """Items that were decided about for the first time."""
 
     stream_created: str
     """Of the inbox that they came by; another one numbers its messages anew."""
@@ -76,9 +77,9 @@ class Ring:
             self.turn = (max(revisions, key=revisions.__getitem__) + 1) % ENTRIES
 
     @property
-    def has_room(self) -> bool:
-        """Whether the next entry may be overwritten."""
-        return self.places[self.turn].needed == 0
+    def next(self) -> Place:
+        """The entry whose turn it is; it may be overwritten once nothing in it is needed."""
+        return self.places[self.turn]
 
     def wrote(self, revision: int, needed: int) -> Place:
         """The entry whose turn it was is stored."""
@@ -114,7 +115,7 @@ def entry_bytes(stream_created: str, records: Sequence[bytes]) -> bytes:
 
 
 async def take_over(bus: Bus, ring: Ring, stream_created: str) -> list[tuple[WorkRecord, Place]]:
-    """Reads all entries and deposes whoever wrote them; gives the items that came by this inbox.
+    """Reads all entries and deposes whoever wrote them; gives the first records of items that came by this inbox.
 
     Raises:
         BusError: the ring could not be read, or others write it faster than it is read.
@@ -141,7 +142,7 @@ async def take_over(bus: Bus, ring: Ring, stream_created: str) -> list[tuple[Wor
         for number, message in stored.items():
             found += [(record, ring.places[number]) for record in _records(message.data, number, stream_created)]
         return found
-    raise BusError(f"the ring of assignments was written {RACES_MAX} times while it was read")
+    raise BusError(f"the ring of first records was written {RACES_MAX} times while it was read")
 
 
 def _records(data: bytes, number: int, stream_created: str) -> list[WorkRecord]:
