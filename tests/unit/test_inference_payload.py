@@ -205,3 +205,17 @@ def test_a_missing_engine_is_the_nodes_fault(base_url: str | None, code: str, tm
     with pytest.raises(ExecutionError) as caught:
         executor.run(task, tmp_path, unwatched)
     assert (caught.value.code, caught.value.fault) == (code, "node")
+
+
+@pytest.mark.parametrize(("count", "replicas"), [(10, 3), (2, 4), (1, 1), (64, 64), (0, 2)])
+def test_replicas_share_the_prompts_evenly_in_order_and_leave_none_out(count: int, replicas: int) -> None:
+    """No share is more than one larger than another."""
+    shares = [inference.share_of(count, replica, replicas) for replica in range(replicas)]
+    assert [index for share in shares for index in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_answers_of_a_replica_are_numbered_as_all_of_them() -> None:
+    """So that the lists of all replicas, one after the other, are in the order of the prompts."""
+    items = inference.result_of("m", [Answer(output="a"), Answer(output="b")], 1.0, first=5)["items"]
+    assert [item["index"] for item in items] == [5, 6]

@@ -136,8 +136,17 @@ def asks(payload: InferencePayload, model: str) -> list[Ask]:
     return [_chat(settings, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
-def result_of(model: str, answers: list[Answer], latency_s: float) -> dict[str, Any]:
-    """The result to report."""
+def share_of(count: int, replica: int, replicas: int) -> range:
+    """Which of *count* prompts a replica answers: as many as the others, or one more."""
+    return range(count * replica // replicas, count * (replica + 1) // replicas)
+
+
+def result_of(model: str, answers: list[Answer], latency_s: float, *, first: int = 0) -> dict[str, Any]:
+    """The result to report.
+
+    Args:
+        first: index of the first answer among those of all replicas.
+    """
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
     completion_tokens = sum(answer.completion_tokens for answer in answers)
     return {
@@ -145,7 +154,7 @@ def result_of(model: str, answers: list[Answer], latency_s: float) -> dict[str, 
         "model": model,
         "items": [
             {"index": index, "output": answer.output, "finish_reason": answer.finish_reason}
-            for index, answer in enumerate(answers)
+            for index, answer in enumerate(answers, first)
         ],
         "usage": {
             "prompt_tokens": prompt_tokens,
@@ -171,10 +180,12 @@ class InferenceExecutor(Executor):
         if engine is None:
             raise ExecutionError("the node gave no inference engine", code="no_engine", fault="node")
         started_at = time.monotonic()
-        requests = asks(payload, engine.model)
+        every = asks(payload, engine.model)
+        mine = share_of(len(every), task.replica, task.replicas)
+        requests = every[mine.start : mine.stop]
         count = TokenCount(len(requests), payload.max_tokens, progress)
         answers = self._answers(engine, requests, count, task.timeout_s)
-        return result_of(engine.model, answers, time.monotonic() - started_at)
+        return result_of(engine.model, answers, time.monotonic() - started_at, first=mine.start)
 
     def _answers(self, engine: EngineAddress, requests: list[Ask], count: TokenCount, timeout_s: float) -> list[Answer]:
         """Answers in the order of the requests; the first failure ends them all."""
