@@ -89,6 +89,20 @@ async def test_a_real_model_answers_what_a_plain_program_published(tmp_path: Pat
 
 
 @pytest.mark.model
+async def test_replicas_share_the_prompts_of_an_item(tmp_path: Path) -> None:
+    """Each answers its own, under the place that the prompt has in the whole."""
+    prompts = ["What is the capital of France?", "Count to three.", "Say hello."]
+    payload = {"prompts": prompts, "max_tokens": 4, "temperature": 0}
+    async with running_mesh(tmp_path, ALL) as mesh:
+        sent = await mesh.submit(work.WorkItem(work_type="inference", payload=payload, replicas=2))
+        done = await mesh.record(sent.work_id)
+        assert done.state is work.WorkState.COMPLETED, done.error
+        items = [result["items"] for result in done.result]
+        assert [[item["index"] for item in of_one] for of_one in items] == [[0, 2], [1]]
+        assert all(item["output"] for of_one in items for item in of_one)
+
+
+@pytest.mark.model
 async def test_cancelling_ends_a_running_generation_and_frees_its_slot(tmp_path: Path) -> None:
     """A long answer is cancelled within a second or two, and the next item runs."""
     async with running_mesh(tmp_path, ALL, environment={"COMPUTEMESH_SLOTS": "1"}) as mesh:
