@@ -178,7 +178,7 @@ from computemesh.executors import Task
 from computemesh_services.node_agent.runs import KILL_GRACE_S, Runner
 
 async def main():
-    task = Task(work_id="w", attempt=1, work_type="sleeper")
+    task = Task(work_id="w", attempt=1, work_type=sys.argv[2], payload={"stays": True})
     runner = Runner()
     await runner.run(task, Path(sys.argv[1]), on_progress=lambda note: print(note.message, flush=True))
 
@@ -482,7 +482,7 @@ async def test_killing_the_agent_kills_the_whole_group_of_each_executor(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Nobody is left to clean up after kill -9, so the executor does it itself."""
-    arguments = [sys.executable, "-c", PARENT, str(tmp_path)]
+    arguments = [sys.executable, "-c", PARENT, str(tmp_path), "sleeper"]
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as parent:  # noqa: ASYNC220
         assert parent.stdout is not None
         pids = [int(pid) for pid in (await asyncio.to_thread(parent.stdout.readline)).split()]
@@ -490,6 +490,22 @@ async def test_killing_the_agent_kills_the_whole_group_of_each_executor(
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         await until(lambda: all(gone(pid) for pid in pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has started")
+async def test_killing_the_agent_kills_what_left_the_group_of_an_executor(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A daemon in a session of its own, which the kernel would have outlive everything."""
+    arguments = [sys.executable, "-c", PARENT, str(tmp_path), "daemon"]
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as parent:  # noqa: ASYNC220
+        assert parent.stdout is not None
+        assert await asyncio.to_thread(parent.stdout.readline) == "started\n"
+        daemon = int((tmp_path / "daemon.pid").read_text())
+        assert not gone(daemon)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        await until(lambda: gone(daemon))
 
 
 async def test_a_failing_prepare_is_reported_and_torn_down(runner: Runner, tmp_path: Path) -> None:
