@@ -6,7 +6,7 @@ number.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
@@ -327,7 +327,7 @@ def test_an_item_fails_with_one_that_it_waits_for_and_so_does_all_that_waits_for
     if end == "cancelled":
         scheduler.cancel("w0", "not wanted", NOW)
     else:
-        fault = "work" if end == "failed" else "node"
+        fault: Literal["work", "node"] = "work" if end == "failed" else "node"
         scheduler.failed(WorkFailed(work_id="w0", attempt=1, error="broke", fault=fault), NOW)
     advance(scheduler)
     last = scheduler.records["w1199"]

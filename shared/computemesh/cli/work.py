@@ -232,7 +232,8 @@ def answer_text(record: WorkRecord) -> str:
     if result is None and record.result_object is not None:
         return f"{record.result_object.size:,} bytes of JSON: `computemesh work result {record.work_id} -o FILE`"
     with contextlib.suppress(KeyError, TypeError):
-        return "\n\n".join(str(item["output"]) for item in result["items"])
+        shares: list[Any] = result if record.replicas > 1 else [result]
+        return "\n\n".join(str(item["output"]) for share in shares for item in share["items"])
     return msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
 
 
@@ -247,11 +248,6 @@ def _print_outcome(record: WorkRecord) -> None:
         print_answer(record)
     else:
         err.print(f"[bold red]{record.work_id} {record.state}:[/] {common.escape(answer_text(record))}")
-
-
-def _verdict(verdict: work.NodeVerdict) -> str:
-    reasons = "; ".join(verdict.reasons)
-    return f"fits: {reasons}" if verdict.fits else reasons
 
 
 def _list_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -343,7 +339,7 @@ def show(work_id: str, as_json: bool) -> None:
     if record.state not in FINAL:
         out.print(common.escape(why.summary))
         for verdict in why.nodes:
-            out.print(f"  {verdict.node_id}: {common.escape(_verdict(verdict))}")
+            out.print(f"  {verdict.node_id}: {common.escape(_reasons(verdict))}")
     out.print()
     rows = [
         (f"{move.at - record.submitted_at:+.3f} s", state_cell(move.state), str(move.attempt or "-"),
@@ -402,6 +398,11 @@ def _explained(found: WorkExplanation, width: int, lines: int | None) -> Rendera
     ]
     made = tables.grid(VERDICT_COLUMNS, rows, width)
     return Group(head, "", made, *filter(None, [tables.folded(len(order), len(shown))]))
+
+
+def _reasons(one: NodeVerdict) -> str:
+    reasons = "; ".join(one.reasons)
+    return f"fits: {reasons}" if one.fits else reasons
 
 
 def _verdict(one: NodeVerdict) -> Text:
