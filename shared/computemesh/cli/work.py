@@ -232,7 +232,7 @@ def answer_text(record: WorkRecord) -> str:
     if result is None and record.result_object is not None:
         return f"{record.result_object.size:,} bytes of JSON: `computemesh work result {record.work_id} -o FILE`"
     with contextlib.suppress(KeyError, TypeError):
-        shares: list[Any] = result if record.replicas > 1 else [result]
+        shares: list[Any] = list(result or []) if record.replicas > 1 else [result]
         return "\n\n".join(str(item["output"]) for share in shares for item in share["items"])
     return msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
 
