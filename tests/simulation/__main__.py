@@ -79,8 +79,19 @@ def _outcomes(asked: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def _worker(share: range) -> list[Outcome]:
-    command = [sys.executable, "-m", "tests.simulation", "--worker", "--first", str(share[0]), "--seeds", str(len(share))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "COMPUTEMESH_STRICT": "true"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.simulation",
+        "--worker",
+        "--first",
+        str(share[0]),
+        "--seeds",
+        str(len(share)),
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, env={**os.environ, "COMPUTEMESH_STRICT": "true"}, check=False
+    )
     found = [msgspec.json.decode(line, type=Outcome) for line in done.stdout.splitlines()]
     if len(found) < len(share):
         missing = share[len(found)]
@@ -105,7 +116,9 @@ def _show(seed: int) -> int:
         logger_factory=lambda *_: _Silent(),
     )  # fmt: skip
     outcome = simulation.run()
-    print(f"\nseed {seed}: {outcome.wrong or 'all is well'}\ndigest {outcome.digest}; {outcome.virtual_s:.1f} s, ", end="")
+    print(
+        f"\nseed {seed}: {outcome.wrong or 'all is well'}\ndigest {outcome.digest}; {outcome.virtual_s:.1f} s, ", end=""
+    )
     print(f"{outcome.messages} messages, {outcome.items} items\nfaults:", *outcome.faults, sep="\n  ")
     sys.stdout.flush()
     os._exit(1 if outcome.wrong else 0)

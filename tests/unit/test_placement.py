@@ -15,7 +15,7 @@ from computemesh.contracts.work import NodeVerdict, Requirements, WorkError, Wor
 from computemesh.hardware import Cpu, Memory, Platform, Tier
 from computemesh.testing.builders import a_gpu, a_node, a_record
 from computemesh_services.work_marshaller import placement
-from computemesh_services.work_marshaller.groups import Groups
+from computemesh_services.work_marshaller.groups import EMPTY_SLACK, Groups
 from computemesh_services.work_marshaller.needs import NOTHING, Shape, shape_of
 from computemesh_services.work_marshaller.rooms import Refusal
 from computemesh_services.work_marshaller.seats import Seat
@@ -239,3 +239,73 @@ def test_an_explanation_lists_the_best_first_and_the_hopeless_last() -> None:
     assert [(v.fits, v.may_change) for v in verdicts] == [(True, True)] * 2 + [(False, True)] * 2 + [(False, False)] * 2
     assert verdicts[4].reasons == ["busy: 2 of 2 slots taken", "2 CPUs, needs 4"]
     assert verdicts[0].node_id == choose(record, [seat("fits-half", taken=1), seat("fits-free")])
+
+
+@pytest.mark.parametrize(
+    ("record", "seats", "chosen"),
+    [
+        # The smallest tier that will do.
+        (a_record(), [seat("a", tier=Tier.GPU_PEER), seat("b", tier=Tier.CPU_ONLY, taken=1)], "b"),
+        # GPUs are left for those who ask for them.
+        (a_record(), [seat("a", gpus=[a_gpu()] * 8), seat("b", gpus=[a_gpu()], taken=1)], "b"),
+        # The least that is left over.
+        (needing(gpus=1), [seat("a", gpus=[a_gpu()] * 8), seat("b", gpus=[a_gpu()] * 2)], "b"),
+        (needing(vram_mb=1), [seat("a", gpus=[a_gpu(24_000)]), seat("b", gpus=[a_gpu(8_000)], taken=1)], "b"),
+        # The smaller machine, for items that ask for some of it.
+        (needing(cpus=2), [seat("a", cpu=Cpu(threads=64)), seat("b", cpu=Cpu(threads=8), taken=1)], "b"),
+        (needing(ram_mb=2), [seat("a", memory=Memory(total_mb=64)), seat("b", memory=Memory(total_mb=8))], "b"),
+        (needing(), [seat("a", cpu=Cpu(threads=64)), seat("b", cpu=Cpu(threads=8), taken=1)], "a"),
+        # Preferred labels, then no failure there, then the size.
+        (needing(prefer_labels={"zone": "a"}), [seat("a"), seat("b", labels={"zone": "a"}, taken=1)], "b"),
+        (
+            needing(prefer_labels={"zone": "a", "rack": "1"}),
+            [seat("a", labels={"zone": "a", "rack": "2"}), seat("b", labels={"zone": "a", "rack": "1"}, taken=1)],
+            "b",
+        ),
+        (
+            replace(needing(prefer_labels={"zone": "a"}), node_id="b", error=ERROR),
+            [seat("a"), seat("b", labels={"zone": "a"})],
+            "b",
+        ),
+        (replace(needing(), node_id="a", error=ERROR), [seat("a"), seat("b", tier=Tier.AI_FACTORY)], "b"),
+        # A model in memory before all that.
+        (
+            needing(prefer_labels={"zone": "a"}),
+            [seat("a", labels={"zone": "a"}), seat("b", loaded="llama", tier=Tier.GPU_PEER)],
+            "b",
+        ),
+        # Only those that are named, and of these the best.
+        (needing(node_ids=["b", "c", "d"]), [seat("a"), seat("b", taken=1), seat("c")], "c"),
+        (needing(not_node_ids=["a", "b"]), [seat("a"), seat("b"), seat("c", taken=1)], "c"),
+    ],
+)
+def test_the_best_fit_is_chosen(record: WorkRecord, seats: list[Seat], chosen: str) -> None:
+    assert choose(record, seats) == chosen
+    assert choose(record, seats[::-1]) == chosen
+
+
+def test_an_explanation_says_what_a_place_follows_from() -> None:
+    """What counts most first."""
+    record = needing(prefer_labels={"zone": "a", "rack": "1"})
+    best, second = explain(
+        replace(record, node_id="b", error=ERROR),
+        [seat("a", loaded="llama", labels={"zone": "a"}, taken=1), seat("b", gpus=[a_gpu()], tier=Tier.GPU_PEER)],
+    )
+    assert (best.node_id, best.score, best.reasons) == (
+        "a", 2.0, ["the model is in memory", "1 of 2 preferred labels", "tier CPU_ONLY", "1 of 2 slots taken"],
+    )  # fmt: skip
+    assert (second.score, second.reasons) == (
+        1.0,
+        ["the model is not in memory", "0 of 2 preferred labels", "the latest attempt failed here", "tier GPU_PEER",
+         "1 GPUs that are not asked for", "0 of 2 slots taken"],
+    )  # fmt: skip
+
+
+def test_groups_without_nodes_are_forgotten() -> None:
+    """Nodes that load one model after the other would leave one behind for each."""
+    groups, node = Groups(no_objection), seat("a")
+    for n in range(500):
+        node.loaded_models = frozenset({f"m{n}"})
+        groups.settle(node, NOW)
+        assert groups.best(shape_of(a_record(model_name="m")), "", NOW) is node
+    assert groups.kinds <= 2 * EMPTY_SLACK

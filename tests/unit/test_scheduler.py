@@ -23,7 +23,7 @@ from computemesh.contracts.work import (
     WorkState,
 )
 from computemesh.hardware import Cpu, Memory
-from computemesh.testing.builders import a_beat, a_node, a_plain_node, a_record, an_item
+from computemesh.testing.builders import a_beat, a_gpu, a_node, a_plain_node, a_record, an_item
 from computemesh_services.work_marshaller import scheduler as scheduling
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.effects import Deliver, Effect, Stop, consequences
@@ -1047,3 +1047,118 @@ def test_the_blacklist_is_the_same_for_a_successor_and_ends_there_too() -> None:
     assert after.next_at() == NOW + 60
     advance(after, NOW + 60)
     assert states(after)["next"] == "assigned"
+
+
+# --- deadlines -----------------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_in_the_past_is_refused_and_one_that_passed_before_a_replay_is_not() -> None:
+    """The second was good when it was submitted; it fails, and that is recorded."""
+    scheduler = with_nodes()
+    refusal = scheduler.refusal(an_item(deadline_at=NOW - 5), NOW)
+    assert isinstance(refusal, Refused)
+    assert (refusal.code, refusal.field, refusal.reason) == (
+        "deadline_passed", "deadline_at", "the deadline was 5 s ago",
+    )  # fmt: skip
+    assert scheduler.refusal(an_item(deadline_at=NOW - 5), NOW, fresh=False) is None
+    assert scheduler.refusal(an_item(deadline_at=NOW + 5), NOW) is None
+
+
+@pytest.mark.parametrize("state", [WorkState.PENDING, WorkState.ASSIGNED, WorkState.RUNNING, WorkState.RETRYING])
+@pytest.mark.parametrize("restored", [True, False])
+def test_an_item_that_has_not_ended_by_its_deadline_fails_by_its_own_fault(state: WorkState, restored: bool) -> None:
+    """Wherever it is by then, also under a marshaller that began later; what runs of it is stopped."""
+    deadline_at = NOW + 100
+    record = a_record(
+        state=state, attempt=1, node_id="n1", deadline_at=deadline_at, changed_at=NOW, not_before=NOW + 200,
+        requirements=Requirements(gpus=8),
+    )  # fmt: skip
+    scheduler = with_nodes(a_node("n1"))
+    if restored:
+        scheduler.restore(record, NOW)
+    elif state is WorkState.PENDING:
+        submit(scheduler, deadline_at=deadline_at, requirements=Requirements(gpus=8))
+    else:
+        return
+    advance(scheduler, deadline_at - 0.1)
+    before = scheduler.records["w1"]
+    assert before.state is state
+    after = advance(scheduler, deadline_at)[-1]
+    assert (after.state, after.finished_at) == (WorkState.FAILED, deadline_at)
+    assert after.error == WorkError(reason="it had not ended by its deadline", code="deadline", fault="work")
+    stops = [stop("it had not ended by its deadline")] if state in (WorkState.ASSIGNED, WorkState.RUNNING) else []
+    assert consequences(before, after) == stops
+    assert scheduler.seats["n1"].taken == set()
+    assert scheduler.blacklist.tallies() == []
+
+
+def test_an_item_that_ended_in_time_is_left_alone_by_its_deadline() -> None:
+    scheduler, _ = out(deadline_at=NOW + 100)
+    scheduler.completed(WorkCompleted(work_id="w1", attempt=1), NOW)
+    wanted(scheduler)
+    assert advance(scheduler, NOW + 200) == []
+    assert states(scheduler) == {"w1": "completed"}
+
+
+# --- what becomes free ---------------------------------------------------------------------------------------------
+
+
+def test_memory_that_a_heartbeat_tells_to_be_free_is_used_at_once() -> None:
+    """Without anything else happening."""
+    scheduler = with_nodes(a_node(slots=5, memory=Memory(total_mb=1000)))
+    scheduler.heartbeat(a_beat(memory_available_mb=300), NOW)
+    record = submit(scheduler, requirements=Requirements(ram_mb=500))
+    assert advance(scheduler, NOW) == []
+    (verdict,) = scheduler.explain(record, NOW).nodes
+    assert verdict.reasons == ["0 of 1000 MiB of RAM taken by work and 700 by others, needs 500"]
+    scheduler.heartbeat(a_beat(memory_available_mb=600), NOW + 0.1)
+    scheduler.place(NOW + 0.1)
+    assert states(scheduler) == {"w1": "assigned"}
+
+
+def test_a_node_that_is_announced_with_other_hardware_has_that_much() -> None:
+    """What is out on it still counts."""
+    scheduler = with_nodes(a_node(slots=5, cpu=Cpu(threads=8)))
+    submit(scheduler, "w1", 1, requirements=Requirements(cpus=4))
+    submit(scheduler, "w2", 2, requirements=Requirements(cpus=6))
+    advance(scheduler, NOW)
+    assert states(scheduler) == {"w1": "assigned", "w2": "pending"}
+    scheduler.node_changed(a_node(slots=5, cpu=Cpu(threads=9)), NOW)
+    advance(scheduler, NOW)
+    assert states(scheduler)["w2"] == "pending"
+    scheduler.node_changed(a_node(slots=5, cpu=Cpu(threads=10)), NOW)
+    advance(scheduler, NOW)
+    assert states(scheduler)["w2"] == "assigned"
+
+
+def test_a_quota_that_one_owner_has_used_up_holds_up_no_other_owner() -> None:
+    """Their items ask for the same, and wait apart."""
+    scheduler = with_nodes(a_node("n1", slots=5, gpus=[a_gpu()]))
+    submit(scheduler, "ann1", 1, owner="ann", requirements=Requirements(vram_mb=100))
+    advance(scheduler, NOW)
+    refused = Refused(code="quota_exceeded", reason="ann has enough")
+    scheduler.refused_gpus("ann1", 1, refused, NOW)
+    submit(scheduler, "bob1", 2, owner="bob", requirements=Requirements(vram_mb=100))
+    advance(scheduler, NOW)
+    assert states(scheduler) == {"ann1": "pending", "bob1": "assigned"}
+    advance(scheduler, NOW + 1)
+    assert states(scheduler) == {"ann1": "assigned", "bob1": "assigned"}
+
+
+def test_an_item_that_no_node_can_ever_run_waits_and_a_node_that_can_is_given_it() -> None:
+    """Nodes may join."""
+    scheduler = with_nodes(a_node("n1", gpus=[a_gpu(24_000)]))
+    record = submit(scheduler, requirements=Requirements(vram_mb=80_000))
+    advance(scheduler, NOW)
+    assert scheduler.explain(record, NOW).summary == (
+        "waits: none of the 1 nodes can ever run it; the nearest is n1: 0 GPUs with 80000 MiB, needs 1"
+    )
+    scheduler.node_changed(a_node("n2", gpus=[a_gpu(81_000)]), NOW)
+    assert advance(scheduler, NOW)[-1].node_id == "n2"
+
+
+def test_an_explanation_shows_so_many_nodes_the_nearest_and_counts_all() -> None:
+    scheduler = with_nodes(*(a_node(f"n{n:03}", state=NodeState.SUSPECT) for n in range(150)))
+    explanation = scheduler.explain(submit(scheduler), NOW)
+    assert explanation.summary == "waits: no node fits now, 150 of 150 could later; the nearest is n000: suspect"
+    assert len(explanation.nodes) == scheduling.VERDICTS_MAX

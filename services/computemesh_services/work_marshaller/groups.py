@@ -98,6 +98,11 @@ class Groups:
         self._places: dict[str, _Place] = {}
         self._orders: dict[ShapeKey, _Order] = {}
 
+    @property
+    def kinds(self) -> int:
+        """Kinds of nodes that are remembered."""
+        return len(self._groups)
+
     # --- nodes -------------------------------------------------------------------------------------------------
 
     def settle(self, seat: Seat, now: float) -> None:
@@ -106,8 +111,8 @@ class Groups:
         place = self._places.get(node_id)
         group = self._group_of(seat)
         if place is None or place.group is not group or place.seat is not seat:
+            group.members += 1  # First, so that it is not swept.
             self.gone(node_id)
-            group.members += 1
             place = self._places[node_id] = _Place(seat, group)
         place.open = next(seat.closed(now), None) is None
         self.moved(seat)

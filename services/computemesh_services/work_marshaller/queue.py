@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from computemesh.contracts.work import WorkRecord
+from computemesh.contracts.work import REPLICAS_MAX, WorkRecord
 from computemesh_services.work_marshaller.needs import Shape, ShapeKey, shape_key
 
 IDLE_OWNERS: Final = 1000
@@ -47,22 +47,29 @@ class Turns:
     __slots__ = ("_next", "_now", "_waiting")
 
     def __init__(self) -> None:
-        self._now = 0
-        """Number of the latest turn that was given."""
-        self._next: dict[str, int] = {}
+        self._now = 0.0
+        """Where those who come now begin: it grows by one while each owner who waits has a turn."""
+        self._next: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
 
-    def of(self, owner: str) -> int:
+    @property
+    def remembered(self) -> int:
+        """Owners of whom something is remembered."""
+        return len(self._next)
+
+    def of(self, owner: str) -> float:
         """Number of the next turn of an owner with items that wait."""
-        return self._next.get(owner, self._now)
+        return self._next[owner]
 
     def came(self, owner: str) -> None:
+        """An item of *owner* begins to wait."""
         waiting = self._waiting.get(owner, 0)
         if not waiting:
-            self._next[owner] = max(self._next.get(owner, 0), self._now)
+            self._next[owner] = max(self._next.get(owner, 0.0), self._now)
         self._waiting[owner] = waiting + 1
 
     def left(self, owner: str) -> None:
+        """An item of *owner* waits no more."""
         waiting = self._waiting[owner] - 1
         if waiting:
             self._waiting[owner] = waiting
@@ -70,15 +77,15 @@ class Turns:
         del self._waiting[owner]
         if not self._waiting:
             self._next.clear()
-            self._now = 0
+            self._now = 0.0
         elif len(self._next) > IDLE_OWNERS + 2 * len(self._waiting):
-            self._next = {name: turn for name, turn in self._next.items() if name in self._waiting or turn > self._now}
+            self._next = {name: turn for name, turn in self._next.items() if name in self._waiting}
 
     def take(self, owner: str, count: int) -> None:
-        """*owner* gets its turn."""
-        turn = max(self.of(owner), self._now)
-        self._now = turn
+        """*owner* gets its turn. One whose items could not start for long catches up a little, and not all at once."""
+        turn = max(self._next[owner], self._now - REPLICAS_MAX)
         self._next[owner] = turn + count
+        self._now = max(self._now + count / len(self._waiting), turn)
 
 
 class Line:
@@ -94,7 +101,7 @@ class Line:
         self._pushed = 0
         self._owners: dict[str, list[tuple[int, int, Entry]]] = {}
         # What these hold may have changed since; it is put right when it comes to the front.
-        self._turns: list[tuple[int, int, str]] = []
+        self._turns: list[tuple[float, int, str]] = []
         self._oldest: list[tuple[float, str]] = []
 
     def push(self, entry: Entry) -> None:
@@ -120,7 +127,7 @@ class Line:
             else:
                 heapq.heapreplace(self._oldest, (first.submitted_at, owner))
 
-    def first(self) -> tuple[int, int, Entry]:
+    def first(self) -> tuple[float, int, Entry]:
         """The item whose turn it is: the number of the turn, the item's place in the inbox, and the item."""
         while True:
             turn, seq, owner = self._turns[0]
@@ -171,6 +178,9 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, work_id: str) -> bool:
+        return work_id in self._entries
 
     def __iter__(self) -> Iterator[Backlog]:
         return iter(self._backlogs.values())
@@ -237,7 +247,7 @@ class Queue:
         if len(lines) == 1:
             return lines[0][1], lines[0][0].first()[2]
         priority = self._priority({line.priority for line, _ in lines}, lines)
-        best: tuple[int, int] | None = None
+        best: tuple[float, int] | None = None
         chosen: tuple[Backlog, Entry] | None = None
         for line, backlog in lines:
             if line.priority == priority:
