@@ -81,6 +81,8 @@ def fleet(count: int, rng: random.Random) -> list[NodeRecord]:
 def shapes(count: int, rng: random.Random) -> list[Requirements]:
     """What items ask for; one in ten of these fits no node at all."""
     made: list[Requirements] = []
+    if count == 1:
+        return [Requirements()]
     for n in range(count):
         if n % 10 == 9:
             made.append(Requirements(gpus=16, vram_mb=80_000 + n))
@@ -139,6 +141,8 @@ class Bench:
         self.decide()
 
     def end(self) -> None:
+        if not self.out:
+            return
         place = self.rng.randrange(len(self.out))
         self.out[place], self.out[-1] = self.out[-1], self.out[place]
         work_id = self.out.pop()
@@ -183,11 +187,12 @@ def measure(nodes: int, items: int, kinds: int) -> Row:
     gc.disable()
     try:
         fill_s = bench.fill()
+        samples = min(SAMPLES, items // 4)
         timings = {
-            "end": timing(bench.end, SAMPLES),
-            "come": timing(bench.come, SAMPLES),
-            "join": timing(bench.join, SAMPLES),
-            "beat": timing(bench.beat, SAMPLES),
+            "end": timing(bench.end, samples),
+            "come": timing(bench.come, samples),
+            "join": timing(bench.join, samples),
+            "beat": timing(bench.beat, samples),
             "explain": timing(bench.explain, 20),
         }
     finally:

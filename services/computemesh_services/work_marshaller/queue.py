@@ -22,6 +22,8 @@ from typing import Final
 from computemesh.contracts.work import REPLICAS_MAX, WorkRecord
 from computemesh_services.work_marshaller.needs import Shape, ShapeKey, shape_key
 
+_NEVER: Final = float("inf")
+
 IDLE_OWNERS: Final = 1000
 """Owners without waiting items whose last turn may be remembered before those are swept."""
 
@@ -91,13 +93,15 @@ class Turns:
 class Line:
     """Waiting items of one shape and one priority, by owner."""
 
-    __slots__ = ("_oldest", "_owners", "_pushed", "_turns", "count", "priority", "turns")
+    __slots__ = ("_oldest", "_owners", "_pushed", "_turns", "count", "oldest_at", "priority", "turns")
 
     def __init__(self, priority: int, turns: Turns) -> None:
         self.priority: Final = priority
         self.turns: Final = turns
         self.count = 0
         """Items that wait here; those that left may still stand in the heaps."""
+        self.oldest_at: float | None = None
+        """What :meth:`oldest` gave, while it holds."""
         self._pushed = 0
         self._owners: dict[str, list[tuple[int, int, Entry]]] = {}
         # What these hold may have changed since; it is put right when it comes to the front.
@@ -114,6 +118,7 @@ class Line:
         if items[0][2] is entry:
             heapq.heappush(self._turns, (self.turns.of(entry.owner), entry.seq, entry.owner))
             heapq.heappush(self._oldest, (entry.submitted_at, entry.owner))
+            self.oldest_at = None
 
     def oldest(self) -> float:
         """Unix seconds of the submission of the item that waits longest."""
@@ -123,6 +128,7 @@ class Line:
             if first is None:
                 heapq.heappop(self._oldest)
             elif first.submitted_at == submitted_at:
+                self.oldest_at = submitted_at
                 return submitted_at
             else:
                 heapq.heapreplace(self._oldest, (first.submitted_at, owner))
@@ -210,6 +216,8 @@ class Queue:
         line = entry.line
         entry.left = True
         line.count -= 1
+        if entry.submitted_at == line.oldest_at:
+            line.oldest_at = None
         line.turns.left(entry.owner)
         if not line.count:
             del backlog.lines[line.priority]
@@ -263,7 +271,9 @@ class Queue:
             return next(iter(priorities))
         oldest: dict[int, float] = {}
         for line, _ in lines:
-            oldest[line.priority] = min(line.oldest(), oldest.get(line.priority, float("inf")))
+            oldest_at = line.oldest() if line.oldest_at is None else line.oldest_at
+            if oldest_at < oldest.get(line.priority, _NEVER):
+                oldest[line.priority] = oldest_at
         return min(oldest, key=lambda priority: (oldest[priority] - priority * self._step_s, -priority))
 
     def charge(self, entry: Entry, turns: int) -> None:

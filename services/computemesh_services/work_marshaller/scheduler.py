@@ -571,6 +571,7 @@ class Scheduler:
                 self._write(workitem.assigned(record, node.node_id, now, plain=node.delivery != "direct"), now)
             for seat in seats:
                 self.blacklist.probe(_kind(record, seat.node.node_id), record.work_id)
+            self._narrow(now)
 
     def _wake(self, now: float) -> None:
         """Makes the items ready that fit a node with more room."""
@@ -585,6 +586,17 @@ class Scheduler:
                 nodes = self._ready.get(backlog, _NOWHERE)
                 if nodes is not None and self._groups.takes(backlog.shape, seat, now):
                     self._ready[backlog] = [*nodes, seat] if backlog.shape.replicas == 1 else None
+
+    def _narrow(self, now: float) -> None:
+        """Something was placed: fewer items may fit the nodes they were made ready for."""
+        for backlog, nodes in list(self._ready.items()):
+            if nodes is None:
+                continue
+            left = [seat for seat in nodes if self._groups.takes(backlog.shape, seat, now)]
+            if left:
+                self._ready[backlog] = left
+            else:
+                del self._ready[backlog]
 
     def _choose(self, backlog: Backlog, record: WorkRecord, now: float) -> list[Seat]:
         """The nodes of all its replicas; empty when they do not fit now."""
