@@ -41,7 +41,7 @@ from tests.simulation.parties import (
     no_machine,
 )
 from tests.simulation.server import Server, Weather
-from tests.simulation.world import EPOCH_S, HERE, Clock, Link, Loop, Process, virtual_time
+from tests.simulation.world import EPOCH_S, HERE, Clock, Link, Loop, NoProgress, Process, virtual_time
 
 # pyright: reportPrivateUsage=false
 
@@ -331,7 +331,7 @@ class Simulation:
         try:
             with virtual_time(self.loop, self.seed), no_machine(), self._rejections():
                 self._run()
-        except Violation as error:
+        except (Violation, NoProgress) as error:
             self.outcome.wrong = str(error)
         finally:
             scheduling.REMEMBERED_MAX, reigning.REMEMBERED_MAX = remembered  # type: ignore[misc]

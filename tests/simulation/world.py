@@ -26,10 +26,17 @@ from unittest.mock import patch
 EPOCH_S: Final = 1_800_000_000.0
 """What the clocks show when a simulation begins, Unix seconds."""
 
+STEPS_MAX: Final = 300_000
+"""Callbacks that may run before time passes."""
+
 HERE: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 """The process whose code runs."""
 
 Failed = Callable[[str, BaseException], None]
+
+
+class NoProgress(Exception):
+    """Callbacks call each other, and time does not pass."""
 
 
 @dataclass(eq=False)
@@ -162,10 +169,15 @@ class Loop(asyncio.AbstractEventLoop):
     def run_until(self, when: float, done: Callable[[], bool] = lambda: False) -> None:
         """Lets time pass up to *when*, or until *done*, which is asked each time the clock moves."""
         asyncio._set_running_loop(self)
+        steps = 0
         try:
             while True:
                 while self._ready:
                     self._run(self._ready.popleft())
+                    steps += 1
+                    if steps > STEPS_MAX:
+                        raise NoProgress(f"{steps} callbacks at {self.now:.6f} s: {self._ready[0] if self._ready else ''}")
+                steps = 0
                 if done() or not self._timers or self._timers[0][0] > when:
                     break
                 self.now, _, handle = heapq.heappop(self._timers)
