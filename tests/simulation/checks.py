@@ -98,6 +98,8 @@ class Truth:
             self.reports[kept.seq] = msgspec.json.decode(kept.data, type=WorkFailed)
 
     def _recorded(self, before: WorkRecord | None, after: WorkRecord) -> None:
+        if before == after:
+            return  # A first record, which now stands under the item's own key.
         moves = [move.state for move in after.story]
         whole = len(moves) < STORY_MAX
         demand(not whole or moves[0] is WorkState.PENDING, "a story begins with the submission", after)
