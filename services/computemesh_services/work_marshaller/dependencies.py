@@ -36,7 +36,6 @@ class Dependencies:
             waiting.pop(record.work_id, None)
             if not waiting:
                 self._waiting.pop(other, None)
-                self._unknown.pop(other, None)
 
     def waiting_for(self, work_id: str) -> list[str]:
         """Those that wait for an item."""
@@ -48,7 +47,7 @@ class Dependencies:
 
     def take_unknown(self) -> list[str]:
         """What must be looked up now. Each is given once."""
-        unknown = list(self._unknown)
+        unknown = [work_id for work_id in self._unknown if work_id in self._waiting]
         self._unknown.clear()
         return unknown
 
