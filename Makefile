@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-nodes bench-peers ledger-sim docs golden lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-nodes bench-peers ledger-sim sim docs golden lock wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ bench-gpus: $(VENV)/.dev ## Measure reservations of GPU memory against raw compa
 ledger-sim: $(VENV)/.dev ## The ledger of GPU memory in a simulated mesh, for long (N=100000 steps, or SEEDS=7,8 to play those again)
 	@LEDGER_STEPS=$(or $(N),100000) LEDGER_SEEDS=$(or $(SEEDS),$$(seq -s, 100 139)) \
 	  $(BIN)/python -m pytest -q --no-header tests/property/test_gpu_ledger.py
+
+sim: $(VENV)/.dev ## The marshaller's mesh in virtual time, in which everything fails (SEEDS=10000, or SEED=123 to show one)
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0))
 
 bench-nodes: $(VENV)/.dev ## Measure the node-registry with a simulated fleet (BENCH="--quick --peer NANOCTRL --json FILE")
 	@$(BIN)/python -m tests.bench.nodes $(BENCH)
