@@ -17,13 +17,15 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from computemesh.contracts.base import STRICT
 from tests.simulation.mesh import Outcome, Simulation
 
 SHARE: Final = 25
 """Seeds of one worker process."""
 
 SHOWN_MAX: Final = 20
+
+ENVIRONMENT: Final = {"PYTHONHASHSEED": "0", "COMPUTEMESH_STRICT": "true"}
+"""Of every process that simulates: the order of a set of strings is part of the story."""
 
 
 def main() -> int:
@@ -79,19 +81,8 @@ def _outcomes(asked: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def _worker(share: range) -> list[Outcome]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.simulation",
-        "--worker",
-        "--first",
-        str(share[0]),
-        "--seeds",
-        str(len(share)),
-    ]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, env={**os.environ, "COMPUTEMESH_STRICT": "true"}, check=False
-    )
+    command = [sys.executable, "-m", "tests.simulation", "--worker", "--first", str(share[0]), "--seeds", str(len(share))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}, check=False)
     found = [msgspec.json.decode(line, type=Outcome) for line in done.stdout.splitlines()]
     if len(found) < len(share):
         missing = share[len(found)]
@@ -107,8 +98,8 @@ def _work(seeds: range) -> int:
 
 
 def _show(seed: int) -> int:
-    if not STRICT:
-        os.environ["COMPUTEMESH_STRICT"] = "true"
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.environ |= ENVIRONMENT
         os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", "--seed", str(seed)])
     simulation = Simulation(seed, say=print)
     structlog.configure(
@@ -116,9 +107,7 @@ def _show(seed: int) -> int:
         logger_factory=lambda *_: _Silent(),
     )  # fmt: skip
     outcome = simulation.run()
-    print(
-        f"\nseed {seed}: {outcome.wrong or 'all is well'}\ndigest {outcome.digest}; {outcome.virtual_s:.1f} s, ", end=""
-    )
+    print(f"\nseed {seed}: {outcome.wrong or 'all is well'}\ndigest {outcome.digest}; {outcome.virtual_s:.1f} s, ", end="")
     print(f"{outcome.messages} messages, {outcome.items} items\nfaults:", *outcome.faults, sep="\n  ")
     sys.stdout.flush()
     os._exit(1 if outcome.wrong else 0)

@@ -262,7 +262,7 @@ class Person:
     async def _request(self, bus: Bus, item: WorkItem) -> bool:
         answer = await bus.ask(work.REQUEST, item, timeout_s=2.0)
         if isinstance(answer, Refused):
-            return answer.code == "queue_full"
+            return answer.retry == "never" or answer.code == "queue_full"
         self.accepted.add(answer.work_id)
         return True
 

@@ -29,7 +29,7 @@ def test_every_promise_holds_in_every_seed() -> None:
 
 
 def test_a_seed_is_the_same_story_each_time() -> None:
-    """All that was sent, stored and lost, to the byte, whatever order Python's sets and dicts of strings have."""
+    """All that was sent, stored and lost, to the byte, and in the order in which it happened."""
     told = {hash_seed: simulate("--seeds", "8", "--jobs", "1", "--digests", hash_seed=hash_seed).stdout.splitlines()
             for hash_seed in ("1", "2")}  # fmt: skip
     stories = [sorted(line for line in lines if len(line.split()) == 2) for lines in told.values()]
