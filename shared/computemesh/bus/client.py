@@ -109,6 +109,12 @@ class LeanClient(Client):
 
     # --- in ----------------------------------------------------------------------------------------------------
 
+    async def _process_pong(self) -> None:
+        """As nats-py does, which ends its reader when nobody waits for the answer to a flush any more."""
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
     async def subscribe_inline(self, subject: str, on_message: OnMessage, *, queue: str = "") -> Subscription:
         """Subscribes with a handler that runs while the connection is read, so nothing else is read meanwhile.
 
