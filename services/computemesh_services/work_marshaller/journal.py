@@ -182,6 +182,19 @@ class Journal:
         """The inbox message *seq* is reflected by the item's next put."""
         self._slot(work_id).seqs.append(seq)
 
+    def pass_over(self, work_id: str, seq: int) -> None:
+        """The inbox message *seq* changes nothing about an item as it is in memory. What of that is not stored yet
+        holds the position back, as without it the message may count after all."""
+        if self.holds(seq):
+            return
+        slot = self._slots.get(work_id)
+        if slot is not None and slot.wanted is not None:
+            slot.seqs.append(seq)
+        elif slot is not None and slot.flight is not None:
+            slot.flight_seqs.append(seq)
+        else:
+            self._floor.close(seq)
+
     async def write(self, record: WorkRecord) -> None:
         """Puts the record as soon as the item's last put is acknowledged."""
         slot = self._slot(record.work_id)

@@ -291,8 +291,7 @@ class Reign:
                 await self._reject(stored, changed)
             self._floor.close(stored.seq)
         elif changed is None:
-            if not self._journal.holds(stored.seq):
-                self._floor.close(stored.seq)
+            self._journal.pass_over(_id_in(stored.data), stored.seq)
         else:
             self._journal.carry(changed.work_id, stored.seq)
         self._read_seq, self._behind = stored.seq, stored.pending
