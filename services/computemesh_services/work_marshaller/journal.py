@@ -293,7 +293,8 @@ class Journal:
         if self.broken.is_set():
             return
         slot.flight, slot.wanted = record, None
-        slot.flight_seqs, slot.seqs = slot.seqs, []
+        slot.flight_seqs += slot.seqs
+        slot.seqs = []
         headers = {"Nats-Expected-Last-Subject-Sequence": str(slot.revision)}
         headers |= trace_headers(record) or {}  # Republished with the record.
         if is_final(record):
