@@ -176,7 +176,7 @@ async def test_reservations_outlive_the_marshaller_and_are_renewed_by_the_next(
     await mesh.submit(held(folder, "w1", requirements=Requirements(gpus=2)))
     await until((folder / "began-1-0").exists, what="the run")
     (before,) = await reservations(bus)
-    assert before.total_mb == 2 * 81_920
+    assert before.total_mb == 2 * 73_728
     mesh.kill("work-marshaller")
 
     async def renewed() -> bool:

@@ -21,9 +21,11 @@ from computemesh.contracts.work import (
     WorkRecord,
     WorkState,
 )
+from computemesh.hardware import Memory
 from computemesh.testing.builders import a_gpu, a_node, a_plain_node, a_record, an_item
 from computemesh_services.work_marshaller import workitem
 from computemesh_services.work_marshaller.effects import Deliver, Stop, consequences
+from computemesh_services.work_marshaller.gangs import PATIENCE_S
 from computemesh_services.work_marshaller.grants import REST_S, REST_S_MAX, reservation_id, terms
 from computemesh_services.work_marshaller.scheduler import MISSED_S, WRITE_LATE_S, Limits, Scheduler
 from computemesh_services.work_marshaller.workitem import RESULTS_BYTES_MAX, RetryPolicy
@@ -503,10 +505,104 @@ def test_a_reservation_names_the_attempt_and_asks_for_what_the_item_asks() -> No
     assert (ask.gpu_count, ask.required_mb, ask.gpu_model, ask.prefer_nvlink) == (2, 9_000, "card", True)
     assert (ask.node_id, ask.session, ask.work_id, ask.owner) == ("n1", "s7", "w1", "ann")
     whole = terms(replace(record, requirements=ONE_GPU), 1, node)
-    assert (whole.gpu_count, whole.required_mb) == (1, 24_000)
+    assert (whole.gpu_count, whole.required_mb) == (1, 21_600)
     some = terms(replace(record, requirements=Requirements(vram_mb=500)), 1, node)
     assert (some.gpu_count, some.required_mb) == (1, 500)
     ids = {reservation_id("w1", attempt, replica) for attempt in (1, 2, 3) for replica in (0, 1)}
     assert len(ids) == 6
     assert ask.reservation_id == reservation_id("w1", 3, 1)
     assert len(reservation_id("w" * 63, 10**9, 63)) <= 63
+
+
+# --- nodes that are kept ---------------------------------------------------------------------------------------------
+
+
+def a_stream(*nodes: NodeRecord, replicas: int = 2, **item: Any) -> Scheduler:
+    """Nodes on which single items run, of which more wait than there are places, and one item with replicas."""
+    scheduler = with_nodes(*nodes)
+    slots = sum(node.slots for node in nodes)
+    for number in range(slots):
+        submit(scheduler, f"s{number}", number)
+    advance(scheduler)
+    submit(scheduler, "gang", 50, replicas=replicas, priority=0, **item)
+    for number in range(100, 110):
+        submit(scheduler, f"s{number}", number, priority=9)
+    return scheduler
+
+
+def finish(scheduler: Scheduler, node_id: str, now: float) -> set[str]:
+    """Completes what runs on a node, and gives what starts there next."""
+    for work_id, replica in list(scheduler.seats[node_id].taken):
+        attempt = scheduler.records[work_id].attempt
+        scheduler.completed(WorkCompleted(work_id=work_id, attempt=attempt, replica=replica), now)
+    advance(scheduler, now)
+    return {work_id for work_id, _ in scheduler.seats[node_id].taken}
+
+
+LATE = NOW + PATIENCE_S
+
+
+def test_smaller_items_hold_up_one_with_replicas_only_so_long() -> None:
+    """Then its nodes are kept, and it starts when what runs on them has ended, however many others wait."""
+    scheduler = a_stream(a_node("n1"), a_node("n2"))
+    assert finish(scheduler, "n1", LATE - 1) == {"s100"}
+    assert finish(scheduler, "n2", LATE - 1) == {"s101"}
+    assert finish(scheduler, "n1", LATE) == set()
+    told = {node.node_id: node for node in scheduler.explain(scheduler.records["s105"], LATE).nodes}
+    assert told["n1"].reasons == ["kept for gang, which waits to start 2 replicas together"]
+    assert finish(scheduler, "n2", LATE + 1) == {"gang"}
+    assert finish(scheduler, "n1", LATE + 2) == {"s102"}, "the node is free for others again"
+
+
+def test_no_more_nodes_are_kept_than_are_needed() -> None:
+    """Those where the fewest others must end first."""
+    scheduler = a_stream(a_node("n1"), a_node("n2", slots=2), a_node("n3"))
+    advance(scheduler, LATE)
+    kept = [node_id for node_id in ("n1", "n2", "n3") if not finish(scheduler, node_id, LATE + 1)]
+    assert kept == ["n1"], "n1 and n3 were kept, and when n3 fell free the item started"
+    assert state(scheduler, "gang") == "assigned"
+    assert {node for _, node in workitem.places(scheduler.records["gang"])} == {"n1", "n3"}
+
+
+@pytest.mark.parametrize("replicas", [3, 64])
+def test_nothing_is_kept_for_an_item_that_would_not_fit_even_then(replicas: int) -> None:
+    """Others go on."""
+    scheduler = a_stream(a_node("n1"), a_node("n2"), replicas=replicas)
+    assert finish(scheduler, "n1", LATE) == {"s100"}
+
+
+def test_nothing_is_kept_when_it_is_not_work_that_is_in_the_way() -> None:
+    """Nodes would stand idle for nothing: here, somebody else uses the memory."""
+    memory = Memory(total_mb=64_000)
+    scheduler = with_nodes(a_node("n1", memory=memory), a_node("n2", memory=memory))
+    for node_id in ("n1", "n2"):
+        scheduler.heartbeat(NodeHeartbeat(node_id=node_id, session="s1", memory_available_mb=1_000), NOW)
+    submit(scheduler, "gang", replicas=2, requirements=Requirements(ram_mb=32_000))
+    advance(scheduler)
+    submit(scheduler, "w2", 2, now=LATE)
+    assert advance(scheduler, LATE)["w2"].state is WorkState.ASSIGNED
+
+
+@pytest.mark.parametrize("how", ["cancelled", "a node is lost"])
+def test_nodes_are_kept_no_longer_than_they_are_of_use(how: str) -> None:
+    """Not for an item that is gone, nor when the others would not be enough."""
+    scheduler = a_stream(a_node("n1"), a_node("n2"))
+    assert finish(scheduler, "n1", LATE) == set()
+    if how == "cancelled":
+        scheduler.cancel("gang", "not wanted", LATE)
+    else:
+        scheduler.node_changed(a_node("n2", state=NodeState.LOST), LATE)
+        advance(scheduler, LATE)
+    advance(scheduler, LATE)
+    assert len(scheduler.seats["n1"].taken) == 1
+    assert state(scheduler, "gang") != "assigned"
+
+
+def test_of_two_items_with_replicas_the_second_has_nodes_kept_after_the_first() -> None:
+    """Never half of them for each."""
+    scheduler = a_stream(a_node("n1"), a_node("n2"))
+    submit(scheduler, "twin", 51, replicas=2, work_type="ppo", priority=0)
+    assert finish(scheduler, "n1", LATE) == set()
+    assert finish(scheduler, "n2", LATE) == {"gang"}
+    assert finish(scheduler, "n1", LATE + 1) == set()
+    assert finish(scheduler, "n2", LATE + 2) == {"twin"}

@@ -21,6 +21,12 @@ REST_S_MAX: Final = 30.0
 """How long a node is left alone with what was refused there; the pause doubles while it goes on. It is over at once
 when GPU memory of the node is given back."""
 
+WHOLE: Final = 0.9
+"""Share of a GPU's memory that must be free for it to be had as a whole: drivers and desktops use a little."""
+
+RESTS_MAX: Final = 10_000
+"""Refusals above which those that are long over are dropped."""
+
 QUOTA: Final = "quota_exceeded"
 
 
@@ -36,7 +42,7 @@ def reservation_id(work_id: str, attempt: int, replica: int) -> str:
 def terms(record: WorkRecord, replica: int, node: NodeRecord) -> GpuReserve:
     """What to reserve for a replica on *node*.
 
-    Without `vram_mb` it is the whole of each GPU: on a node whose GPUs differ, as much as the smallest of them has.
+    Without `vram_mb` it is the whole of each GPU, but for a little: on a node whose GPUs differ, that of the smallest.
     """
     need = record.requirements
     fit = [gpu.vram_total_mb for gpu in node.gpus if need.gpu_model.lower() in gpu.name.lower() and not gpu.error]
@@ -47,7 +53,7 @@ def terms(record: WorkRecord, replica: int, node: NodeRecord) -> GpuReserve:
         work_id=record.work_id,
         owner=record.owner,
         gpu_count=max(1, need.gpus),
-        required_mb=max(1, need.vram_mb or min(fit, default=1)),
+        required_mb=max(1, need.vram_mb or int(WHOLE * min(fit, default=1))),
         gpu_model=need.gpu_model,
         prefer_nvlink=need.gpus > 1,
     )
@@ -78,6 +84,8 @@ class Refusals:
         rest = self._rests.get(key)
         times = rest.times + 1 if rest and now < rest.until + REST_S_MAX else 0
         until = now + min(REST_S_MAX, REST_S * 2.0 ** min(times, 30))
+        if len(self._rests) >= RESTS_MAX:
+            self.tidy(now)
         self._rests[key] = _Rest(until, times, refused.reason)
         return until
 

@@ -210,6 +210,10 @@ class Queue:
         self._entries[entry.work_id] = (backlog, entry)
         return backlog, is_new
 
+    def backlog(self, work_id: str) -> Backlog:
+        """Those that an item waits with."""
+        return self._entries[work_id][0]
+
     def drop(self, work_id: str) -> Backlog:
         """An item waits no more. Gives those it waited with."""
         backlog, entry = self._entries.pop(work_id)

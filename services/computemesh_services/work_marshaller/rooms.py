@@ -15,11 +15,8 @@ from typing import Final
 import msgspec
 
 from computemesh.contracts.nodes import NodeHeartbeat, NodeRecord
+from computemesh_services.work_marshaller.grants import WHOLE
 from computemesh_services.work_marshaller.needs import NOTHING, Ask
-
-WHOLE: Final = 0.9
-"""A GPU of which others use no more than the rest can be had as a whole: drivers and desktops use a little."""
-
 
 Holder = tuple[str, int]
 """An attempt, or a replica of it."""

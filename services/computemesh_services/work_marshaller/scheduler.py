@@ -36,6 +36,7 @@ from computemesh_services.work_marshaller import dependencies, explaining, gangs
 from computemesh_services.work_marshaller.blacklist import Blacklist, BlacklistPolicy, Kind, Tally
 from computemesh_services.work_marshaller.dependencies import Dependencies
 from computemesh_services.work_marshaller.effects import Stop
+from computemesh_services.work_marshaller.gangs import Kept
 from computemesh_services.work_marshaller.grants import QUOTA, Refusals
 from computemesh_services.work_marshaller.groups import Groups
 from computemesh_services.work_marshaller.needs import Shape, ask_of
@@ -61,7 +62,9 @@ VERDICTS_MAX: Final = 100
 
 REST: Final = -1
 DEADLINE: Final = -2
-"""In place of an attempt, in the clock: a node's rest or its time on the blacklist ends; the deadline of an item."""
+PATIENCE: Final = -3
+"""In place of an attempt, in the clock: a node's rest or its time on the blacklist ends; the deadline of an item; an
+item with replicas has waited for long."""
 
 ANY_NODE: Final = ""
 
@@ -109,6 +112,8 @@ class Scheduler:
         self._groups = Groups(self._objection)
         self._roomier: dict[str, None] = {}
         """Nodes that may have more room than when items were placed last."""
+        self._kept: Kept | None = None
+        """Nodes that are kept for an item with replicas."""
         self._watches: dict[Place, Watch] = {}
         self._out_count = 0
         self._clock: list[tuple[float, str, int]] = []
@@ -403,6 +408,7 @@ class Scheduler:
         """Something about a node has changed: it may get work, or no more."""
         self._groups.settle(seat, now)
         self._roomier[seat.node.node_id] = None
+        self._review_kept(seat.node.node_id)
         if seat.rests_until > now:
             self._clock_at(seat.rests_until, seat.node.node_id, REST)
 
@@ -410,6 +416,7 @@ class Scheduler:
         """The registry forgot the node."""
         if seat := self.seats.pop(node_id, None):
             self._groups.gone(node_id)
+            self._review_kept(node_id)
             self._lose_all(seat, f"node {node_id} was removed", now)
 
     def heartbeat(self, beat: NodeHeartbeat, now: float) -> list[Stop]:
@@ -504,8 +511,18 @@ class Scheduler:
                 continue
             if attempt == DEADLINE:
                 self._write(workitem.overdue(record, now), now)
+            elif attempt == PATIENCE:
+                self._lose_patience(record, now)
             elif record.attempt == attempt:
                 self._time_passed(record, now)
+
+    def _lose_patience(self, record: WorkRecord, now: float) -> None:
+        """An item with replicas has waited for long: it is looked at again, and from time to time after that."""
+        if record.state is WorkState.PENDING and not record.awaits:
+            backlog = self._queue.backlog(record.work_id)
+            self._ready[backlog] = None
+            self._keep_nodes(record, backlog.shape, now)  # Before others are placed.
+            self._clock_at(max(now, record.changed_at) + gangs.PATIENCE_S, record.work_id, PATIENCE)
 
     def _rested(self, node_id: str, now: float) -> None:
         if node_id == ANY_NODE:
@@ -602,13 +619,51 @@ class Scheduler:
         """The nodes of all its replicas; empty when they do not fit now."""
         shape, nodes, avoid = backlog.shape, self._ready[backlog], placement.avoided(record)
         if shape.replicas > 1:
-            return gangs.choose(shape, self._groups, avoid, now)
+            return gangs.choose(shape, self._groups, avoid, now) or self._keep_nodes(record, shape, now)
         groups = self._groups
         best = groups.best(shape, avoid, now) if nodes is None else groups.best_of(nodes, shape, avoid, now)
         return [best] if best else []
 
+    def _keep_nodes(self, record: WorkRecord, shape: Shape, now: float) -> list[Seat]:
+        """Keeps nodes for the replicas of an item, if it has waited long enough and there are none kept for another."""
+        if self._kept is not None and (self._kept.work_id != record.work_id or self._is_worth_it(self._kept, now)):
+            return []
+        if now < record.changed_at + gangs.PATIENCE_S:
+            return []
+        if fits := gangs.choose(shape, self._groups, placement.avoided(record), now):
+            node_ids = frozenset(seat.node.node_id for seat in fits)
+        else:
+            node_ids = gangs.nodes_to_keep(shape, self.seats.values(), self._objection, now)
+        before = self._kept
+        self._kept = Kept(record.work_id, shape, node_ids) if node_ids else None
+        if before and before.node_ids - node_ids:
+            self._roomier |= dict.fromkeys(before.node_ids - node_ids)
+        return []
+
+    def _review_kept(self, node_id: str) -> None:
+        """A node has changed, perhaps one that is kept: the item for which it is may be better off with others."""
+        if self._kept is not None and node_id in self._kept.node_ids:
+            self._ready[self._queue.backlog(self._kept.work_id)] = None
+
+    def _is_worth_it(self, kept: Kept, now: float) -> bool:
+        """Whether the nodes are all still good, and others' work is what is waited for."""
+        seats = [self.seats.get(node_id) for node_id in kept.node_ids]
+        good = all(seat is not None and next(seat.closed(now), None) is None for seat in seats)
+        return good and any(seat.taken for seat in seats if seat is not None)
+
+    def _keep_no_more(self) -> None:
+        """The item for which nodes were kept has started, or no longer waits."""
+        assert self._kept is not None
+        self._roomier |= dict.fromkeys(self._kept.node_ids)
+        self._kept = None
+        for backlog in self._queue:
+            if backlog.shape.replicas > 1:
+                self._ready[backlog] = None
+
     def _objection(self, shape: Shape, node_id: str, now: float) -> str:
         """Why a node gets nothing of this shape now, though it fits; empty when it may."""
+        if self._kept is not None and (objection := self._kept.objection(shape, node_id)):
+            return objection
         objection = self.blacklist.objection((node_id, shape.work_type, shape.model_name), now)
         if not objection and shape.ask.gpus:
             objection = self._gpu_refusals.why_not(shape.need, shape.owner, node_id, now)
@@ -661,6 +716,8 @@ class Scheduler:
                     self._roomier[node_id] = None
 
     def _unqueue(self, work_id: str) -> None:
+        if self._kept is not None and self._kept.work_id == work_id:
+            self._keep_no_more()
         backlog = self._queue.drop(work_id)
         if not backlog.lines:
             self._ready.pop(backlog, None)
@@ -694,6 +751,8 @@ class Scheduler:
         backlog, is_new = self._queue.push(record)
         if is_new:
             self._ready[backlog] = None
+        if record.replicas > 1:
+            self._clock_at(record.changed_at + gangs.PATIENCE_S, record.work_id, PATIENCE)
 
     def _set_deadline(self, record: WorkRecord) -> None:
         if record.deadline_at is not None and record.state not in FINAL:
@@ -728,7 +787,7 @@ class Scheduler:
         if attempt == REST:
             return key == ANY_NODE or key in self.seats
         record = self.records.get(key)
-        return record is not None and record.state not in FINAL and attempt in (record.attempt, DEADLINE)
+        return record is not None and record.state not in FINAL and attempt in (record.attempt, DEADLINE, PATIENCE)
 
 
 def _kind(record: WorkRecord, node_id: str) -> Kind:
