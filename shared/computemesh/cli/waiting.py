@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Final
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from computemesh.bus import Bus, BusError
 from computemesh.cli import common
@@ -86,7 +86,8 @@ class Follower:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), left_s)
                     break
-                await self._look(bus)
+                if until_s is None or time.monotonic() < until_s:
+                    await self._look(bus)
         return [self.records[work_id] for work_id in self._order]
 
     def _late(self, timeout_s: float) -> WorkFailure:
@@ -122,38 +123,37 @@ class _Bars:
     """The bars of one item, or those of the items that run below one for all."""
 
     def __init__(self, work_ids: Sequence[str]) -> None:
-        self._all = len(work_ids)
         self._single = work_ids[0] if len(work_ids) == 1 else ""
-        self._ended = 0
-        self._progress = Progress(disable=True)
-        self._whole: TaskID | None = None
         self._bars: dict[str, TaskID] = {}
+        self._whole: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        if self._single:
+            self._bar(self._single, f"{self._single} submitted")
+        else:
+            self._whole = self._progress.add_task(f"0 of {len(work_ids)} items have ended", total=len(work_ids))
 
     @contextlib.contextmanager
     def shown(self, *, live: bool) -> Generator[None]:
         """Shows them until the block ends."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(24),
-            *([MofNCompleteColumn()] if not self._single else []),
-            TimeElapsedColumn(),
-        )
-        self._progress = Progress(*columns, console=err, transient=True, disable=not live)
+        self._progress.disable = not live
         with self._progress:
-            if self._single:
-                self._bar(self._single, f"{self._single} submitted")
-            else:
-                self._whole = self._progress.add_task("items", total=self._all, completed=self._ended)
             yield
 
     def moved(self, record: WorkRecord) -> None:
         where = f" on {record.node_id}" if record.node_id else ""
         text = f"{record.work_id} {record.state}{where}"
-        if record.state in FINAL:
-            self._ended += 1
-            if self._whole is not None:
-                self._progress.update(self._whole, completed=self._ended)
+        if record.state in FINAL and self._whole is not None:
+            whole = self._progress.tasks[self._whole]
+            ended = int(whole.completed) + 1
+            text_of_all = f"{ended} of {whole.total:.0f} items have ended"
+            self._progress.update(self._whole, completed=ended, description=text_of_all)
         if self._single:
             self._describe(record.work_id, text)
         elif record.state in _OUT:
