@@ -132,6 +132,18 @@ class Saves(Executor):
             raise ExecutionError("not this time")
         return {"ok": True, "items": [{"index": 0}]}
 
+class Calls(Executor):
+    def prepare(self):
+        print("called prepare")
+
+    def run(self, task, out_dir, progress):
+        print("called run")
+        if task.payload["fails"]:
+            raise ExecutionError("not this time")
+
+    def teardown(self):
+        print("called teardown")
+
 class Unprepared(Executor):
     def prepare(self):
         raise RuntimeError("no GPU here")
@@ -164,6 +176,7 @@ gives = mesh_test_executors:Gives
 forks = mesh_test_executors:Forks
 leaves_child = mesh_test_executors:LeavesChild
 unprepared = mesh_test_executors:Unprepared
+calls = mesh_test_executors:Calls
 daemon = mesh_test_executors:Daemon
 saves = mesh_test_executors:Saves
 needs_engine = mesh_test_executors:NeedsEngine
@@ -369,6 +382,16 @@ async def test_a_dead_process_is_noticed_though_a_fork_of_it_keeps_the_pipe(runn
     """The fork even left the process group."""
     assert "exited with status 5" in (await failure(runner, "forks", tmp_path)).reason
     os.kill(int((tmp_path / "fork.pid").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_prepare_run_and_teardown_are_each_called_once_in_this_order(
+    runner: Runner, tmp_path: Path, fails: bool
+) -> None:
+    """Whatever comes of it."""
+    await outcome(runner, "calls", tmp_path, fails=fails)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("called")] == ["called prepare", "called run", "called teardown"]
 
 
 async def test_a_result_is_a_file_of_its_item_too(runner: Runner, tmp_path: Path) -> None:

@@ -127,5 +127,6 @@ def save_json(path: Path, data: bytes) -> None:
     try:
         new.write_bytes(msgspec.json.format(data, indent=2) + b"\n")
         new.replace(path)
-    finally:
+    except BaseException:
         new.unlink(missing_ok=True)
+        raise
