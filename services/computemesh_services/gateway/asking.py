@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from computemesh.bus import Bus, NoResponder, micro
+from computemesh.bus import Bus, NoResponder, TimedOut, micro
 from computemesh.contracts.base import Message, Refused, Request, Route, encode
 from computemesh.edge import Extra, declared, problem, read_question
 from computemesh.objects import ObjectError
@@ -18,7 +18,7 @@ from computemesh.objects import ObjectError
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
 
-TAKE_OVER_S: Final = 6.0
+TAKE_OVER_S: Final = 15.0
 """How long a question waits for somebody to answer it: within this, another replica takes over from one that died."""
 
 AGAIN_S: Final = 0.1
@@ -34,7 +34,7 @@ async def ask(bus: Bus, request: Request[Q, R], question: Q) -> R | Refused:
     while True:
         try:
             return await bus.ask(request, question)
-        except NoResponder:
+        except (NoResponder, TimedOut):  # Also asked of a replica that died before it answered.
             if time.monotonic() > deadline_s:
                 raise
             await asyncio.sleep(AGAIN_S)
