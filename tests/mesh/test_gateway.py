@@ -231,6 +231,24 @@ async def test_a_key_makes_a_repeated_task_the_same_task(mesh: RunningMesh, http
     assert len((await http.get("/api/v1/tasks?full=false&limit=1000")).json()) == before + 2
 
 
+async def test_a_list_goes_on_where_its_link_leads(mesh: RunningMesh, http: httpx.AsyncClient) -> None:
+    """Page by page, each task once, the newest first; as short lines too."""
+    made = [(await submit(http, INFERENCE))["task_id"] for _ in range(3)]
+    for full in ("true", "false"):
+        found: list[str] = []
+        answer = await http.get(f"/api/v1/tasks?status=pending&limit=2&full={full}")
+        while True:
+            assert len(answer.json()) <= 2
+            found += [task["task_id"] for task in answer.json()]
+            if "next" not in answer.links:
+                break
+            answer = await http.get(answer.links["next"]["url"])
+        assert found[:3] == made[::-1]
+        assert len(set(found)) == len(found)
+    refused = await http.get("/api/v1/tasks?after=nowhere")
+    assert (refused.status_code, refused.json()["field"]) == (400, "after")
+
+
 async def test_a_task_that_waits_is_answered_at_once_for_those_who_prefer_that(
     mesh: RunningMesh, http: httpx.AsyncClient
 ) -> None:

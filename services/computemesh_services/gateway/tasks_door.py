@@ -16,10 +16,11 @@ from starlette.responses import Response, StreamingResponse
 from computemesh import mloc, objects, yamltext
 from computemesh.bus import Bus, BusError, micro
 from computemesh.contracts import tasks, work
-from computemesh.contracts.base import MESSAGE_BYTES_MAX, Refused, encode
+from computemesh.contracts.base import Refused, encode
 from computemesh.contracts.tasks import STATUS, Task, TaskCancel, TaskGet, TaskList, TaskLogs, TaskSubmitted
 from computemesh.contracts.work import (
     FINAL,
+    INLINE_BYTES_MAX,
     LOG_WAIT_S_MAX,
     TASK_TEXT,
     Member,
@@ -39,9 +40,6 @@ from computemesh.ids import new_id
 from computemesh.yamltext import Document
 from computemesh_services.gateway import views
 from computemesh_services.gateway.asking import answer, ask, guarded, route
-
-ITEM_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 4096
-"""Bound on an item, its text included, with room for what goes around it in a record."""
 
 PLACED_S: Final = 1.0
 """How long the answer to a submission waits for a node to get the task. What waits longer than a quarter of a second is
@@ -66,7 +64,7 @@ class TasksDoor:
     def routes(self) -> list[Extra]:
         return [
             declared(tasks.SUBMIT, self.on_submit),
-            route(tasks.LIST, TaskList, self.on_list),
+            declared(tasks.LIST, self.on_list),
             route(tasks.GET, TaskGet, self.on_get),
             declared(tasks.RESULT, self.on_result),
             declared(tasks.LOGS, self.on_logs),
@@ -91,8 +89,8 @@ class TasksDoor:
 
     async def _submit(self, item: WorkItem, document: Document, *, patient: bool) -> TaskSubmitted | Refused:
         item = await self._slim(item)
-        if (size := len(encode(item))) > ITEM_BYTES_MAX:
-            reason = f"the text of the task is too large: {size} bytes in a message, {ITEM_BYTES_MAX} are allowed"
+        if (size := len(encode(item))) > INLINE_BYTES_MAX:
+            reason = f"the text of the task is too large: {size} bytes in a message, {INLINE_BYTES_MAX} are allowed"
             return Refused(code="too_large", reason=reason, status=413)
         assert item.work_id is not None
         moved = asyncio.Event()
@@ -123,7 +121,7 @@ class TasksDoor:
         Raises:
             ObjectError: the store did not take it.
         """
-        if len(encode(item)) <= ITEM_BYTES_MAX:
+        if len(encode(item)) <= INLINE_BYTES_MAX:
             return item
         ref = await objects.upload(objects.put_on(self._bus), encode(item.payload))
         return replace(item, payload={}, payload_object=ref)
@@ -140,17 +138,28 @@ class TasksDoor:
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    async def on_list(self, asked: TaskList) -> list[Task] | Refused:
-        states: list[WorkState | None] = [state for state, status in STATUS.items() if status is asked.status]
-        found: list[WorkSummary] = []
-        for state in states or [None]:
-            page = await ask(self._bus, work.LIST, WorkList(status=state, limit=asked.limit))
-            if isinstance(page, Refused):
-                return page
-            found += page.items
-        found = sorted(found, key=lambda item: item.submitted_at, reverse=True)[: asked.limit]
+    async def on_list(self, request: Request) -> Response:
+        asked = await read_question(request, TaskList)
+        if isinstance(asked, Refused):
+            return problem(asked)
+        found = await guarded(request, self._list(asked))
+        if isinstance(found, Refused):
+            return problem(found)
+        listed, after = found
+        response = answer(listed)
+        if after:
+            following = request.url.include_query_params(after=after)
+            response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+        return response
+
+    async def _list(self, asked: TaskList) -> tuple[list[Task], str] | Refused:
+        """A page, and where the next one begins; empty when there is none."""
+        states = [state for state, status in STATUS.items() if status is asked.status]
+        page = await ask(self._bus, work.LIST, WorkList(states=states, limit=asked.limit, after=asked.after))
+        if isinstance(page, Refused):
+            return page
         if not asked.full:
-            return [views.line(item) for item in found]
+            return [views.line(item) for item in page.items], page.next
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def full(item: WorkSummary) -> Task:
@@ -159,7 +168,7 @@ class TasksDoor:
             # It may have been forgotten meanwhile.
             return views.line(item) if isinstance(record, Refused) else views.task(record)
 
-        return await asyncio.gather(*(full(item) for item in found))
+        return await asyncio.gather(*(full(item) for item in page.items)), page.next
 
     async def on_get(self, asked: TaskGet) -> Task | Refused:
         record = await ask(self._bus, work.GET, WorkGet(work_id=asked.task_id))

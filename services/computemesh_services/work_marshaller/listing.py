@@ -42,6 +42,7 @@ def page(records: Iterable[WorkRecord], ask: WorkList) -> WorkItems | Refused:
 def _matches(record: WorkRecord, ask: WorkList) -> bool:
     return (
         ask.status in (None, record.state)
+        and (not ask.states or record.state in ask.states)
         and (ask.owner is None or ask.owner == record.owner)
         and (not ask.work_type or ask.work_type == record.work_type)
         and (not ask.node_id or ask.node_id in (record.node_id, *(member.node_id for member in record.members)))

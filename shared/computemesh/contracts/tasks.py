@@ -116,6 +116,8 @@ class TaskGet(Message, frozen=True, kw_only=True):
 class TaskList(Message, frozen=True, kw_only=True):
     status: TaskStatus | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=LIST_MAX)] = 100
+    after: Annotated[str, msgspec.Meta(max_length=100)] = ""
+    """As in the `Link` of the page before."""
     full: bool = True
     """False leaves out `raw_yaml` and `parsed`, and is much faster."""
 
@@ -266,7 +268,7 @@ LIST: Final = Route(
     takes=TaskList,
     gives=list[Task],
     example=TaskList(limit=20),
-    about="Tasks, the newest first, and all other work.",
+    about="Tasks, the newest first, and all other work. The header `Link` names the next page, while there is one.",
 )
 GET: Final = Route(
     name="get_task",

@@ -347,6 +347,8 @@ class WorkGet(Message, frozen=True, kw_only=True):
 
 class WorkList(Message, frozen=True, kw_only=True):
     status: WorkState | None = None
+    states: Annotated[list[WorkState], msgspec.Meta(max_length=8)] = []
+    """One of these; empty = any."""
     owner: Annotated[str, msgspec.Meta(max_length=200)] | None = None
     """Only items for this owner; the empty one stands for items without."""
     work_type: Annotated[str, msgspec.Meta(max_length=200)] = ""

@@ -109,9 +109,7 @@ class _Extra(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
-        if match is not Match.FULL:  # Another method at this path may be that of a contract.
-            return Match.NONE, {}
-        if self._accept and self._accept not in Headers(scope=scope).get("accept", ""):
+        if match is Match.FULL and self._accept and self._accept not in Headers(scope=scope).get("accept", ""):
             return Match.NONE, {}
         return match, found
 
