@@ -269,6 +269,14 @@ def test_of_endless_denials_the_latest_are_shown_and_the_rest_counted() -> None:
     assert f"{50 - checks.SHOWN_MAX} more" in found[-1]
 
 
+def test_a_service_that_only_asks_is_not_missed_on_the_bus() -> None:
+    """The gateway speaks HTTP; whether it is well stands at its process and its edge."""
+    kept = [process("node-registry"), process("gateway")]
+    answers = [Answer(name="node-registry", instance="a", version="1")]
+    facts = replace(HEALTHY, supervision=supervision(processes=kept), answers=answers)
+    assert [finding.text for finding in checks.answers(facts)] == ["node-registry: all answer, version 1"]
+
+
 def test_replicas_of_a_service_answer_for_each_other() -> None:
     """`work-marshaller-2` is one more of the same."""
     kept = [process("work-marshaller"), process("work-marshaller-2")]

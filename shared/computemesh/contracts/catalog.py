@@ -30,3 +30,8 @@ def requests() -> list[Request[Any, Any]]:
 def routes(service: ServiceCard) -> list[Route]:
     """Every route of a service that is on HTTP alone, in the order of declaration."""
     return [value for value in vars(tasks).values() if isinstance(value, Route) and value.service is service]
+
+
+def on_the_bus() -> frozenset[str]:
+    """Names of the services that answer requests there; others only ask."""
+    return frozenset(request.service.name for request in requests())

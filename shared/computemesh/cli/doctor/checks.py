@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
+from computemesh.contracts.catalog import on_the_bus
 from computemesh.contracts.nodes import NodeState, NodeView
 from computemesh.findings import Finding, ok, problem, skipped, warning
 
@@ -329,9 +330,10 @@ def answers(facts: Facts) -> Iterator[Finding]:
     """Every service that should run answers on the bus, with our version."""
     if facts.answers is None:
         return
-    expected = [p.name for p in facts.supervision.processes if p.name != "nats-server"] or list(CONTROL_PLANE)
+    expected = [p.name for p in facts.supervision.processes] or list(CONTROL_PLANE)
     heard = {answer.name for answer in facts.answers}
-    missing = [name for name in dict.fromkeys(re.sub(r"-\d+$", "", name) for name in expected) if name not in heard]
+    names = dict.fromkeys(re.sub(r"-\d+$", "", name) for name in expected)
+    missing = [name for name in names if name in on_the_bus() and name not in heard]
     for name in missing:
         yield problem(
             name, "does not answer on the bus", "look at its line above and at its log; is it halted or overloaded?"

@@ -51,6 +51,7 @@ from computemesh.cli.doctor.facts import (
 from computemesh.cli.services import CHECKS, SERVICES
 from computemesh.contracts import nodes, storage, work
 from computemesh.contracts.base import Message, Refused, Request, Role
+from computemesh.contracts.catalog import on_the_bus
 from computemesh.contracts.nodes import NodeView
 from computemesh.contracts.permissions import identity
 from computemesh.contracts.work import WorkList, WorkState
@@ -465,7 +466,8 @@ class _Look:
 
     async def _answers(self, bus: Bus) -> list[Answer]:
         node_id = self._facts.supervision.node_id
-        ready = [p.name for p in self._facts.supervision.processes if p.name != "nats-server" and p.state == "ready"]
+        processes = self._facts.supervision.processes
+        ready = [p.name for p in processes if p.state == "ready" and re.sub(r"-\d+$", "", p.name) in on_the_bus()]
         expected = {f"{name}-{node_id}"[:63] for name in ready}
         pongs = await survey.ping(bus, expected=expected, wait_s=ANSWER_S / 2)
         return [Answer(name=p.name, instance=p.metadata.get("instance", p.id), version=p.version) for p in pongs]
