@@ -86,7 +86,9 @@ def test_every_command_and_program_of_the_readme_does_what_it_says(reader: Reade
         pytest.skip("no curl here")
     addresses = json.loads(reader.run("computemesh env --json"))
     script = "\n".join(blocks).replace("http://localhost:8118", addresses["WORK_MARSHALING_URL"])
+    script = script.replace("http://localhost:8000", addresses["GATEWAY_URL"])
     assert ":8118" not in script
+    assert ":8000" not in script
     reader.run("computemesh nodes invite my-node")
     node_environment = json.loads(reader.run("computemesh env --role node --node my-node --json"))
     node = subprocess.Popen(["python", "node.py"], cwd=reader.folder, env={**reader.environment, **node_environment})
@@ -100,6 +102,7 @@ def test_every_command_and_program_of_the_readme_does_what_it_says(reader: Reade
     assert re.search(r"stored as \d+", said)
     assert '"HELLO"' in said or "HELLO" in said
     assert f'"work_id":"{WORK_ID}"' in said, "the explanation"
+    assert '"num_requests":2' in said, "the result of the task"
 
 
 @pytest.mark.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -69,6 +70,13 @@ spec:
   after: first
   deadline: 2030-01-31T12:00:00Z
 """
+
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "tasks" / "inference.yaml"
+
+
+def test_the_example_of_the_guide_is_a_task() -> None:
+    assert item(EXAMPLE.read_text()).payload["prompts"][1] == "Write a Python function to sort a list."
 
 
 def item(text: str) -> WorkItem:
