@@ -32,7 +32,7 @@ class NatsCluster:
         self._credentials_file = credentials_file
         self._may_run: dict[str, asyncio.Event] = {}
         self._keepers: list[asyncio.Task[None]] = []
-        ports = _free_ports(SIZE)
+        ports = free_ports(SIZE)
         password = secrets.token_urlsafe(24)
         for number, port in enumerate(ports, 1):
             name = f"nats-{number}"
@@ -109,7 +109,7 @@ async def is_whole(bus: Bus) -> bool:
     return True
 
 
-def _free_ports(count: int) -> Sequence[int]:
+def free_ports(count: int) -> Sequence[int]:
     """Ports that nothing listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
