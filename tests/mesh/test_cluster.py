@@ -13,7 +13,7 @@ import pytest
 
 from computemesh.addresses import with_login
 from computemesh.bus import Bucket, Bus, BusError, Entry, Mirror, NotStored, Where, survey
-from computemesh.bus.provision import drift, provision
+from computemesh.bus.provision import drift, provision, wanted
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import Role
 from computemesh.contracts.storage import Lease
@@ -59,8 +59,7 @@ async def provisioned(bus: Bus, *, replicas: int) -> None:
 
 async def copies(bus: Bus) -> set[int]:
     """How many there are of each stream and bucket."""
-    names = [*(stream.name for stream in storage.STREAMS), *(bucket.stream for bucket in storage.BUCKETS)]
-    infos = [await survey.stream(bus, name) for name in names]
+    infos = [await survey.stream(bus, config["name"]) for config in wanted(replicas=SIZE)]
     return {int(info.config["num_replicas"]) for info in infos if info is not None}
 
 
@@ -75,9 +74,7 @@ async def test_copies_are_added_when_told_and_never_taken_away(cluster: NatsClus
     async with connected(cluster.url(Role.SERVICES)) as bus:
         await provisioned(bus, replicas=1)
         assert await copies(bus) == {1}
-        assert await drift(bus, replicas=3) == {
-            name: ["num_replicas"] for name in ("COMPUTE_WORK", *(bucket.stream for bucket in storage.BUCKETS))
-        }
+        assert await drift(bus, replicas=3) == {config["name"]: ["num_replicas"] for config in wanted(replicas=3)}
         leases = Bucket(bus, storage.LEASES)
         revision = await leases.create("kept", Lease(holder="before", epoch=1))
         await provisioned(bus, replicas=3)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from computemesh.bus import Bus, BusError, survey
-from computemesh.contracts import storage
+from computemesh.bus.provision import wanted
 from computemesh.contracts.base import Role
 from computemesh.nats_server import LOOPBACK, ClusterConfig, NatsServer, ServerError, admit_node
 
@@ -96,10 +96,9 @@ async def leader(bus: Bus, stream: str) -> str:
 
 async def is_whole(bus: Bus) -> bool:
     """Whether every copy of every stream and bucket is up to date, so that one server fewer does no harm."""
-    names = [*(stream.name for stream in storage.STREAMS), *(bucket.stream for bucket in storage.BUCKETS)]
     try:
-        for name in names:
-            info = await survey.stream(bus, name)
+        for config in wanted(replicas=SIZE):
+            info = await survey.stream(bus, config["name"])
             if info is None or not info.cluster.leader or len(info.cluster.replicas) < SIZE - 1:
                 return False
             if not all(replica.current and not replica.offline for replica in info.cluster.replicas):
