@@ -106,7 +106,7 @@ class Truth:
         demand(all(to in NEXT[at] for at, to in pairwise(moves)), "records move along the table", after.story)
         demand(moves[-1] is after.state, "the last move leads to the state", after)
         self._counted(after)
-        if before is not None:
+        if before is not None and before != after:
             demand(before.state not in FINAL, "a final outcome never changes", before, after)
             demand(after.attempt >= before.attempt, "attempts are numbered upwards", before, after)
             demand(after.failures >= before.failures, "failures are not forgotten", before, after)
