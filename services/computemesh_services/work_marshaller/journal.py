@@ -246,7 +246,7 @@ class Journal:
                 headers={"Nats-Expected-Last-Subject-Sequence": str(place.revision)},
             )
         except NotStored as error:
-            self._break(str(error))
+            self._break(str(error), refused=True)
 
     async def _on_entry(self, group: list[tuple[Slot, WorkRecord, bytes]], reply: Reply) -> None:
         self._entry_in_flight = False
@@ -258,7 +258,7 @@ class Journal:
         try:
             revision = read_ack(firsts.KEY, reply.data).seq
         except (Conflict, NotStored) as error:
-            self._break(str(error))
+            self._break(str(error), refused=True)
             return
         place = self._ring.wrote(revision, len(group))
         due_s = asyncio.get_running_loop().time() + LATE_S
