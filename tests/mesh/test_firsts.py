@@ -219,6 +219,28 @@ async def test_a_cancellation_that_overtakes_the_write_is_what_stands(bus: Bus) 
     await one.journal.stop()
 
 
+async def test_an_outcome_that_a_predecessor_could_store_in_an_entry_only_stands(bus: Bus) -> None:
+    """Though nobody remembers the item, and it is read anew from the inbox (seed 41 of the simulation)."""
+    waits = workitem.received(WorkItem(work_type="inference"), "w1", 1, 1.0)
+    ended = workitem.cancelled(waits, "not wanted", 2.0)
+    bucket = Bucket(bus, storage.WORK)
+    await bus.call(bucket.spec.subject(firsts.key(0)), firsts.entry_bytes(CREATED, [encode(ended)]))
+    one = Writer(bus)
+    await one.take_over()
+    one.journal.adopt_first(*one.found["w1"])
+    duplicates: list[str] = []
+    one.journal.on_duplicate = duplicates.append
+    one.floor.open(1)
+    one.journal.carry("w1", 1)
+    await one.journal.write(workitem.assigned(waits, "n1", 3.0, plain=False))
+    await one.journal.write_late()
+    await one.journal.settled()
+    assert duplicates == ["w1"]
+    assert {key: entry.value for key, entry in (await bucket.load()).items()} == {"w1": ended}
+    assert one.floor.seq == 2
+    await one.journal.stop()
+
+
 async def test_many_large_items_make_several_entries_and_a_very_large_one_stands_alone(bus: Bus) -> None:
     """So no entry grows beyond what a message may have."""
     one = Writer(bus)

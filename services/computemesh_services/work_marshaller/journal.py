@@ -200,7 +200,7 @@ class Journal:
         slot = self._slot(record.work_id)
         if slot.stored is record:
             return
-        latest = slot.wanted or slot.flight
+        latest = slot.wanted or slot.flight or slot.stored
         if latest is not None and is_final(latest):
             # Submitted anew while its end was being stored, and so many others ended that it was forgotten.
             if self.on_duplicate:
