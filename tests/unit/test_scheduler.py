@@ -1141,6 +1141,8 @@ def test_a_quota_that_one_owner_has_used_up_holds_up_no_other_owner() -> None:
     submit(scheduler, "bob1", 2, owner="bob", requirements=Requirements(vram_mb=100))
     advance(scheduler, NOW)
     assert states(scheduler) == {"ann1": "pending", "bob1": "assigned"}
+    (verdict,) = scheduler.explain(scheduler.records["ann1"], NOW).nodes
+    assert (verdict.reasons, verdict.may_change) == (["ann has enough"], True)
     advance(scheduler, NOW + 1)
     assert states(scheduler) == {"ann1": "assigned", "bob1": "assigned"}
 

@@ -89,11 +89,19 @@ class Refusals:
         self._rests[key] = _Rest(until, times, refused.reason)
         return until
 
-    def why_not(self, need: Requirements, owner: str, node_id: str, now: float) -> str:
+    def is_over_quota(self, need: Requirements, owner: str, now: float) -> bool:
+        """Whether the owner gets no such GPUs anywhere now."""
+        rest = self._rests.get(_of_owner(need, owner)) if self._rests else None
+        return rest is not None and now < rest.until
+
+    def why_not(self, need: Requirements, owner: str | None, node_id: str, now: float) -> str:
         """Why no GPUs of a node are asked for now; empty when they may be."""
         if self.away:
             return self.away
-        for key in (_of_node(need, node_id), _of_owner(need, owner)):
+        if not self._rests:
+            return ""
+        keys = [_of_node(need, node_id)] if owner is None else [_of_node(need, node_id), _of_owner(need, owner)]
+        for key in keys:
             if (rest := self._rests.get(key)) and now < rest.until:
                 return rest.reason
         return ""

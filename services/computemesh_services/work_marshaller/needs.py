@@ -8,12 +8,11 @@ import msgspec
 
 from computemesh.contracts.work import Requirements, WorkItem, WorkRecord
 from computemesh.hardware import Gpu
-from computemesh_services.work_marshaller.grants import wants_gpus
 
 NO_REQUIREMENTS: Final = WorkItem(work_type="any").requirements
 """What items without requirements share."""
 
-ShapeKey = tuple[str, str, int, bytes, str]
+ShapeKey = tuple[str, str, int, bytes, str | None]
 
 
 class Ask(msgspec.Struct, frozen=True, gc=False):
@@ -55,7 +54,7 @@ class Shape:
         self.need: Final = record.requirements
         self.ask: Final = ask_of(self.need)
         self.owner: Final = key[4]
-        """Of items that want GPUs, of which an owner may have only so many."""
+        """Whose items these are, when the owner has had all GPUs it may have: they wait apart."""
         self.named: Final = _named(self.need)
         """The only nodes that may have it, or None for any."""
         self.avoided: Final = frozenset(self.need.not_node_ids)
@@ -69,12 +68,12 @@ def _named(need: Requirements) -> frozenset[str] | None:
     return frozenset({need.node_id})
 
 
-def shape_key(record: WorkRecord) -> ShapeKey:
+def shape_key(record: WorkRecord, owner: str | None = None) -> ShapeKey:
     need = record.requirements
     asked = b"" if need is NO_REQUIREMENTS or need == NO_REQUIREMENTS else msgspec.json.encode(need, order="sorted")
-    owner = record.owner if asked and wants_gpus(need) else ""
     return record.work_type, record.model_name, record.replicas, asked, owner
 
 
 def shape_of(record: WorkRecord) -> Shape:
-    return Shape(record, shape_key(record))
+    """The shape of one item by itself."""
+    return Shape(record, shape_key(record, record.owner))

@@ -191,9 +191,13 @@ class Queue:
     def __iter__(self) -> Iterator[Backlog]:
         return iter(self._backlogs.values())
 
-    def push(self, record: WorkRecord) -> tuple[Backlog, bool]:
-        """An item begins to wait. Gives the items it waits with, and whether it is the first of them."""
-        key = shape_key(record)
+    def push(self, record: WorkRecord, owner: str | None = None) -> tuple[Backlog, bool]:
+        """An item begins to wait. Gives the items it waits with, and whether it is the first of them.
+
+        Args:
+            owner: it waits only with others of this owner.
+        """
+        key = shape_key(record, owner)
         backlog = self._backlogs.get(key)
         is_new = backlog is None
         if backlog is None:

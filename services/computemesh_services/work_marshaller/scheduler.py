@@ -37,7 +37,7 @@ from computemesh_services.work_marshaller.blacklist import Blacklist, BlacklistP
 from computemesh_services.work_marshaller.dependencies import Dependencies
 from computemesh_services.work_marshaller.effects import Stop
 from computemesh_services.work_marshaller.gangs import Kept
-from computemesh_services.work_marshaller.grants import QUOTA, Refusals
+from computemesh_services.work_marshaller.grants import QUOTA, Refusals, wants_gpus
 from computemesh_services.work_marshaller.groups import Groups
 from computemesh_services.work_marshaller.needs import Shape, ask_of
 from computemesh_services.work_marshaller.queue import Backlog, Queue
@@ -576,6 +576,10 @@ class Scheduler:
         while self._ready:
             backlog, entry = self._queue.first(self._ready)
             record = self.records[entry.work_id]
+            if backlog.shape.owner is None and self._is_over_quota(record, now):
+                self._unqueue(record.work_id)
+                self._enqueue(record, record.owner)
+                continue
             seats = self._choose(backlog, record, now)
             if not seats:
                 del self._ready[backlog]
@@ -747,8 +751,13 @@ class Scheduler:
                 del self._finished[oldest]
                 del self.records[oldest]
 
-    def _enqueue(self, record: WorkRecord) -> None:
-        backlog, is_new = self._queue.push(record)
+    def _is_over_quota(self, record: WorkRecord, now: float) -> bool:
+        """Whether its owner has had all GPUs it may have. Such items wait apart, so as not to hold up other owners."""
+        need = record.requirements
+        return wants_gpus(need) and self._gpu_refusals.is_over_quota(need, record.owner, now)
+
+    def _enqueue(self, record: WorkRecord, owner: str | None = None) -> None:
+        backlog, is_new = self._queue.push(record, owner)
         if is_new:
             self._ready[backlog] = None
         if record.replicas > 1:
