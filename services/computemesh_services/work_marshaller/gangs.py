@@ -33,7 +33,7 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
 
     def objection(self, shape: Shape, node_id: str) -> str:
         """Why an item of this shape gets nothing of a node; empty when it may."""
-        if node_id not in self.node_ids or shape.key == self.shape.key:
+        if node_id not in self.node_ids or shape.key[:-1] == self.shape.key[:-1]:  # Whoever owns it.
             return ""
         return f"kept for {self.work_id}, which waits to start {self.shape.replicas} replicas together"
 
