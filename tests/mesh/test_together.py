@@ -34,7 +34,7 @@ from computemesh.testing import DirectNode, RunningMesh, running_mesh, until
 
 ALL: Final = ("node-registry", "work-marshaller", "gpu-orchestrator", "resource-detector", "node-agent")
 
-WAIT_S: Final = 30.0
+WAIT_S: Final = 60.0
 
 EXECUTOR: Final = """
 import os, time
@@ -55,7 +55,7 @@ class Hold(Executor):
 
 @pytest.fixture
 async def mesh(tmp_path: Path) -> AsyncGenerator[RunningMesh]:
-    """One node with two GPUs of 80 GiB, three slots and the executor above; reservations last nine seconds."""
+    """One node with two GPUs of 80 GiB, three slots and the executor above; reservations last twenty seconds."""
     info = tmp_path / "plugin" / "hold-1.0.dist-info"
     info.mkdir(parents=True)
     (tmp_path / "plugin" / "hold_plugin.py").write_text(EXECUTOR)
@@ -70,7 +70,7 @@ async def mesh(tmp_path: Path) -> AsyncGenerator[RunningMesh]:
         "COMPUTEMESH_GPU_PROVIDER": "scripted",
         "COMPUTEMESH_SCRIPTED_HARDWARE": str(hardware),
         "COMPUTEMESH_SLOTS": "3",
-        "GPU_RESERVATION_TIMEOUT": "9",
+        "GPU_RESERVATION_TIMEOUT": "20",
     }
     async with running_mesh(tmp_path, ALL, environment=environment) as running:
         bus = await running.bus()
@@ -171,7 +171,7 @@ async def test_an_item_waits_for_gpus_that_others_have_and_says_so(mesh: Running
 async def test_reservations_outlive_the_marshaller_and_are_renewed_by_the_next(
     mesh: RunningMesh, tmp_path: Path
 ) -> None:
-    """Killed in the middle of a run that takes longer than a reservation lasts."""
+    """Killed in the middle of a run. The node does not notice."""
     bus, folder = await mesh.bus(), tmp_path / "w1"
     await mesh.submit(held(folder, "w1", requirements=Requirements(gpus=2)))
     await until((folder / "began-1-0").exists, what="the run")
@@ -179,10 +179,14 @@ async def test_reservations_outlive_the_marshaller_and_are_renewed_by_the_next(
     assert before.total_mb == 2 * 73_728
     mesh.kill("work-marshaller")
 
+    ends: set[float] = set()
+
     async def renewed() -> bool:
+        """Twice: the first may have been on its way when the marshaller was killed."""
         standing = await reservations(bus)
         assert [one.reservation_id for one in standing] == [before.reservation_id]
-        return standing[0].expires_at > before.expires_at + before.timeout_seconds
+        ends.add(standing[0].expires_at)
+        return len(ends) > 2
 
     await eventually(renewed, "renewals by the next")
     (folder / "go").touch()
