@@ -198,6 +198,8 @@ TROUBLES: Final[list[tuple[str, dict[str, Any], Level, str, str]]] = [
      "x is 2.5 s ahead of this machine"),
     ("clock far behind", {"clocks": [Clock(whose="x", ahead_s=-60, within_s=0.1)]}, Level.PROBLEM, "clocks", "behind"),
     ("no nodes", {"nodes": []}, Level.WARNING, "nodes", "none has announced itself"),
+    ("no slots", {"nodes": [node(slots=0), node("n2", state=NodeState.LOST, changed_at=1.0)]}, Level.WARNING, "nodes",
+     "of 1 online none takes work"),
     ("suspect", {"nodes": [node(), node("n2", state=NodeState.SUSPECT)]}, Level.WARNING, "n2", "silent for 3 s"),
     ("lost", {"nodes": [node(), node("n2", state=NodeState.LOST, last_seen=0.0)]}, Level.WARNING, "n2", "lost"),
     ("all lost long ago", {"nodes": [node(state=NodeState.LOST, changed_at=1.0)]}, Level.PROBLEM, "nodes",

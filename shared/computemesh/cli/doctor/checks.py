@@ -427,6 +427,11 @@ def nodes(facts: Facts) -> Iterator[Finding]:
     lost = sum(node.state is NodeState.LOST for node in facts.nodes)
     if not online:
         yield problem("nodes", f"none of {len(facts.nodes)} is online, so no work can run", "see to the nodes above")
+    elif not any(node.slots for node in facts.nodes if node.state is NodeState.ONLINE):
+        yield warning(
+            "nodes", f"of {online} online none takes work",
+            "give one a model (`computemesh up --models FILE.gguf`) or an executor; its log says what it lacks",
+        )  # fmt: skip
     else:
         yield ok("nodes", f"{online} of {len(facts.nodes)} online" + (f", {lost} lost" if lost else ""))
 
