@@ -386,6 +386,7 @@ async def test_its_token_is_demanded_in_its_words_by_each_of_several_gateways(tm
         for method, path in (("GET", "/workers"), ("POST", "/api/v1/tasks"), ("POST", "/admin/cleanup")):
             none = await http.request(method, path)
             assert (none.status_code, none.json()["detail"]) == (401, "Missing bearer token")
+            assert none.headers["www-authenticate"] == "Bearer"
             wrong = await http.request(method, path, headers={"authorization": "Bearer other"})
             assert (wrong.status_code, wrong.json()["detail"]) == (403, "Invalid token")
         for token in ("dev-token", mesh.credentials.token):

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from computemesh import mloc, yamltext
@@ -241,6 +241,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=3))
 def test_whatever_stands_in_a_field_is_an_item_or_a_refusal(spoilt: list[tuple[str, Any]]) -> None:
     """And an item can be sent."""

@@ -27,6 +27,16 @@ def known(**changes: Any) -> NodeRecord:
     return replace(roster.announced(None, said(), 100.0), **changes)
 
 
+def test_who_cleans_up_takes_lost_nodes_that_are_silent_and_not_drained() -> None:
+    """What an operator said of a node stays with it."""
+    lost = NodeRecord(node_id="n", state=NodeState.LOST, monitored=True, last_seen=100.0)
+    assert roster.may_clean(lost, 220.0, 120.0)
+    assert not roster.may_clean(lost, 219.0, 120.0)
+    assert roster.may_clean(replace(lost, left=True), 101.0, 120.0)
+    assert not roster.may_clean(replace(lost, drained=True), 1000.0, 120.0)
+    assert not roster.may_clean(replace(lost, state=NodeState.SUSPECT), 1000.0, 120.0)
+
+
 def test_a_first_announcement_makes_an_online_unmonitored_node() -> None:
     """Silence means nothing until it has sent a heartbeat."""
     record = roster.announced(None, said(labels={"zone": "a"}), 100.0)

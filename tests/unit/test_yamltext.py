@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from computemesh.contracts.base import Refused
@@ -101,6 +101,7 @@ PLAIN = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(PLAIN)
 def test_what_pyyaml_writes_is_read_as_it_was(value: Any) -> None:
     text = yaml.safe_dump(value)
@@ -109,12 +110,14 @@ def test_what_pyyaml_writes_is_read_as_it_was(value: Any) -> None:
     assert found.value == value or (isinstance(value, float) and math.isclose(found.value, value))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_document_or_a_refusal(data: bytes) -> None:
     found = read(data)
     assert isinstance(found, Refused) or msgspec.json.encode(found.value)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab:-?&*!|>[]{},'\"%#\n \t<.1", max_size=60))
 def test_any_text_of_the_signs_of_yaml_is_a_document_or_a_refusal(text: str) -> None:
     """And what is read can be sent, and is what PyYAML reads where that reads it."""

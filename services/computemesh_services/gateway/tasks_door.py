@@ -166,17 +166,17 @@ class TasksDoor:
             async with gate:
                 record = await ask(self._bus, work.GET, WorkGet(work_id=item.work_id))
             # It may have been forgotten meanwhile.
-            return views.line(item) if isinstance(record, Refused) else views.task(record)
+            return views.line(item) if isinstance(record, Refused) else await _shown(record)
 
         return await asyncio.gather(*(full(item) for item in page.items)), page.next
 
     async def on_get(self, asked: TaskGet) -> Task | Refused:
         record = await ask(self._bus, work.GET, WorkGet(work_id=asked.task_id))
-        return _in_its_words(record) if isinstance(record, Refused) else views.task(record, await self._why(record))
+        return _in_its_words(record) if isinstance(record, Refused) else await _shown(record, await self._why(record))
 
     async def on_cancel(self, asked: TaskCancel) -> Task | Refused:
         record = await ask(self._bus, work.CANCEL, WorkCancel(work_id=asked.task_id, reason=asked.reason))
-        return _in_its_words(record) if isinstance(record, Refused) else views.task(record)
+        return _in_its_words(record) if isinstance(record, Refused) else await _shown(record)
 
     # --- what came of it ---------------------------------------------------------------------------------------------
 
@@ -255,6 +255,13 @@ async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes
     yield first
     async for part in rest:
         yield part
+
+
+async def _shown(record: WorkRecord, reason: str = "") -> Task:
+    """An item as a task; its text is read for that."""
+    if len(record.annotations.get(TASK_TEXT, "")) > ASIDE_BYTES:
+        return await asyncio.to_thread(views.task, record, reason)
+    return views.task(record, reason)
 
 
 async def _read_task(request: Request) -> Document | Refused:

@@ -268,7 +268,9 @@ def problem(answer: Refused) -> Response:
     """A refusal as RFC 9457 problem details."""
     here = trace.current()
     body = encode(problem_of(answer, here.trace_id if here else ""))
-    headers = {"Retry-After": "1"} if answer.retry == "later" else None
+    headers = {"Retry-After": "1"} if answer.retry == "later" else {}
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(body, answer.status, headers, media_type="application/problem+json")
 
 
