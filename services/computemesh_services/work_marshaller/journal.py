@@ -368,6 +368,7 @@ class Journal:
             if not is_final(entry.value):
                 self._break(f"{record.work_id}: another marshaller writes")
                 return
+            self._close(slot)
             for seq in slot.seqs:
                 self._floor.close(seq)
             self._slots.pop(record.work_id, None)
