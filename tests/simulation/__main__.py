@@ -55,20 +55,19 @@ def _run(asked: argparse.Namespace) -> int:
         messages += outcome.messages
         virtual_s += outcome.virtual_s
         if asked.digests:
-            print(outcome.seed, outcome.digest)
+            _say(f"{outcome.seed} {outcome.digest}")
         if outcome.wrong:
             failed.append(outcome)
-            print(f"seed {outcome.seed}: {outcome.wrong[:400]}", flush=True)
+            _say(f"seed {outcome.seed}: {outcome.wrong[:400]}")
             if asked.stop:
                 break
         if done % 500 == 0:
-            print(f"{done} seeds, {len(failed)} failed, {time.monotonic() - began_s:.0f} s", flush=True)
+            _say(f"{done} seeds, {len(failed)} failed, {time.monotonic() - began_s:.0f} s")
     took_s = time.monotonic() - began_s
-    print(f"{done} seeds: {virtual_s / 3600:.1f} hours of a mesh, {messages} messages, in {took_s:.0f} s")
+    _say(f"{done} seeds: {virtual_s / 3600:.1f} hours of a mesh, {messages} messages, in {took_s:.0f} s")
     if failed:
         seeds = sorted(outcome.seed for outcome in failed)
-        print(f"{len(failed)} failed: {' '.join(map(str, seeds[:SHOWN_MAX]))}\nmake sim SEED={seeds[0]} shows one.")
-    sys.stdout.flush()
+        _say(f"{len(failed)} failed: {' '.join(map(str, seeds[:SHOWN_MAX]))}\nmake sim SEED={seeds[0]} shows one.")
     os._exit(1 if failed else 0)  # Not waiting for workers that go on.
 
 
@@ -81,7 +80,16 @@ def _outcomes(asked: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def _worker(share: range) -> list[Outcome]:
-    command = [sys.executable, "-m", "tests.simulation", "--worker", "--first", str(share[0]), "--seeds", str(len(share))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.simulation",
+        "--worker",
+        "--first",
+        str(share[0]),
+        "--seeds",
+        str(len(share)),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}, check=False)
     found = [msgspec.json.decode(line, type=Outcome) for line in done.stdout.splitlines()]
     if len(found) < len(share):
@@ -93,7 +101,7 @@ def _worker(share: range) -> list[Outcome]:
 def _work(seeds: range) -> int:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     for seed in seeds:
-        print(msgspec.json.encode(Simulation(seed).run()).decode(), flush=True)
+        _say(msgspec.json.encode(Simulation(seed).run()).decode())
     os._exit(0)  # Nothing of a dead process may run, not even at the end.
 
 
@@ -101,16 +109,21 @@ def _show(seed: int) -> int:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.environ |= ENVIRONMENT
         os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", "--seed", str(seed)])
-    simulation = Simulation(seed, say=print)
+    simulation = Simulation(seed, say=_say)
     structlog.configure(
         processors=[structlog.processors.add_log_level, simulation.log_line], cache_logger_on_first_use=False,
         logger_factory=lambda *_: _Silent(),
     )  # fmt: skip
     outcome = simulation.run()
-    print(f"\nseed {seed}: {outcome.wrong or 'all is well'}\ndigest {outcome.digest}; {outcome.virtual_s:.1f} s, ", end="")
-    print(f"{outcome.messages} messages, {outcome.items} items\nfaults:", *outcome.faults, sep="\n  ")
-    sys.stdout.flush()
+    _say(f"\nseed {seed}: {outcome.wrong or 'all is well'}")
+    _say(f"digest {outcome.digest}; {outcome.virtual_s:.1f} s, {outcome.messages} messages, {outcome.items} items")
+    _say("\n  ".join(["faults:", *outcome.faults]))
     os._exit(1 if outcome.wrong else 0)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 class _Silent:

@@ -51,6 +51,9 @@ _OUTSIDE: Final = contextvars.Context()
 QUIET_FROM_S: Final = 0.5
 """Nothing fails before."""
 
+DELAYS_S: Final = ((0.0002,), (0.0002, 0.001, 0.003), (0.001, 0.01, 0.05), (0.0005, 0.0005, 0.05))
+"""How long a message is on its way, in four kinds of networks."""
+
 END_S_MAX: Final = 120.0
 """How long after the last fault everything must have ended: less than the time a clock may have leapt, and timeouts,
 all retries included."""
@@ -124,7 +127,9 @@ class Simulation:
         self.server.on_stored = self.truth.on_stored
         self.server.on_sent = self.truth.on_sent
         self.server.log = self._log
-        self._delays_s = self._rng.choice(((0.0002,), (0.0002, 0.001, 0.003), (0.001, 0.01, 0.05), (0.0005, 0.0005, 0.05)))
+        self._delays_s = self._rng.choice(
+            ((0.0002,), (0.0002, 0.001, 0.003), (0.001, 0.01, 0.05), (0.0005, 0.0005, 0.05))
+        )
         self.faults_end_s = self._rng.choice((2.5, 4.0, 4.0, 7.0, 12.0)) * self._rng.uniform(0.8, 1.2)
         self._forgetful = self._rng.random() < 0.3
         """Marshallers remember hardly any finished items."""
@@ -145,7 +150,9 @@ class Simulation:
         """A line that a service logs, for :mod:`structlog`."""
         process = HERE.get()
         if self._say is not None:
-            shown = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("event", "part", "exc_info"))
+            shown = " ".join(
+                f"{key}={value}" for key, value in event.items() if key not in ("event", "part", "exc_info")
+            )
             self._say(f"{self.loop.now:.6f} {process.name if process else '***'} log {event['event']} {shown}")
             if isinstance(error := event.get("exc_info"), BaseException):
                 self._say("".join(traceback.format_exception(error)))
@@ -157,6 +164,10 @@ class Simulation:
         self._log("***", what, "", "", b"")
 
     def _on_defect(self, where: str, error: BaseException) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            for one in error.exceptions:  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+                self._on_defect(where, one)  # pyright: ignore[reportUnknownArgumentType]
+            return
         if isinstance(error, Violation):
             raise error
         known = (BusError, OSError, asyncio.CancelledError)

@@ -548,7 +548,11 @@ class Server:
         listeners = self._exact.get(consumer.inbox)
         if listeners and self._loop.now - consumer.heard_at >= 1.0:
             consumer.idle_since = consumer.heard_at = self._loop.now
-            beat = {"Status": "100", "Nats-Last-Consumer": str(consumer.sent), "Nats-Last-Stream": str(consumer.last_seq)}
+            beat = {
+                "Status": "100",
+                "Nats-Last-Consumer": str(consumer.sent),
+                "Nats-Last-Stream": str(consumer.last_seq),
+            }
             listeners[0].connection.send(_message(listeners[0].sid, consumer.inbox, b"", beat, ""))
             self.flush()
         when = max(consumer.heard_at, self._loop.now - 0.5) + 1.0

@@ -176,7 +176,9 @@ class Loop(asyncio.AbstractEventLoop):
                     self._run(self._ready.popleft())
                     steps += 1
                     if steps > STEPS_MAX:
-                        raise NoProgress(f"{steps} callbacks at {self.now:.6f} s: {self._ready[0] if self._ready else ''}")
+                        raise NoProgress(
+                            f"{steps} callbacks at {self.now:.6f} s: {self._ready[0] if self._ready else ''}"
+                        )
                 steps = 0
                 if done() or not self._timers or self._timers[0][0] > when:
                     break
