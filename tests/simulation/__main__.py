@@ -61,7 +61,7 @@ def _run(asked: argparse.Namespace) -> int:
             _say(f"seed {outcome.seed}: {outcome.wrong[:400]}")
             if asked.stop:
                 break
-        if done % 500 == 0:
+        if done % 100 == 0:
             _say(f"{done} seeds, {len(failed)} failed, {time.monotonic() - began_s:.0f} s")
     took_s = time.monotonic() - began_s
     _say(f"{done} seeds: {virtual_s / 3600:.1f} hours of a mesh, {messages} messages, in {took_s:.0f} s")
