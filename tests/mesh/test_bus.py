@@ -487,6 +487,28 @@ async def test_a_request_whose_server_dies_is_not_waited_for(server: NatsServer,
     await bus.forget(silent)
 
 
+async def test_a_request_that_nobody_waits_for_any_more_is_not_made_when_the_server_is_back(
+    server: NatsServer, bus: Bus
+) -> None:
+    """It would be served behind the one that was made in its place."""
+    heard: list[bytes] = []
+
+    async def on_request(message: Msg) -> None:
+        heard.append(message.data)
+        await bus.respond(message, b"{}")
+
+    await bus.listen(nodes.GET.subject, on_request)
+    server.kill()
+    await server.wait()
+    await until(lambda: not bus.connected.is_set(), what="the connection to break")
+    with pytest.raises(TimedOut):
+        await bus.call(nodes.GET.subject, b"first", timeout_s=0.2)
+    await server.start()
+    await bus.call(nodes.GET.subject, b"second", timeout_s=30)
+    await bus.flush()
+    assert heard == [b"second"]
+
+
 async def test_a_flush_that_was_given_up_does_not_deafen_the_connection(server: NatsServer, bus: Bus) -> None:
     """Its answer comes all the same, when nobody waits for it any more."""
     os.kill(server.pid, signal.SIGSTOP)

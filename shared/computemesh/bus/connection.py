@@ -325,15 +325,22 @@ class Bus:
         if len(data) > self.max_payload:
             raise NotStored(f"{subject}: {len(data)} bytes, the server takes {self.max_payload}")
         try:
-            return await self._answered(
-                subject, self._nc.request(subject, data, timeout=timeout_s, headers=traced(headers))
-            )
+            return await self._answered(subject, self._request(subject, data, timeout_s, traced(headers)))
         except nats.errors.NoRespondersError as error:
             raise NoResponder(f"{subject}: nobody answers there now") from error
         except (nats.errors.TimeoutError, TimeoutError) as error:
             raise TimedOut(f"{subject}: no answer in {timeout_s:g} s") from error
         except (nats.errors.Error, OSError) as error:
             raise Unreachable(f"{subject}: {error}") from error
+
+    async def _request(self, subject: str, data: bytes, timeout_s: float, headers: dict[str, str] | None) -> Msg:
+        # While the connection is down nats-py keeps what is published for the next one. A request would then be
+        # served when nobody waits for its answer any more, and perhaps after it was made again.
+        if not self.connected.is_set() and not self._closing:
+            began_s = asyncio.get_running_loop().time()
+            await asyncio.wait_for(self.connected.wait(), timeout_s)
+            timeout_s = max(0.0, timeout_s - (asyncio.get_running_loop().time() - began_s))
+        return await self._nc.request(subject, data, timeout=timeout_s, headers=headers)
 
     async def _answered(self, what: str, asking: Coroutine[Any, Any, T]) -> T:
         """The server's answer; nats-py would wait for it out its time, also when the connection broke.
