@@ -27,7 +27,7 @@ from computemesh.bus import Bucket, BusError
 from computemesh.contracts import storage, work
 from computemesh.contracts.base import Role
 from computemesh.contracts.work import WorkItem, WorkRecord, WorkState
-from computemesh.process import end
+from computemesh.process import dies_with_parent, end
 from computemesh.testing import DirectNode, RunningMesh, install_executor, running_mesh, until
 from computemesh.testing.cluster import is_whole, leader
 from computemesh.testing.mesh import QUICK, STRICT
@@ -159,6 +159,7 @@ async def agent_through(proxy: Proxy, mesh: RunningMesh, folder: Path) -> AsyncG
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGKILL),
         )
     try:
         yield process

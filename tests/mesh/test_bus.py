@@ -132,6 +132,17 @@ async def test_a_key_that_expired_is_not_there_and_can_be_created_again(bus: Bus
     following.cancel()
 
 
+async def test_a_mirror_says_that_it_is_synced_when_it_holds_all_that_is_stored(bus: Bus) -> None:
+    """Not when it has only begun to read."""
+    bucket = Bucket(bus, storage.NODES)
+    await asyncio.gather(*(bucket.create(f"n{number}", node(f"n{number}")) for number in range(300)))
+    mirror = Mirror(bus, storage.NODES)
+    following = asyncio.create_task(mirror.follow())
+    await asyncio.wait_for(mirror.synced.wait(), 30)
+    assert len(mirror.entries) == 300
+    following.cancel()
+
+
 async def test_a_mirror_is_whole_again_soon_after_the_server_was_killed(server: NatsServer, bus: Bus) -> None:
     """Changes and deletions made while it was blind are noticed within seconds."""
     bucket = Bucket(bus, storage.NODES)

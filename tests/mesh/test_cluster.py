@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from computemesh.contracts.storage import Lease
 from computemesh.contracts.work import WorkItem
 from computemesh.nats_server import Credentials, load_or_create, render_accounts
 from computemesh.nats_server.process import find_binary
-from computemesh.process import end
+from computemesh.process import dies_with_parent, end
 from computemesh.testing import until
 from computemesh.testing.cluster import SIZE, NatsCluster, free_ports, is_whole, leader
 
@@ -148,7 +149,10 @@ async def as_deployed(folder: Path, credentials: Credentials) -> AsyncGenerator[
             command = [str(find_binary()), "--config", str(home / "nats.conf"), "--name", home.name]
             processes.append(
                 await asyncio.create_subprocess_exec(
-                    *command, stderr=asyncio.subprocess.DEVNULL, start_new_session=True
+                    *command,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=dies_with_parent(signal.SIGTERM),
                 )
             )
         yield ",".join(f"nats://127.0.0.1:{port}" for port in clients)
