@@ -603,6 +603,8 @@ def test_of_two_items_with_replicas_the_second_has_nodes_kept_after_the_first() 
     scheduler = a_stream(a_node("n1"), a_node("n2"))
     submit(scheduler, "twin", 51, replicas=2, work_type="ppo", priority=0)
     assert finish(scheduler, "n1", LATE) == set()
+    told = scheduler.explain(scheduler.records["twin"], LATE).nodes
+    assert all(any(reason.startswith("kept for gang") for reason in node.reasons) for node in told)
     assert finish(scheduler, "n2", LATE) == {"gang"}
     assert finish(scheduler, "n1", LATE + 1) == set()
     assert finish(scheduler, "n2", LATE + 2) == {"twin"}
