@@ -126,9 +126,13 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
+def _nothing(*_: object, **__: object) -> None:
+    """The line was said already."""
+
+
 class _Silent:
     def __getattr__(self, _: str) -> Any:
-        return lambda *_, **__: None
+        return _nothing
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import gc
 import hashlib
 import random
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -119,7 +119,7 @@ class Simulation:
         self._rng = random.Random(f"plan {seed}")
         self._digest = hashlib.blake2b(digest_size=16)
         self._defects: list[str] = []
-        self.loop = Loop(self._on_defect)
+        self.loop = Loop(self._on_defect)  # type: ignore[abstract]  # pyright: ignore[reportAbstractUsage]
         self.server = Server(self.loop, random.Random(f"server {seed}"))
         self.truth = Truth(RETRIES_MAX)
         self.machines: dict[str, Machine] = {}
@@ -146,7 +146,7 @@ class Simulation:
         if self._say is not None:
             self._say(f"{line} {data[:300].decode(errors='replace')}")
 
-    def log_line(self, _logger: object, _name: str, event: dict[str, Any]) -> str:
+    def log_line(self, _logger: object, _name: str, event: MutableMapping[str, Any]) -> str:
         """A line that a service logs, for :mod:`structlog`."""
         process = HERE.get()
         if self._say is not None:
@@ -336,16 +336,19 @@ class Simulation:
 
     def run(self) -> Outcome:
         gc.disable()
-        remembered = (scheduling.REMEMBERED_MAX, reigning.REMEMBERED_MAX)
+        modules: tuple[Any, ...] = (scheduling, reigning)
+        remembered = [module.REMEMBERED_MAX for module in modules]
         if self._forgetful:
-            scheduling.REMEMBERED_MAX = reigning.REMEMBERED_MAX = 2  # type: ignore[misc]
+            for module in modules:
+                module.REMEMBERED_MAX = 2
         try:
             with virtual_time(self.loop, self.seed), no_machine(), self._rejections():
                 self._run()
         except (Violation, NoProgress) as error:
             self.outcome.wrong = str(error)
         finally:
-            scheduling.REMEMBERED_MAX, reigning.REMEMBERED_MAX = remembered  # type: ignore[misc]
+            for module, most in zip(modules, remembered, strict=True):
+                module.REMEMBERED_MAX = most
         self.outcome.digest = self._digest.hexdigest()
         self.outcome.virtual_s = self.loop.now
         self.outcome.messages = self.server.handled
@@ -392,11 +395,14 @@ class Simulation:
         self._add("node-registry0", lambda: a_registry("node-registry0", self._on_defect))
         for number in range(rng.randint(1, 3)):
             name, slots = f"n{number}", rng.randint(1, 3)
-            self._add(name, lambda name=name, slots=slots: an_agent(name, self._on_defect, slots=slots))
+            self._add(name, partial(an_agent, name, self._on_defect, slots=slots))
         for number in range(rng.choice((0, 0, 1))):
             name = f"plain{number}"
-            self._add(name, lambda name=name: PlainNode(name, random.Random(f"{name} {self.seed}")))
+            self._add(name, partial(self._plain_node, name))
         self._add("person", self._person)
+
+    def _plain_node(self, name: str) -> PlainNode:
+        return PlainNode(name, random.Random(f"{name} {self.seed}"))
 
     def _person(self) -> Person:
         rng = random.Random(f"person {self.seed}")

@@ -156,11 +156,14 @@ def no_machine() -> Generator[None]:
     def available() -> dict[str, EntryPoint]:
         return {"inference": EntryPoint("inference", "nowhere:Inference", "computemesh.executors")}
 
+    def found(_: str) -> Found:
+        return Found({})
+
     with (
         patch.object(agent, "Runner", Runner),
-        patch.object(agent.registry, "available", available),
-        patch.object(agent, "find_models", lambda _: Found({})),
-        patch.object(agent.socket, "gethostname", lambda: "machine"),
+        patch("computemesh_services.node_agent.service.registry.available", available),
+        patch.object(agent, "find_models", found),
+        patch("computemesh_services.node_agent.service.socket.gethostname", lambda: "machine"),
     ):
         yield
 

@@ -187,11 +187,11 @@ class Server:
         self.connections: list[Connection] = []
         self.waiting: list[Connection] = []
         self.handled = 0
-        self.on_stored: Callable[[Stream, Kept, Kept | None, Connection | None], None] = lambda *_: None
+        self.on_stored: Callable[[Stream, Kept, Kept | None, Connection | None], None] = _nothing
         """After a message was stored: the stream, it, what stood there, and who sent it."""
-        self.on_sent: Callable[[str, bytes, Connection], None] = lambda *_: None
+        self.on_sent: Callable[[str, bytes, Connection], None] = _nothing
         """A message comes that is no stream's."""
-        self.log: Callable[..., None] = lambda *_: None
+        self.log: Callable[..., None] = _nothing
         self._loop = loop
         self._rng = rng
         self._stream_by_kind: dict[str, Stream | None] = {}
@@ -569,6 +569,10 @@ class Server:
             if kept.seq < what.get("seq", 1 << 62) and matches(what.get("filter", ">"), kept.subject):
                 self._remove(stream, kept)
         return b'{"success":true}', {}
+
+
+def _nothing(*_: object) -> None:
+    """Nobody wants to know."""
 
 
 def _headers(raw: bytes) -> Headers:
