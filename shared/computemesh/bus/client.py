@@ -111,8 +111,9 @@ class LeanClient(Client):
 
     async def _process_pong(self) -> None:
         """As nats-py does, which ends its reader when nobody waits for the answer to a flush any more."""
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()
+        pongs: list[asyncio.Future[Any]] = self._pongs  # pyright: ignore[reportUnknownMemberType]
+        if pongs and pongs[0].done():
+            pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
     async def subscribe_inline(self, subject: str, on_message: OnMessage, *, queue: str = "") -> Subscription:
