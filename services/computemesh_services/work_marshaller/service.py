@@ -300,7 +300,7 @@ class WorkMarshaller:
         if not pardoned:
             what = f" for {ask.work_type!r}" if ask.work_type else ""
             return Refused(
-                code="not_found", reason=f"{ask.node_id} is not blacklisted{what}", field="node_id", status=404
+                code="not_blacklisted", reason=f"{ask.node_id} is not blacklisted{what}", field="node_id", status=404
             )
         return Blacklist(entries=pardoned)
 

@@ -700,7 +700,7 @@ PARDON: Final = Request(
     asked_by=_SERVICES,
     service=WORK_MARSHALLER,
     http=(Http(method="DELETE", path="/api/v1/blacklist/{node_id}"),),
-    refuses=(Refusal(code="not_found", status=404, when="the node is not on the list"),),
+    refuses=(Refusal(code="not_blacklisted", status=404, when="the node is not on the list"),),
     example=BlacklistPardon(node_id="gpu-box-1", work_type="inference"),
     about="Takes a node off the list, so that it gets work again at once. Answers with what was on it.",
 )
