@@ -1,7 +1,7 @@
 """How long a decision takes: ``make bench-scheduler``, or ``python -m tests.bench.scheduler [--quick] [--json FILE]``.
 
 The marshaller's scheduler alone, without bus or store: what it thinks, not what it writes. A fleet of mixed machines
-(four kinds of hardware, four zones), items of so many *shapes* (what they ask for), a hundred owners and all priorities.
+(four kinds of hardware, four zones), items of so many *shapes* (what they ask for), a hundred owners, all priorities.
 
     fill       the items come while the nodes are free; each is placed at once, the others wait
     end        an item ends: its place is given to the next, the best of all that wait
@@ -19,6 +19,7 @@ import argparse
 import gc
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -205,11 +206,11 @@ def measure(nodes: int, items: int, kinds: int) -> Row:
 
 def show(row: Row) -> None:
     cells = [f"{name} {t.p50_us:,.0f} / {t.p99_us:,.0f}" for name, t in row.timings.items()]
-    print(
+    sys.stdout.write(
         f"{row.nodes:,} nodes, {row.items:,} items wait, {row.shapes} shapes: filled in {row.fill_s:.1f} s, "
-        f"{row.memory_mb:.0f} MB; p50 / p99 µs: {', '.join(cells)}",
-        flush=True,
+        f"{row.memory_mb:.0f} MB; p50 / p99 µs: {', '.join(cells)}\n"
     )
+    sys.stdout.flush()
 
 
 def main() -> None:
