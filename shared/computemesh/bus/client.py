@@ -111,7 +111,7 @@ class LeanClient(Client):
 
     async def _process_pong(self) -> None:
         """As nats-py does, which ends its reader when nobody waits for the answer to a flush any more."""
-        pongs: list[asyncio.Future[Any]] = self._pongs  # pyright: ignore[reportUnknownMemberType]
+        pongs: list[asyncio.Future[Any]] = self._pongs  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         if pongs and pongs[0].done():
             pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
