@@ -285,7 +285,7 @@ TOO_LARGE: Final = msgspec.json.encode(
 
 
 async def test_an_item_above_a_mebibyte_is_refused_on_the_bus(mesh: RunningMesh, outsider: Outsider) -> None:
-    """The server does not store it, and the request says why. Over HTTP it goes by the object store, up to its bound."""
+    """The server does not store it, and the request says why. Over HTTP it goes by the object store."""
     client = outsider.of(work.SUBMIT.sent_by)
     ack = json.loads((await client.request(work.SUBMIT.subject, TOO_LARGE, timeout=10)).data)
     assert ack["error"]["code"] == 400
