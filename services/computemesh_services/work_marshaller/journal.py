@@ -156,7 +156,10 @@ class Journal:
         try:
             while not self.broken.is_set() and (self._checks or not self._puts.empty.is_set()):
                 empty: asyncio.Future[Any] = asyncio.ensure_future(self._puts.empty.wait())
-                await asyncio.wait({broken, empty, *self._checks}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {broken, *self._checks, *(() if self._puts.empty.is_set() else (empty,))},
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
                 empty.cancel()
         finally:
             broken.cancel()
