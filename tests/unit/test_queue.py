@@ -30,7 +30,8 @@ class Line:
         self.records: dict[str, WorkRecord] = {}
 
     def push(self, work_id: str, seq: int, **changes: Any) -> None:
-        record = a_record(work_id, inbox_seq=seq, **({"submitted_at": float(seq)} | changes))
+        fields: dict[str, Any] = {"inbox_seq": seq, "submitted_at": float(seq), **changes}
+        record = a_record(work_id, **fields)
         self.records[work_id] = record
         backlog, _ = self.queue.push(record)
         self.ready[backlog] = None
