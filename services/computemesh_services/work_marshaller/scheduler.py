@@ -8,7 +8,7 @@ was stored is decided in ``effects.py``.
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -117,7 +117,7 @@ class Scheduler:
         self._watches: dict[Place, Watch] = {}
         self._out_count = 0
         self._clock: list[tuple[float, str, int]] = []
-        self._finished: dict[str, None] = {}
+        self._finished: OrderedDict[str, None] = OrderedDict()
         self._dependencies = Dependencies()
         self._gpu_refusals = Refusals()
         self._ended: deque[WorkRecord] = deque()
@@ -747,8 +747,7 @@ class Scheduler:
                 self._ended.append(record)
             self._finished[record.work_id] = None
             while len(self._finished) > REMEMBERED_MAX:
-                oldest = next(iter(self._finished))
-                del self._finished[oldest]
+                oldest, _ = self._finished.popitem(last=False)  # A plain dict would look for its first entry.
                 del self.records[oldest]
 
     def _is_over_quota(self, record: WorkRecord, now: float) -> bool:
