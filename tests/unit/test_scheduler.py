@@ -1002,7 +1002,7 @@ def test_what_is_not_known_to_be_the_nodes_fault_is_not_held_against_it(
     assert scheduler.blacklist.tallies() == []
 
 
-@pytest.mark.parametrize("how", ["cancelled", "lost", "declined"])
+@pytest.mark.parametrize("how", ["cancelled", "lost", "declined", "known already"])
 def test_a_try_that_tells_nothing_is_followed_by_another(how: str) -> None:
     scheduler = with_nodes(a_node("n1"))
     for n in range(3):
@@ -1017,6 +1017,8 @@ def test_a_try_that_tells_nothing_is_followed_by_another(how: str) -> None:
     match how:
         case "cancelled":
             scheduler.cancel("try", "", NOW + 61)
+        case "known already":
+            scheduler.forget("try")
         case "lost":
             scheduler.failed(WorkFailed(work_id="try", attempt=1, code=HANDED_BACK), NOW + 61)
         case _:

@@ -237,6 +237,7 @@ class Scheduler:
         record = self.records.pop(work_id, None)
         if record is not None:
             self._leave(record)
+            self._tell_nothing(record)
             self._forget_watches(record)
         self._finished.pop(work_id, None)
         if self._dependencies.waiting_for(work_id):
@@ -698,11 +699,15 @@ class Scheduler:
         if before is not None:
             self._leave(before)
             if before.state in OUT and record.state not in OUT:
-                for _, node_id in workitem.places(before):
-                    self.blacklist.tried(_kind(before, node_id), record.work_id)
+                self._tell_nothing(before)
         self._put(record, now)
         self.outbox.append(record)
         return record
+
+    def _tell_nothing(self, record: WorkRecord) -> None:
+        """An attempt is off its nodes; should one have been tried with it, the next item may be tried."""
+        for _, node_id in workitem.places(record):
+            self.blacklist.tried(_kind(record, node_id), record.work_id)
 
     def _leave(self, record: WorkRecord) -> None:
         if record.state in WAITING:
