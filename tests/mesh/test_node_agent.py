@@ -285,3 +285,14 @@ async def test_what_does_not_finish_is_handed_back_before_the_time_to_drain_is_o
         await one.begun(sent.work_id, 2)
         assert not lives(first)
         assert [report.code for report in one.failed] == [HANDED_BACK]
+
+
+async def test_a_slot_is_free_for_the_next_item_as_soon_as_the_one_before_is_reported(tmp_path: Path) -> None:
+    """With a queue before it, a node declines nothing because of what it has just reported."""
+    async with node(tmp_path) as one:
+        items = [f"w{number}" for number in range(30)]
+        for work_id in items:
+            await one.mesh.submit(WorkItem(work_id=work_id, work_type="gate", payload={"waits": False}))
+        records = [await one.mesh.record(work_id) for work_id in items]
+        assert {record.state for record in records} == {WorkState.COMPLETED}
+        assert {record.attempt for record in records} == {1}, [record.story for record in records if record.attempt > 1]

@@ -51,6 +51,19 @@ def answer(desk: Desk, one: Assignment, node: NodeAnnouncement = NODE) -> tuple[
     return desk.judge(one, OFFERED, node)
 
 
+def test_an_attempt_that_is_only_reported_still_is_in_hand_and_takes_no_slot() -> None:
+    """What the marshaller sends because of the report may come before the answer to it."""
+    desk = a_desk(("w8", 1), ("w9", 1))
+    desk.reporting(asked(1, "w8"))
+    assert answer(desk, asked()) == (Verdict.START, "")
+    assert answer(desk, asked(1, "w8")) == (Verdict.KNOWN, "")
+    assert sorted(desk.running) == [("w8", 0), ("w9", 0)]
+    desk.started(asked())
+    desk.ended(asked(1, "w8"))
+    assert answer(desk, asked(1, "w7")) == (Verdict.DECLINE, "busy: 2 of 2 slots taken")
+    assert answer(desk, asked(1, "w8")) == (Verdict.KNOWN, "")
+
+
 def test_a_new_item_is_started_while_there_are_slots() -> None:
     """The last slot is given away, no more than that."""
     assert a_desk().judge(asked(), OFFERED, NODE) == (Verdict.START, "")

@@ -37,8 +37,9 @@ class Desk:
         self.slots = slots
         self.accepting = True
         self.running: dict[Key, Assignment] = {}
+        self._reporting: set[tuple[str, int, int]] = set()
+        """Attempts that run no more, of which the report is on its way: work id, attempt, replica."""
         self._finished: OrderedDict[tuple[str, int, int], None] = OrderedDict()
-        """Work id, attempt, replica."""
 
     def judge(self, asked: Assignment, offered: frozenset[str], node: NodeAnnouncement) -> tuple[Verdict, str]:
         """What to do with an assignment, and the reason of a refusal.
@@ -50,8 +51,7 @@ class Desk:
         if asked.node_id != self.node_id:
             return Verdict.DECLINE, f"this is node {self.node_id}, the assignment is for {asked.node_id}"
         running = self.running.get((asked.work_id, asked.replica))
-        key = (asked.work_id, asked.attempt, asked.replica)
-        if (running and running.attempt == asked.attempt) or key in self._finished:
+        if (running and running.attempt == asked.attempt) or _attempt(asked) in self._finished:
             return Verdict.KNOWN, ""
         same = [other for other in self.running.values() if other.work_id == asked.work_id]
         if newer := max((other.attempt for other in same if other.attempt > asked.attempt), default=0):
@@ -60,8 +60,13 @@ class Desk:
             return Verdict.DECLINE, "draining"
         if asked.work_type not in offered:
             return Verdict.DECLINE, f"runs no {asked.work_type!r}, but {', '.join(sorted(offered)) or 'nothing'}"
-        # What an older attempt at the same item has is free once that one is ended.
-        others = [other for other in self.running.values() if not _overtakes(asked, other)]
+        # What an older attempt at the same item has is free once that one is ended, and what is only reported is free
+        # already: the next assignment may come before the answer to the report.
+        others = [
+            other
+            for other in self.running.values()
+            if not _overtakes(asked, other) and _attempt(other) not in self._reporting
+        ]
         if len(others) >= self.slots:
             return Verdict.DECLINE, f"busy: {len(others)} of {self.slots} slots taken"
         if reason := shortage(asked, others, node):
@@ -76,14 +81,23 @@ class Desk:
         self.running[asked.work_id, asked.replica] = asked
         return older
 
+    def reporting(self, asked: Assignment) -> None:
+        """Nothing of the attempt runs any more; it is in hand until its report is stored."""
+        self._reporting.add(_attempt(asked))
+
     def ended(self, asked: Assignment) -> None:
         """The attempt is over and its report is stored, or no longer wanted."""
+        self._reporting.discard(_attempt(asked))
         key = (asked.work_id, asked.replica)
         if (running := self.running.get(key)) and running.attempt == asked.attempt:
             del self.running[key]
-        self._finished[asked.work_id, asked.attempt, asked.replica] = None
+        self._finished[_attempt(asked)] = None
         while len(self._finished) > FINISHED_MAX:
             self._finished.popitem(last=False)
+
+
+def _attempt(asked: Assignment) -> tuple[str, int, int]:
+    return asked.work_id, asked.attempt, asked.replica
 
 
 def _overtakes(asked: Assignment, other: Assignment) -> bool:

@@ -474,6 +474,7 @@ class NodeAgent:
         )
         handed_back = isinstance(outcome, Broke) and outcome.code == HANDED_BACK
         printed = None if handed_back else await logs.keep(put_on(self._bus), self._log_path(asked))
+        self._desk.reporting(asked)
         await reports.report(self._bus, asked, outcome, printed)
 
     async def _outcome(self, asked: Assignment, started_s: float) -> Outcome:
