@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from computemesh.contracts.nodes import NodeRecord, NodeState
-from computemesh.contracts.work import NodeVerdict, Requirements, WorkError, WorkRecord
+from computemesh.contracts.work import NodeVerdict, ObjectRef, Requirements, WorkError, WorkRecord
 from computemesh.hardware import Cpu, Memory, Platform, Tier
 from computemesh.testing.builders import a_gpu, a_node, a_record
 from computemesh_services.work_marshaller import placement
@@ -76,6 +76,24 @@ def choose(record: WorkRecord, seats: list[Seat]) -> str | None:
     chosen = best.node.node_id if best else None
     assert chosen == next((verdict.node_id for verdict in explain(record, seats) if verdict.fits), None)
     return chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"replicas": 2}, "takes no items with replicas: it has no direct delivery"),
+        (
+            {"payload_object": ObjectRef(object_id="o1", size=1)},
+            "takes no payload too large for a message: it has no direct delivery",
+        ),
+    ],
+)
+def test_a_node_that_only_listens_gets_nothing_that_it_need_not_know_of(changes: dict[str, Any], reason: str) -> None:
+    """A program of the README's kind would take an empty payload for the item's own, and say that it is done."""
+    record = replace(needing(), **changes)
+    (refusal,) = refusals(record, a_seat(replace(NODE, delivery="plain")))
+    assert (refusal.reason, refusal.may_change) == (reason, False)
+    assert refusals(record, a_seat(replace(NODE, delivery="direct"))) == []
 
 
 def test_a_node_that_has_everything_fits() -> None:

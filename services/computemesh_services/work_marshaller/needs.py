@@ -12,7 +12,7 @@ from computemesh.hardware import Gpu
 NO_REQUIREMENTS: Final = WorkItem(work_type="any").requirements
 """What items without requirements share."""
 
-ShapeKey = tuple[str, str, int, bytes, str | None]
+ShapeKey = tuple[str, str, int, bytes, str | None, bool]
 
 
 class Ask(msgspec.Struct, frozen=True, gc=False):
@@ -44,7 +44,18 @@ def ask_of(need: Requirements) -> Ask:
 class Shape:
     """What placement looks at in an item."""
 
-    __slots__ = ("ask", "avoided", "key", "model_name", "named", "need", "owner", "replicas", "work_type")
+    __slots__ = (
+        "ask",
+        "avoided",
+        "by_reference",
+        "key",
+        "model_name",
+        "named",
+        "need",
+        "owner",
+        "replicas",
+        "work_type",
+    )
 
     def __init__(self, record: WorkRecord, key: ShapeKey) -> None:
         self.key: Final = key
@@ -55,6 +66,8 @@ class Shape:
         self.ask: Final = ask_of(self.need)
         self.owner: Final = key[4]
         """Whose items these are, when the owner has had all GPUs it may have: they wait apart."""
+        self.by_reference: Final = key[5]
+        """The payload is in the object store, which a node without direct delivery need not know of."""
         self.named: Final = _named(self.need)
         """The only nodes that may have it, or None for any."""
         self.avoided: Final = frozenset(self.need.not_node_ids)
@@ -71,7 +84,7 @@ def _named(need: Requirements) -> frozenset[str] | None:
 def shape_key(record: WorkRecord, owner: str | None = None) -> ShapeKey:
     need = record.requirements
     asked = b"" if need is NO_REQUIREMENTS or need == NO_REQUIREMENTS else msgspec.json.encode(need, order="sorted")
-    return record.work_type, record.model_name, record.replicas, asked, owner
+    return record.work_type, record.model_name, record.replicas, asked, owner, record.payload_object is not None
 
 
 def shape_of(record: WorkRecord) -> Shape:

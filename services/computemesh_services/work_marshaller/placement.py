@@ -106,6 +106,8 @@ def unmade(shape: Shape, node: NodeRecord) -> Iterator[Refusal]:
         yield Refusal(f"has no model {shape.model_name!r}, but {', '.join(node.models[:5])}", may_change=False)
     if shape.replicas > 1 and node.delivery != "direct":
         yield Refusal("takes no items with replicas: it has no direct delivery", may_change=False)
+    if shape.by_reference and node.delivery != "direct":
+        yield Refusal("takes no payload too large for a message: it has no direct delivery", may_change=False)
     need = shape.need
     if need.min_tier is not None and not node.tier.at_least(need.min_tier):
         yield Refusal(f"tier {node.tier}, needs {need.min_tier}", may_change=False)
