@@ -103,6 +103,12 @@ def test_a_try_with_a_suspect_holds_the_node_as_long_as_before() -> None:
     assert blacklist.failed(N1, "poison", "crashed", NOW + 60) == NOW + 120
 
 
+def test_a_try_with_an_item_that_failed_there_before_holds_the_node_as_long_as_before() -> None:
+    blacklist = opened()
+    blacklist.probe(N1, "w1")
+    assert blacklist.failed(N1, "w1", "no CUDA", NOW + 60) == NOW + 120
+
+
 def test_a_try_that_shows_nothing_lets_the_next_item_be_tried() -> None:
     blacklist = opened()
     blacklist.probe(N1, "try")

@@ -4,7 +4,8 @@ A circuit breaker for each node and kind of work (its type and model):
 
     closed  --failures of `after` different items in a row-->  open, for `hold_s`
     open    --`until` has passed-->                            half open: one item is tried
-    half open  --it goes well-->  closed       --it fails-->   open, for twice as long
+    half open  --it goes well-->  closed       --it fails-->   open, for twice as long (as long as before, when the
+                                                               item had failed there already)
 
 Whose fault a failure was is not always said. So an item that fails on a second node is suspected itself: it counts
 against neither of them. What a node reports as the work's own fault never comes here.
@@ -87,12 +88,13 @@ class Blacklist:
         probed = tally.probing == work_id
         if suspect and not probed:
             return None
+        again = work_id in tally.failed
         failed = [*(other for other in tally.failed if other != work_id), work_id][-self._policy.after :]
         tally = msgspec.structs.replace(tally, failed=failed, reason=reason[:500], failed_at=now)
         opens = probed or (not tally.opened and len(failed) >= self._policy.after)
         if opens:
-            # A suspect that fails shows nothing, but the node has not gone well either.
-            opened = tally.opened if suspect else tally.opened + 1
+            # A suspect that fails, or one that failed here before, shows nothing new; but nothing went well either.
+            opened = tally.opened if probed and (suspect or again) else tally.opened + 1
             hold_s = min(self._policy.hold_s_max, self._policy.hold_s * 2.0 ** min(opened - 1, 30))
             tally = msgspec.structs.replace(
                 tally, opened=opened, since=tally.since or now, until=now + hold_s, probing=""
