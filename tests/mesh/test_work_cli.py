@@ -237,7 +237,7 @@ async def test_a_node_on_which_work_keeps_failing_is_shown_and_pardoned(mesh: Ru
     assert "not yet" in text
     assert "n1 gets talk work again" in await commands.ok("work", "pardon", "n1")
     again = await commands.run("work", "pardon", "n1", "--json")
-    assert (again.returncode, json.loads(again.stderr)["code"]) == (2, "not_found")
+    assert (again.returncode, json.loads(again.stderr)["code"]) == (2, "not_blacklisted")
 
 
 async def hears(bus: Bus) -> bool:
