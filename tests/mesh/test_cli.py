@@ -432,7 +432,7 @@ async def test_wrong_credentials_are_told_from_a_server_that_is_not_there(cli: C
         (("env",), "shell exports"),
         (("nodes",), "List the nodes"),
         (("submit",), "Submit work"),
-        (("work",), "Look at work items"),
+        (("work",), "List work items"),
         (("work", "list"), "List work items"),
         (("work", "show"), "Show one item"),
         (("work", "cancel"), "Cancel an item"),

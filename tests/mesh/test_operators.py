@@ -180,7 +180,7 @@ def test_call_asks_any_request_by_its_short_or_full_name(mesh: Cli, tmp_path: Pa
         (("work.list", f"@{file}"), ""),
         (("work.list",), ""),
     ):
-        assert set(mesh.json("call", *words, stdin=stdin)) == {"items", "count"}
+        assert set(mesh.json("call", *words, stdin=stdin)) == {"items", "count", "next"}
 
 
 def test_call_reaches_a_target(mesh: Cli) -> None:
@@ -472,7 +472,7 @@ def test_every_command_that_answers_answers_in_json_too(cli: Cli) -> None:
     again = cli.json("up", "--detach")
     assert again["pid"] == started["pid"]
     status = cli.json("status")
-    assert status["nodes"] == {"count": 0, "online": 0}
+    assert set(status["nodes"]) == {"count", "online"}
     assert status["work"] == {"pending": 0, "assigned": 0, "running": 0, "retrying": 0}
     assert status["problem"] == ""
     assert cli.json("env")["NATS_URL"]
