@@ -237,7 +237,7 @@ def test_no_nodes_means_no_choice() -> None:
 
 
 def test_an_explanation_lists_the_best_first_and_the_hopeless_last() -> None:
-    """Those that fit by score, then those that may, then those that never will; ties by id."""
+    """Those that fit by score, then those that may, then those that never will."""
     record = a_record(requirements=Requirements(cpus=4))
     small = Cpu(threads=2)
     verdicts = explain(
@@ -252,11 +252,32 @@ def test_an_explanation_lists_the_best_first_and_the_hopeless_last() -> None:
         ],
     )
     assert [verdict.node_id for verdict in verdicts] == [
-        "fits-free", "fits-half", "later-a", "later-b", "never-a", "never-b",
+        "fits-free", "fits-half", "later-b", "later-a", "never-b", "never-a",
     ]  # fmt: skip
     assert [(v.fits, v.may_change) for v in verdicts] == [(True, True)] * 2 + [(False, True)] * 2 + [(False, False)] * 2
-    assert verdicts[4].reasons == ["busy: 2 of 2 slots taken", "2 CPUs, needs 4"]
+    assert verdicts[5].reasons == ["busy: 2 of 2 slots taken", "2 CPUs, needs 4"]
     assert verdicts[0].node_id == choose(record, [seat("fits-half", taken=1), seat("fits-free")])
+
+
+def test_the_nearest_miss_lacks_the_least_for_good_then_is_online_then_lacks_the_least_for_now() -> None:
+    """A lost node is not near because it would have the right label, were it there."""
+    labels = {"zone": "a"}
+    verdicts = explain(
+        a_record(requirements=Requirements(cpus=4, labels=labels)),
+        [
+            seat("lost-b", state=NodeState.LOST),
+            seat("lost-a", state=NodeState.LOST),
+            seat("suspect", state=NodeState.SUSPECT),
+            seat("two-nevers", cpu=Cpu(threads=2)),
+            seat("busy", taken=2),
+            seat("label-only"),
+            seat("lost-but-right", state=NodeState.LOST, labels=labels),
+        ],
+    )
+    assert [verdict.node_id for verdict in verdicts] == [
+        "lost-but-right", "label-only", "busy", "suspect", "lost-a", "lost-b", "two-nevers",
+    ]  # fmt: skip
+    assert [verdict.may_change for verdict in verdicts] == [True] + [False] * 6
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from computemesh.contracts.nodes import NodeRecord
+from computemesh.contracts.nodes import NodeRecord, NodeState
 from computemesh.contracts.work import NodeVerdict, WorkRecord
 from computemesh.hardware import Tier
 from computemesh_services.work_marshaller.needs import NOTHING, Shape, shape_of
@@ -38,6 +38,9 @@ Objection = Callable[[Shape, str, float], str]
 
 TIERS: Final = {tier: sum(tier.at_least(other) for other in Tier) for tier in Tier}
 UNTOLD: Final = 99
+
+AWAY: Final = {state: place for place, state in enumerate(NodeState)}
+"""Online, suspect, lost: the later, the further from having an item."""
 
 
 def avoided(record: WorkRecord) -> str:
@@ -123,18 +126,19 @@ def unmade(shape: Shape, node: NodeRecord) -> Iterator[Refusal]:
 
 def explain(record: WorkRecord, seats: Iterable[Seat], objection: Objection, now: float) -> list[NodeVerdict]:
     """A verdict per node: those that fit in the order in which they would be chosen, then those that may later, then
-    those that never will, each the nearest miss first."""
+    those that never will. The nearest miss is first: the fewest reasons that never change, then a node that is online,
+    then the fewest reasons."""
     shape, avoid = shape_of(record), avoided(record)
     fitting: list[tuple[Rank, Seat]] = []
-    others: list[tuple[bool, int, str, list[Refusal]]] = []
+    others: list[tuple[int, int, int, str, list[Refusal]]] = []
     for seat in seats:
         if against := list(refusals(shape, seat, objection, now)):
             never = sum(not refusal.may_change for refusal in against)
-            others.append((never > 0, never or len(against), seat.node.node_id, against))
+            others.append((never, AWAY[seat.node.state], len(against), seat.node.node_id, against))
         else:
             fitting.append((rank(shape, avoid, seat), seat))
     fitting.sort(key=lambda found: found[0])
-    others.sort(key=lambda found: found[:3])
+    others.sort(key=lambda found: found[:4])
     return [
         NodeVerdict(
             node_id=seat.node.node_id, fits=True, reasons=_merits(shape, avoid, seat), score=float(len(fitting) - place)
@@ -142,7 +146,7 @@ def explain(record: WorkRecord, seats: Iterable[Seat], objection: Objection, now
         for place, (_, seat) in enumerate(fitting)
     ] + [
         NodeVerdict(node_id=node_id, fits=False, may_change=not never, reasons=[refusal.reason for refusal in against])
-        for never, _, node_id, against in others
+        for never, _, _, node_id, against in others
     ]
 
 

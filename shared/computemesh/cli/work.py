@@ -391,13 +391,12 @@ def _explained(found: WorkExplanation, width: int, lines: int | None) -> Rendera
     head = Text.assemble(f"{found.work_id}  ", state_cell(found.state), f"  {common.one_line(found.summary)}")
     if not found.nodes:
         return head
-    order = sorted(found.nodes, key=lambda one: (not one.fits, not one.may_change, -one.score, one.node_id))
-    shown = order if lines is None else order[: max(1, lines - 4)]
+    shown = found.nodes if lines is None else found.nodes[: max(1, lines - 4)]
     rows = [
         (one.node_id, _verdict(one), f"{one.score:.2f}" if one.fits else "-", "; ".join(one.reasons)) for one in shown
     ]
     made = tables.grid(VERDICT_COLUMNS, rows, width)
-    return Group(head, "", made, *filter(None, [tables.folded(len(order), len(shown))]))
+    return Group(head, "", made, *filter(None, [tables.folded(len(found.nodes), len(shown))]))
 
 
 def _reasons(one: NodeVerdict) -> str:
