@@ -608,3 +608,53 @@ def test_of_two_items_with_replicas_the_second_has_nodes_kept_after_the_first() 
     assert finish(scheduler, "n2", LATE) == {"gang"}
     assert finish(scheduler, "n1", LATE + 1) == set()
     assert finish(scheduler, "n2", LATE + 2) == {"twin"}
+
+
+# --- what an item with replicas is told ----------------------------------------------------------------------------
+
+
+def summary(scheduler: Scheduler, work_id: str) -> str:
+    return scheduler.explain(scheduler.records[work_id], NOW).summary
+
+
+def test_replicas_are_told_how_many_of_them_have_a_place() -> None:
+    """Not on how many nodes, of which one may have room for several; asking changes nothing."""
+    scheduler = with_nodes(a_node("n1", slots=4, gpus=[a_gpu()] * 8), a_node("n2", slots=4, gpus=[a_gpu()] * 8))
+    submit(scheduler, "other", 1, requirements=Requirements(gpus=6))
+    advance(scheduler)
+    submit(scheduler, "w1", 2, replicas=4, requirements=Requirements(gpus=3))
+    advance(scheduler)
+    for _ in range(2):
+        assert summary(scheduler, "w1") == "waits until all 4 replicas have a place: room for 2 now"
+    scheduler.completed(WorkCompleted(work_id="other", attempt=1), NOW)
+    assert summary(scheduler, "w1") == "waits its turn: 2 of 2 nodes fit"
+    advance(scheduler)
+    assert state(scheduler, "w1") == "assigned"
+
+
+@pytest.mark.parametrize(
+    ("node", "requirements", "room"),
+    [
+        (a_node("n1", slots=2, gpus=[a_gpu()] * 8), Requirements(gpus=3), 2),
+        (a_node("n1", slots=9, gpus=[a_gpu()] * 8), Requirements(gpus=3), 2),
+        (a_node("n1", slots=3), Requirements(), 3),
+        (a_node("n1", slots=9), Requirements(spread=True), 1),
+        (a_node("n1", slots=2, state=NodeState.LOST), Requirements(), 2),
+    ],
+)
+def test_replicas_that_all_nodes_together_could_not_hold_are_told_so(
+    node: NodeRecord, requirements: Requirements, room: int
+) -> None:
+    """For slots, resources or nodes of their own: waiting is of no use unless the mesh changes."""
+    scheduler = with_nodes(node, a_node("other", work_types=["ppo"], slots=9))
+    submit(scheduler, "w1", replicas=4, requirements=requirements)
+    advance(scheduler)
+    assert summary(scheduler, "w1") == (
+        "waits: as the mesh is now it can never start: its 4 replicas start together, and all nodes, with nothing else "
+        f"on them, have room for {room}"
+    )
+    scheduler.node_changed(a_node("n2", slots=9, gpus=[a_gpu()] * 12), NOW)
+    if requirements.spread:
+        assert "have room for 2" in summary(scheduler, "w1")
+    else:
+        assert summary(scheduler, "w1").startswith("waits its turn")

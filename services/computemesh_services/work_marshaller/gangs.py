@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from computemesh.contracts.nodes import NodeRecord
 from computemesh_services.work_marshaller import placement
 from computemesh_services.work_marshaller.groups import Groups
 from computemesh_services.work_marshaller.needs import Shape
@@ -77,21 +78,41 @@ def nodes_to_keep(
     return frozenset()
 
 
+def room_now(shape: Shape, seats: Iterable[Seat], objection: Callable[[Shape, str, float], str], now: float) -> int:
+    """How many of the replicas have a place now."""
+    found = 0
+    for seat in seats:
+        if next(placement.refusals(shape, seat, objection, now), None) is None:
+            found += _fill(shape, seat.room, seat.node.slots - len(seat.taken))
+    return min(found, shape.replicas)
+
+
+def room_at_most(shape: Shape, seats: Iterable[Seat]) -> int:
+    """How many of the replicas would have a place, were all nodes there with nothing on them."""
+    return min(sum(_empty(shape, seat.node) for seat in seats), shape.replicas)
+
+
 def _most(shape: Shape, seat: Seat, objection: Callable[[Shape, str, float], str], now: float) -> int:
     """How many of the replicas a node could have, with nothing on it."""
-    node = seat.node
-    against = (
-        next(seat.closed(now), None)
-        or next(placement.unnamed(shape, node), None)
-        or next(placement.unmade(shape, node), None)
-        or objection(shape, node.node_id, now)
-    )
-    if against:
+    if next(seat.closed(now), None) or objection(shape, seat.node.node_id, now):
         return 0
-    room = Room(node)
-    most = min(node.slots, shape.replicas, 1 if shape.need.spread else shape.replicas)
-    for count in range(most):
-        if next(room.lacks(shape.ask), None) is not None:
-            return count
+    return _empty(shape, seat.node)
+
+
+def _empty(shape: Shape, node: NodeRecord) -> int:
+    """The same, whether or not it gets work now."""
+    if next(placement.unnamed(shape, node), None) or next(placement.unmade(shape, node), None):
+        return 0
+    return _fill(shape, Room(node), node.slots)
+
+
+def _fill(shape: Shape, room: Room, slots: int) -> int:
+    """How many of the replicas so much of a node has room for. Leaves *room* as it is."""
+    most = min(slots, 1 if shape.need.spread else shape.replicas)
+    count = 0
+    while count < most and next(room.lacks(shape.ask), None) is None:
         room.take(("", count), shape.ask)
-    return most
+        count += 1
+    for replica in range(count):
+        room.free(("", replica))
+    return count

@@ -39,7 +39,7 @@ from computemesh_services.work_marshaller.effects import Stop
 from computemesh_services.work_marshaller.gangs import Kept
 from computemesh_services.work_marshaller.grants import QUOTA, Refusals, wants_gpus
 from computemesh_services.work_marshaller.groups import Groups
-from computemesh_services.work_marshaller.needs import Shape, ask_of
+from computemesh_services.work_marshaller.needs import Shape, ask_of, shape_of
 from computemesh_services.work_marshaller.queue import Backlog, Queue
 from computemesh_services.work_marshaller.rooms import Room
 from computemesh_services.work_marshaller.seats import Place, Seat
@@ -307,7 +307,14 @@ class Scheduler:
     def _summary(self, record: WorkRecord, verdicts: list[NodeVerdict], now: float) -> str:
         if record.awaits and record.state is WorkState.PENDING:
             return dependencies.waits_for(record, self.records.get)
-        return explaining.summary(record, verdicts, now)
+        return explaining.summary(record, verdicts, self._room(record, now), now)
+
+    def _room(self, record: WorkRecord, now: float) -> explaining.Room:
+        """Replicas that have a place. Counted for an item that waits with several; else the verdicts say as much."""
+        if record.replicas == 1 or record.state is not WorkState.PENDING:
+            return explaining.Room(record.replicas, record.replicas)
+        shape, seats = shape_of(record), self.seats.values()
+        return explaining.Room(gangs.room_now(shape, seats, self._objection, now), gangs.room_at_most(shape, seats))
 
     # --- answers of nodes --------------------------------------------------------------------------------------
 
