@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import signal
 import subprocess
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -166,13 +167,35 @@ async def test_waiting_ends_with_the_last_item_or_when_told(
         await mesh.submit(WorkItem(work_id=f"awaited-{number}", work_type="talk", payload=payload))
     late = await commands.run("work", "wait", "awaited-1", "awaited-2", "--timeout", "0.5", "--json")
     assert late.returncode == 1, late
-    assert json.loads(late.stderr)["code"] == "work_failed", late
+    assert json.loads(late.stderr)["code"] == "not_finished", late
     waiting = asyncio.create_task(commands.run("work", "wait", "awaited-1", "awaited-2"))
     (tmp_path / "go").touch()
     done = await waiting
     assert (done.returncode, done.stdout) == (0, "awaited-1 completed\nawaited-2 completed\n")
     failed = await commands.run("work", "wait", "broken")
     assert (failed.returncode, failed.stdout) == (1, "broken failed  not yet\n")
+
+
+async def test_a_command_that_waits_says_why_and_on_ctrl_c_that_the_item_goes_on(
+    mesh: RunningMesh, commands: Commands
+) -> None:
+    """On a pipe in a line for each reason; also `work result`, which does not wait."""
+    item = {"work_id": "unplaced", "work_type": "talk", "requirements": {"node_id": "elsewhere"}}
+    why = "waits: none of the 1 nodes can ever run it; the nearest is n1: the item is only for elsewhere"
+    late = await commands.run("submit", "-", "--wait", "--timeout", "8", "--json", stdin=json.dumps(item))
+    notice, error = [json.loads(line) for line in late.stderr.splitlines()]
+    assert (late.returncode, notice, error["code"]) == (1, {"notice": f"unplaced {why}"}, "not_finished")
+    waiting = commands.start("work", "wait", "unplaced")
+    assert waiting.stderr is not None
+    assert await asyncio.to_thread(waiting.stderr.readline) == f"unplaced {why}\n"
+    waiting.send_signal(signal.SIGINT)
+    printed, told = await asyncio.to_thread(waiting.communicate, timeout=60)
+    assert (waiting.returncode, printed) == (130, "")
+    assert told.strip() == "unplaced goes on; see `computemesh work show unplaced`"
+    asked = await commands.run("work", "result", "unplaced")
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert f"unplaced is pending: {why}; wait for it with `computemesh work wait unplaced`" in asked.stderr
+    await commands.ok("work", "cancel", "unplaced")
 
 
 async def test_explain_names_each_node_with_a_verdict(mesh: RunningMesh, commands: Commands) -> None:

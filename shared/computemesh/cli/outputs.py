@@ -30,6 +30,7 @@ from computemesh.contracts.work import (
     WorkLogs,
     WorkLogsGet,
     WorkRecord,
+    WorkResult,
 )
 from computemesh.objects import ObjectError, download, get_on, parts, put_on, result_pieces, upload
 
@@ -60,7 +61,7 @@ def result(work_id: str, output: Path | None, as_json: bool) -> None:
 
 async def _result(ask: WorkGet, output: Path | None) -> None:
     async with common.connected() as bus:
-        answer = await common.ask(bus, work.RESULT, ask, acting=True, no_result=WorkFailure)
+        answer = await _answer(bus, ask)
         pieces = result_pieces(answer)
         if output is None and len(pieces) == 1 and isinstance(pieces[0], bytes):
             print_json(answer.result)
@@ -81,6 +82,24 @@ async def _result(ask: WorkGet, output: Path | None) -> None:
             with contextlib.suppress(OSError):
                 new.unlink()
         err.print(common.escape(f"{output}: {size_of(pieces):,} bytes"))
+
+
+async def _answer(bus: Bus, ask: WorkGet) -> WorkResult:
+    """The result; where there is none yet, the failure says why."""
+    while True:
+        try:
+            return await common.ask(bus, work.RESULT, ask, acting=True, no_result=WorkFailure)
+        except Failure as failure:
+            if failure.code != "not_finished":
+                raise
+        why = await common.ask(bus, work.EXPLAIN, ask, acting=True)
+        if why.state not in FINAL:
+            raise Failure(
+                f"{ask.work_id} is {why.state}: {why.summary}",
+                hint=f"wait for it with `computemesh work wait {ask.work_id}`",
+                field="work_id",
+                code="not_finished",
+            )
 
 
 async def _write(bus: Bus, pieces: list[bytes | ObjectRef], file: BinaryIO) -> None:

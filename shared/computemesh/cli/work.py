@@ -172,10 +172,11 @@ async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None,
         submitting = asyncio.create_task(_submit_all(bus, items, follower.on_record))
         waiting = asyncio.create_task(follower.wait(bus, timeout_s, live=sys.stderr.isatty()))
         try:
-            await asyncio.wait({submitting, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if submitting.done():
-                submitting.result()
-            records = await waiting
+            with follower.left_open():
+                await asyncio.wait({submitting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                if submitting.done():
+                    submitting.result()
+                records = await waiting
         finally:
             submitting.cancel()
             waiting.cancel()
@@ -211,7 +212,7 @@ async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None, 
     """Submits an item and follows it to its end, with a progress line on the terminal.
 
     Args:
-        live: show that line; not where other output would run through it.
+        live: show that line, or say why it waits; not where other output would run through it.
 
     Raises:
         Failure: refused, or not finished in time.
@@ -220,7 +221,7 @@ async def submit_and_wait(bus: Bus, item: WorkItem, *, timeout_s: float | None, 
     follower = Follower([item.work_id or ""])
     await follower.subscribe(bus)
     follower.on_record(await common.ask(bus, work.REQUEST, await outputs.sendable(bus, item), acting=True))
-    (record,) = await follower.wait(bus, timeout_s, live=live and sys.stderr.isatty())
+    (record,) = await follower.wait(bus, timeout_s, live=sys.stderr.isatty(), quiet=not live)
     return record
 
 
@@ -427,7 +428,8 @@ def wait(work_ids: tuple[str, ...], timeout: float | None, as_json: bool) -> Non
             await follower.subscribe(bus)
             for ask in asks:
                 follower.on_record(await common.ask(bus, work.GET, ask, acting=True))
-            return await follower.wait(bus, timeout, live=sys.stderr.isatty())
+            with follower.left_open():
+                return await follower.wait(bus, timeout, live=sys.stderr.isatty())
 
     records = common.run(follow())
     if as_json:
