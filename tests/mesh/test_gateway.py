@@ -228,6 +228,8 @@ async def test_a_key_makes_a_repeated_task_the_same_task(mesh: RunningMesh, http
     assert (other.status_code, other.json()["code"]) == (409, "other_task")
     named = text.replace("{name: small}", "{name: small, id: mine}")
     assert (await submit(http, named))["task_id"] == (await submit(http, named))["task_id"] == "mine"
+    both = await http.post("/api/v1/tasks", content=named, headers={**YAML, "idempotency-key": "order 66"})
+    assert (both.status_code, both.json()["field"]) == (400, "idempotency-key"), "not the task of the other key"
     assert len((await http.get("/api/v1/tasks?full=false&limit=1000")).json()) == before + 2
 
 

@@ -285,8 +285,14 @@ async def _read_task(request: Request) -> Document | Refused:
 
 
 def _keyed(item: WorkItem, key: str) -> WorkItem | Refused:
-    """The item with an id: its own, that of the caller's key, or a fresh one."""
+    """The item with an id: its own, that of the caller's key, or a fresh one.
+
+    Not both: nothing would remember which of the two ids the key stands for.
+    """
     if item.work_id is not None:
+        if key:
+            reason = "the task has an id of its own, metadata.id, which does the same; give one of the two"
+            return Refused(code="bad_message", field=KEY, reason=reason)
         return item
     if len(key) > KEY_CHARS_MAX:
         return Refused(code="bad_message", field=KEY, reason=f"longer than {KEY_CHARS_MAX} characters")

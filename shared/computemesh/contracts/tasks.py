@@ -259,7 +259,8 @@ SUBMIT: Final = Route(
         },
     ),
     about="Submits a task. The answer waits up to a second for a node; without one the task waits, and `reason` says "
-    "for what. With `Prefer: respond-async` it does not wait. `Idempotency-Key` makes repeating it harmless.",
+    "for what. With `Prefer: respond-async` it does not wait. `Idempotency-Key` makes repeating it harmless, "
+    "as `metadata.id` does; give one of them.",
 )
 LIST: Final = Route(
     name="list_tasks",
