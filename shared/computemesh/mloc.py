@@ -9,15 +9,17 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
+from computemesh import inference
 from computemesh.contracts.base import Refused, convert, refused
 from computemesh.contracts.work import TASK_TEXT, WorkItem
+from computemesh.inference import InferencePayload
 from computemesh.yamltext import Document, is_list, is_mapping
 
 REQUIRED: Final = (
@@ -38,18 +40,14 @@ S = TypeVar("S", bound=msgspec.Struct)
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A part of a task whose fields are all known, so that a slip of the pen is none of them."""
-
-
-class _Task(_Part, frozen=True, kw_only=True):
+class _Task(msgspec.Struct, frozen=True, kw_only=True):
     apiVersion: str  # noqa: N815
     kind: str
     metadata: dict[str, Any]
     spec: dict[str, Any]
 
 
-class _Metadata(_Part, frozen=True, kw_only=True):
+class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
     name: _Text
     owner: str = ""
     labels: dict[str, str] = {}
@@ -57,18 +55,18 @@ class _Metadata(_Part, frozen=True, kw_only=True):
     id: str | None = None
 
 
-class _Gpu(_Part, frozen=True, kw_only=True):
+class _Gpu(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     count: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Hardware(_Part, frozen=True, kw_only=True):
+class _Hardware(msgspec.Struct, frozen=True, kw_only=True):
     cpu: str | int | float
     memory: str | int
     gpu: _Gpu | None = None
 
 
-class _Resources(_Part, frozen=True, kw_only=True):
+class _Resources(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int
     hardware: _Hardware
     tags: list[str] | dict[str, str] = []
@@ -85,6 +83,16 @@ class _Model(msgspec.Struct, frozen=True, kw_only=True):
 class _Data(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     items: list[str] = []
+
+
+_PARTS: Final[Mapping[str, type[msgspec.Struct]]] = {
+    "": _Task,
+    "metadata": _Metadata,
+    "spec.resources": _Resources,
+    "spec.resources.hardware": _Hardware,
+    "spec.resources.hardware.gpu": _Gpu,
+}
+"""Parts of a task whose fields are all known, so that a slip of the pen is none of them."""
 
 
 class _Bad(Exception):
@@ -125,6 +133,9 @@ _OURS: Final = frozenset({"taskType", "resources", "deadline", "after", *_TERMS}
 """Fields of ``spec`` that are not the executor's."""
 
 _OF_INFERENCE: Final = frozenset({"model", "inference", "data", "output"})
+
+_SYSTEM: Final = ("system_prompt", "systemPrompt")
+"""Fields of ``spec.inference`` that are not the executor's."""
 
 
 def is_task(fields: Mapping[str, Any]) -> bool:
@@ -168,6 +179,7 @@ def _of_theirs(field: str) -> str:
 def _item(document: Document) -> WorkItem:
     if not is_mapping(document.value):
         raise _Bad("", "a task is a mapping with apiVersion, kind, metadata and spec")
+    _only_known(document.value)
     for path in REQUIRED:
         _demand(document.value, path)
     task = _part(document.value, _Task, "")
@@ -198,11 +210,34 @@ def _item(document: Document) -> WorkItem:
     return made
 
 
-def _demand(task: Mapping[str, Any], path: str) -> None:
-    found: Any = task
-    for name in path.split("."):
+def _only_known(task: Mapping[str, Any]) -> None:
+    """Before anything is missed: what seems missing may be what is misspelt."""
+    for path, kind in _PARTS.items():
+        _no_other(_at(task, path), kind.__struct_fields__, path)
+    if _at(task, "spec.taskType") == "inference":
+        _no_other(_at(task, "spec"), (*sorted(_OURS), *sorted(_OF_INFERENCE)), "spec")
+        _no_other(_at(task, "spec.inference"), (*InferencePayload.__struct_fields__, *_SYSTEM), "spec.inference")
+
+
+def _no_other(part: Any, known: Sequence[str], path: str) -> None:
+    for name in part if is_mapping(part) else ():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            field = f"{path}.{name}" if path else name
+            raise _Bad(field, f"{field}: no such field; {hint}")
+
+
+def _at(task: Any, path: str) -> Any:
+    """What stands at a path; None where nothing does."""
+    found = task
+    for name in path.split(".") if path else ():
         found = found.get(name) if is_mapping(found) else None
-    if found is None:
+    return found
+
+
+def _demand(task: Mapping[str, Any], path: str) -> None:
+    if _at(task, path) is None:
         raise _Bad(path, f"Missing required field: {path}")
 
 
@@ -213,23 +248,9 @@ def _part(fields: Any, kind: type[S], path: str) -> S:
     except (ValueError, RecursionError) as error:
         bad = refused(error, kind)
     field = ".".join(filter(None, [path, bad.field]))
-    reason = bad.reason
-    if "missing required" in reason:
+    if "missing required" in bad.reason:
         raise _Bad(field, f"Missing required field: {field}")
-    if "unknown field" in reason:
-        reason = "no such field" + _did_you_mean(bad.field, kind)
-    raise _Bad(field, f"{field}: {reason}")
-
-
-def _did_you_mean(field: str, kind: type[msgspec.Struct]) -> str:
-    *parents, name = field.split(".")
-    known: Any = kind
-    for parent in parents:
-        inner = next(each.type for each in msgspec.structs.fields(known) if each.name == parent)
-        known = next(each for each in (inner, *getattr(inner, "__args__", ())) if hasattr(each, "__struct_fields__"))
-    names: tuple[str, ...] = known.__struct_fields__
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+    raise _Bad(field, f"{field}: {bad.reason}")
 
 
 def _without_nulls(fields: Any) -> Any:
@@ -340,28 +361,37 @@ def _passed_on(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompts(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The payload of ``inference``: ``spec.inference`` with its prompts, or those of ``spec.data``."""
-    for name in spec:
-        if name not in _OURS | _OF_INFERENCE:
-            close = difflib.get_close_matches(name, [*_OURS, *_OF_INFERENCE], 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise _Bad(f"spec.{name}", f"spec.{name}: means nothing to an inference task{hint}")
     told = spec.get("inference")
     if told is not None and not is_mapping(told):
         raise _Bad("spec.inference", "spec.inference: a mapping is expected, with prompts, max_tokens, temperature …")
     payload: dict[str, Any] = _without_nulls(told or {})
-    system = [payload.pop(name) for name in ("system_prompt", "systemPrompt") if name in payload]
-    given = [name for name in ("prompt", "prompts", "messages") if name in payload]
-    if (data := spec.get("data")) is not None:
+    system = [payload.pop(name) for name in _SYSTEM if name in payload]
+    given = [name for name in inference.FORMS if name in payload]
+    data = spec.get("data")
+    if data is not None:
         if given:
             raise _Bad("spec.data", f"spec.data: there is spec.inference.{given[0]} already; give one of them")
         payload["prompts"] = _listed(data)
-        given = ["prompts"]
-    if len(given) != 1:
-        reason = (
-            "give one of prompts, prompt and messages" if given else "Missing required field: spec.inference.prompts"
-        )
-        raise _Bad(f"spec.inference.{given[1]}" if given else "spec.inference.prompts", reason)
-    return _with_system(payload, given[0], system[0]) if system else payload
+    elif not given:
+        raise _Bad("spec.inference.prompts", "Missing required field: spec.inference.prompts")
+    _check(payload, {"prompts": "spec.data.items"} if data is not None else {})
+    if not system:
+        return payload
+    payload = _with_system(payload, system[0])
+    _check(payload, {})
+    return payload
+
+
+def _check(payload: dict[str, Any], elsewhere: Mapping[str, str]) -> None:
+    """Refuses here what the executor would refuse there.
+
+    Args:
+        elsewhere: fields of the payload that come from another place than ``spec.inference``, with that place.
+    """
+    bad = inference.parse(payload)
+    if isinstance(bad, Refused):
+        path = elsewhere.get(bad.field, f"spec.inference.{bad.field}")
+        raise _Bad(path, f"{path}: {bad.reason}")
 
 
 def _listed(data: Any) -> list[str]:
@@ -375,18 +405,18 @@ def _listed(data: Any) -> list[str]:
     return found.items
 
 
-def _with_system(payload: dict[str, Any], form: str, system: Any) -> dict[str, Any]:
-    """A system prompt goes in front of each prompt, as MLOC has it, or before the messages of a chat."""
+def _with_system(payload: dict[str, Any], system: Any) -> dict[str, Any]:
+    """A system prompt goes in front of each prompt, as MLOC has it, or before the messages of each chat."""
     path = "spec.inference.system_prompt"
     if not isinstance(system, str):
         raise _Bad(path, f"{path}: text is expected")
-
-    def before(prompt: Any) -> Any:
-        return f"{system}\n{prompt}" if isinstance(prompt, str) else prompt
-
+    first = {"role": "system", "content": system}
+    (form,) = (name for name in inference.FORMS if name in payload)
     told: Any = payload[form]
-    if form == "messages":
-        payload[form] = [{"role": "system", "content": system}, *told] if is_list(told) else told
+    if form != "messages":
+        made: Any = [f"{system}\n{prompt}" for prompt in told] if is_list(told) else f"{system}\n{told}"
+    elif is_list(told[0]):
+        made = [[first, *chat] for chat in told]
     else:
-        payload[form] = [before(each) for each in told] if is_list(told) else before(told)
-    return payload
+        made = [first, *told]
+    return {**payload, form: made}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from computemesh import mloc, yamltext
+from computemesh import inference, mloc, yamltext
 from computemesh.contracts.base import Refused
 from computemesh.contracts.work import TASK_TEXT, WorkItem
 from computemesh.yamltext import Document
@@ -134,6 +134,8 @@ def test_a_system_prompt_is_the_first_message_of_a_chat() -> None:
     text = TASK.partition("    prompts:")[0] + "    systemPrompt: S\n    messages: [{role: user, content: U}]\n"
     said = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     assert item(text).payload["messages"] == said
+    several = text.replace("messages: ", "messages: [").rstrip() + ", [{role: user, content: V}]]\n"
+    assert item(several).payload["messages"] == [said, [said[0], {"role": "user", "content": "V"}]]
 
 
 def test_a_field_that_is_empty_is_one_that_was_left_out() -> None:
@@ -160,7 +162,7 @@ def test_units_of_memory_are_binary_in_any_spelling(quantity: Any, expected: int
 
 
 WRONG = [
-    ("replicas: 1", "replica: 1", "spec.resources.replicas", 10),
+    ("replicas: 1", "replica: 1", "spec.resources.replica", 11),
     ("replicas: 1", "replicas: 0", "spec.resources.replicas", 11),
     ("replicas: 1", "replicas: 65", "spec.resources.replicas", 11),
     ('cpu: "8"', "cpu: 8 cores", "spec.resources.hardware.cpu", 13),
@@ -176,7 +178,8 @@ WRONG = [
     ("owner: alice", "id: a.b", "metadata.id", 5),
     ("owner: alice", "labels: {a: 1}", "metadata.labels[...]", 5),
     ("owner: alice", "annotations: {mloc/task: x}", "metadata.annotations.mloc/task", 5),
-    ("name: two-prompts", "nam: x", "metadata.name", 3),
+    ("name: two-prompts", "nam: x", "metadata.nam", 4),
+    ("name: two-prompts", "", "metadata.name", 3),
     ("apiVersion: mloc/v1", "", "apiVersion", 0),
     ("kind: InferenceTask", "kinds: x\nkind: y", "kinds", 2),
     ('taskType: "inference"', "taskType: [x]", "spec.taskType", 8),
@@ -188,7 +191,15 @@ WRONG = [
     ('taskType: "inference"', "taskType: inference\n  retries: many", "spec.retries", 9),
     ('taskType: "inference"', "taskType: inference\n  data: {type: dataset}", "spec.data", 9),
     ('taskType: "inference"', "taskType: inference\n  training: {}", "spec.training", 9),
-    ("prompts:", "promts:", "spec.inference.prompts", 26),
+    ("prompts:", "promts:", "spec.inference.promts", 29),
+    ("hardware:", "hardwares:", "spec.resources.hardwares", 12),
+    ("  inference:", "  inferense:", "spec.inferense", 26),
+    ("prompts:", "xprompts:\n    prompts:", "spec.inference.xprompts", 29),
+    ("prompts:", "prompts: hello\n    stop:", "spec.inference.prompts", 29),
+    ("prompts:", "prompts:\n      - 3", "spec.inference.prompts[0]", 30),
+    ("max_tokens: 128", "max_tokens: lots", "spec.inference.max_tokens", 27),
+    ("temperature: 0.7", "temperature: -1", "spec.inference.temperature", 28),
+    ("temperature: 0.7", "messages: [{role: user}]", "spec.inference.messages[0].content", 28),
     ("prompts:", "prompt: x\n    prompts:", "spec.inference.prompts", 30),
     ("    max_tokens: 128", "    system_prompt: 3", "spec.inference.system_prompt", 27),
     ("identifier:", "identifier: [x] #", "spec.model.source.identifier", 22),
@@ -207,9 +218,26 @@ def test_a_wrong_field_is_named_with_its_line(right: str, wrong: str, field: str
 
 
 def test_what_is_missing_is_said_in_the_words_of_mloc() -> None:
-    found = made(TASK.replace("name: two-prompts", "nam: x"))
+    found = made(TASK.replace("name: two-prompts", ""))
     assert isinstance(found, Refused)
     assert found.reason.startswith("Missing required field: metadata.name")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "meant"),
+    [("replicas", "replica", "replicas"), ("hardware", "hardwares", "hardware"), ("prompts:", "promptz:", "prompt")],
+)
+def test_a_misspelt_field_is_told_before_the_one_that_is_missing_for_it(right: str, wrong: str, meant: str) -> None:
+    found = made(TASK.replace(right, wrong))
+    assert isinstance(found, Refused)
+    assert f"{wrong.strip(':')}: no such field; did you mean {meant}?" in found.reason
+
+
+def test_prompts_in_data_that_the_executor_would_refuse_are_named_where_they_stand() -> None:
+    data = TASK.partition("    prompts:")[0] + f"  data: {{type: list, items: [{'x, ' * 1025}]}}\n"
+    found = made(data)
+    assert isinstance(found, Refused)
+    assert (found.field, "(line 29, column " in found.reason) == ("spec.data.items", True)
 
 
 def test_a_data_set_is_refused_by_its_name() -> None:
@@ -244,7 +272,7 @@ VALUES = st.recursive(
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=3))
 def test_whatever_stands_in_a_field_is_an_item_or_a_refusal(spoilt: list[tuple[str, Any]]) -> None:
-    """And an item can be sent."""
+    """And an item can be sent, and its payload is one that the executor takes."""
     document = yamltext.read(TASK)
     assert isinstance(document, Document)
 
@@ -255,6 +283,7 @@ def test_whatever_stands_in_a_field_is_an_item_or_a_refusal(spoilt: list[tuple[s
 
     found = mloc.item_of(Document(spoil(document.value), TASK, document.places))
     if isinstance(found, WorkItem):
+        assert found.work_type != "inference" or not isinstance(inference.parse(found.payload), Refused)
         assert msgspec.json.decode(msgspec.json.encode(found), type=WorkItem) == found
     else:
         assert found.reason

@@ -5,22 +5,20 @@ The result is what MLOC expects of a task: ``items`` in the order of the prompts
 
 from __future__ import annotations
 
-import difflib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 import urllib3
 
-from computemesh.contracts.base import Message, Refused, convert
+from computemesh import inference
+from computemesh.contracts.base import Refused
 from computemesh.executors import EngineAddress, ExecutionError, Executor, Progress, Task
-
-PROMPTS_MAX: Final = 1024
-"""Prompts in one item. More belong into several items, which can run on several nodes."""
+from computemesh.inference import InferencePayload, chats
 
 CONCURRENT_REQUESTS: Final = 4
 """Requests under way at a time; the engine batches them as far as it has slots."""
@@ -32,41 +30,6 @@ _PASSING: Final = frozenset({408, 425, 429})
 
 _PASSED_ON: Final = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "seed", "stop")
 """Fields that the engine knows by the same names."""
-
-_Prompts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
-_Stops = Annotated[list[str], msgspec.Meta(max_length=16)]
-
-
-class ChatMessage(Message, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    role: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]]
-    """Text, or OpenAI's content parts."""
-    name: str | None = None
-
-
-_Chat = Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)]
-
-
-class InferencePayload(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a work item of type ``inference`` asks. Exactly one of the first three fields is set."""
-
-    prompt: str | _Prompts | None = None
-    """Each becomes a chat of one user message, as instruct models want it."""
-    prompts: _Prompts | None = None
-    messages: Annotated[list[ChatMessage | _Chat], msgspec.Meta(min_length=1, max_length=PROMPTS_MAX)] | None = None
-    """One chat, or a list of chats."""
-    raw: bool = False
-    """Continue the prompts as they are, without the model's chat template."""
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 256
-    """Of each answer."""
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
-    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)] | None = None
-    """-1: no bound."""
-    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] | None = None
-    stop: str | _Stops | None = None
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -93,32 +56,11 @@ def parse_payload(payload: dict[str, Any]) -> InferencePayload:
     Raises:
         ExecutionError: with code ``bad_payload``, naming the field.
     """
-    parsed = convert(payload, InferencePayload)
+    parsed = inference.parse(payload)
     if isinstance(parsed, Refused):
-        raise _bad_payload(*_complaint(parsed))
-    given = [name for name in ("prompt", "prompts", "messages") if getattr(parsed, name) is not None]
-    if len(given) != 1:
-        what = " and ".join(given) if given else "none of them"
-        raise _bad_payload(
-            given[-1] if given else "prompt", f"give exactly one of prompt, prompts, messages; got {what}"
-        )
-    if parsed.raw and parsed.messages is not None:
-        raise _bad_payload("raw", "goes with prompt or prompts, not with messages")
-    chats(parsed.messages or [])
+        place = f"payload.{parsed.field}" if parsed.field else "payload"
+        raise ExecutionError(f"{place}: {parsed.reason}", code=parsed.code)
     return parsed
-
-
-def chats(messages: list[ChatMessage | list[ChatMessage]]) -> list[list[ChatMessage]]:
-    """The chats in ``messages``, which is one, or a list of them.
-
-    Raises:
-        ExecutionError: it is a mixture.
-    """
-    one = [message for message in messages if isinstance(message, ChatMessage)]
-    several = [chat for chat in messages if isinstance(chat, list)]
-    if one and several:
-        raise _bad_payload("messages", "is one chat or a list of chats, not a mixture")
-    return several or [one]
 
 
 def asks(payload: InferencePayload, model: str) -> list[Ask]:
@@ -347,18 +289,3 @@ def _engine_lost(what: str) -> ExecutionError:
 
 def _chat(settings: dict[str, Any], messages: list[dict[str, Any]]) -> Ask:
     return Ask("/v1/chat/completions", {**settings, "messages": messages})
-
-
-def _bad_payload(field: str, reason: str) -> ExecutionError:
-    place = f"payload.{field}" if field else "payload"
-    return ExecutionError(f"{place}: {reason}", code="bad_payload")
-
-
-def _complaint(refused: Refused) -> tuple[str, str]:
-    """Field and reason; for a field that does not exist, with the one that was probably meant."""
-    if "unknown field" not in refused.reason:
-        return refused.field, refused.reason
-    inside, _, name = refused.field.rpartition(".")
-    known = ChatMessage if inside else InferencePayload
-    close = difflib.get_close_matches(name, known.__struct_fields__, 1)
-    return refused.field, "no such field" + (f"; did you mean {close[0]}?" if close else "")
