@@ -33,7 +33,7 @@ from computemesh.cli.doctor.facts import (
     Work,
 )
 from computemesh.contracts.nodes import NodeState, NodeView
-from computemesh.contracts.work import WorkError, WorkState, WorkSummary
+from computemesh.contracts.work import Blacklisted, WorkError, WorkState, WorkSummary
 from computemesh.findings import Finding, Level, warning
 
 NOW: Final = 1_000_000.0
@@ -76,6 +76,22 @@ def item(state: WorkState, **changes: Any) -> WorkSummary:
     )
 
 
+def listed(**changes: Any) -> Blacklisted:
+    """A node on which items keep failing."""
+    return structs.replace(
+        Blacklisted(
+            node_id="n2",
+            work_type="inference",
+            model_name="llama",
+            failures=3,
+            since=NOW - 30,
+            until=NOW,
+            reason="no CUDA",
+        ),
+        **changes,
+    )
+
+
 HEALTHY: Final = Facts(
     now=NOW,
     version="1",
@@ -109,7 +125,7 @@ def test_a_healthy_mesh_has_no_trouble_and_every_check_says_so() -> None:
     """Else a new check could be silent for ever."""
     assert troubles(HEALTHY) == []
     silent = [check.__name__ for check in checks.CHECKS if not list(check(HEALTHY))]
-    assert silent == ["machine", "ports", "violations", "complaints", "unseen"]
+    assert silent == ["machine", "ports", "blacklist", "violations", "complaints", "unseen"]
 
 
 def with_process(**changes: Any) -> dict[str, Any]:
@@ -211,6 +227,12 @@ TROUBLES: Final[list[tuple[str, dict[str, Any], Level, str, str]]] = [
      Level.WARNING, "work", "no such file"),
     ("dead", {"work": Work(counts={"dead": 2}, dead=item(WorkState.DEAD, changed_at=NOW - 60, error=REASON))},
      Level.WARNING, "work", "2 given up, the last 1 min ago: no such file"),
+    ("blacklisted", {"work": Work(counts={}, blacklisted=[listed(until=NOW + 90)])},
+     Level.WARNING, "blacklist", "llama until 13:48:10 UTC, in 2 min; the last that failed there: no CUDA"),
+    ("tried again", {"work": Work(counts={}, blacklisted=[listed(until=NOW - 9, probing="w7")])},
+     Level.WARNING, "blacklist", "n2 gets no inference with llama until w7, which is tried on it, goes well"),
+    ("to be tried", {"work": Work(counts={}, blacklisted=[listed(until=NOW - 9)])},
+     Level.WARNING, "blacklist", "n2 gets no inference with llama but the next item"),
     ("denied subject", {"violations": [Violation(who="client", verb="publish", subject="$KV.x", count=2, last_at=NOW)]},
      Level.WARNING, "permissions", "client may not publish to $KV.x: 2 times"),
     ("wrong password", {"violations": [Violation(who="node", verb="login", subject="", count=1, last_at=NOW)]},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
 from computemesh.contracts.catalog import on_the_bus
 from computemesh.contracts.nodes import NodeState, NodeView
+from computemesh.contracts.work import Blacklisted
 from computemesh.findings import Finding, ok, problem, skipped, warning
 
 Check = Callable[[Facts], Iterator[Finding]]
@@ -471,6 +473,27 @@ def work(facts: Facts) -> Iterator[Finding]:
         yield ok("work", counts or "none")
 
 
+def blacklist(facts: Facts) -> Iterator[Finding]:
+    """Every node gets the work it is made for."""
+    listed = facts.work.blacklisted if facts.work is not None else ()
+    for one in listed[:SHOWN_MAX]:
+        yield warning("blacklist", _blacklisted(one, facts.now), f"computemesh work pardon {one.node_id}")
+    if more := listed[SHOWN_MAX:]:
+        yield warning("blacklist", f"{len(more)} more nodes and kinds of work", "computemesh work blacklist")
+
+
+def _blacklisted(one: Blacklisted, now: float) -> str:
+    kind = one.work_type + (f" with {one.model_name}" if one.model_name else "")
+    if one.probing:
+        until = f"until {one.probing}, which is tried on it, goes well"
+    elif one.until > now:
+        clock = time.strftime("%H:%M:%S UTC", time.gmtime(one.until))
+        until = f"until {clock}, in {age(one.until - now)}"
+    else:
+        until = "but the next item, which is tried on it"
+    return f"{one.node_id} gets no {kind} {until}; the last that failed there: {one.reason}"
+
+
 # --- what was logged -----------------------------------------------------------------------------------------
 
 
@@ -568,6 +591,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     clocks,
     nodes,
     work,
+    blacklist,
     violations,
     complaints,
     unseen,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from computemesh.contracts.nodes import NodeView
-from computemesh.contracts.work import WorkSummary
+from computemesh.contracts.work import Blacklisted, WorkSummary
 from computemesh.findings import Finding
 
 
@@ -161,6 +161,7 @@ class Work:
     retrying: WorkSummary | None = None
     dead: WorkSummary | None = None
     """The newest of each."""
+    blacklisted: Sequence[Blacklisted] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -546,7 +546,15 @@ async def _work(bus: Bus) -> Work:
         with contextlib.suppress(BusError):  # It may have left meanwhile.
             explained: work.WorkExplanation = await _ask(bus, work.EXPLAIN, work.WorkGet(work_id=oldest.work_id))
             why = explained.summary
-    return Work(counts=counts, oldest=oldest, why=why, retrying=newest[WorkState.RETRYING], dead=newest[WorkState.DEAD])
+    listed: work.Blacklist = await _ask(bus, work.BLACKLIST, work.BlacklistGet())
+    return Work(
+        counts=counts,
+        oldest=oldest,
+        why=why,
+        retrying=newest[WorkState.RETRYING],
+        dead=newest[WorkState.DEAD],
+        blacklisted=listed.entries,
+    )
 
 
 async def _ask(bus: Bus, request: Request[Any, Any], question: Message) -> Any:
