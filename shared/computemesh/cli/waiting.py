@@ -59,7 +59,7 @@ class Follower:
         self._done = asyncio.Event()
         if not self._open:
             self._done.set()
-        self._bars = _Bars(self._order)
+        self._bars = Bars(self._order)
         self._said = ""
         """Why something waits, as it was said last, without the seconds in it."""
 
@@ -184,14 +184,14 @@ class _BarOfWhatRuns(ProgressColumn):
         return self._bar.render(task) if task.fields["runs"] else Text()
 
 
-class _Bars:
+class Bars:
     """The bars of one item, or those of the items that run below one for all."""
 
     def __init__(self, work_ids: Sequence[str]) -> None:
         self._single = work_ids[0] if len(work_ids) == 1 else ""
         self._bars: dict[str, TaskID] = {}
         self._whole: TaskID | None = None
-        self._progress = Progress(
+        self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", table_column=Column()),  # Folded, not cut: it may be a sentence.
             _BarOfWhatRuns(),
@@ -202,51 +202,51 @@ class _Bars:
         if self._single:
             self._bar(self._single, f"{self._single} submitted", runs=False)
         else:
-            self._whole = self._progress.add_task(_ended(0, len(work_ids)), total=len(work_ids), runs=True)
+            self._whole = self.progress.add_task(_ended(0, len(work_ids)), total=len(work_ids), runs=True)
 
     @contextlib.contextmanager
     def shown(self, *, live: bool) -> Generator[None]:
         """Shows them until the block ends."""
-        self._progress.disable = not live
-        with self._progress:
+        self.progress.disable = not live
+        with self.progress:
             yield
 
     def moved(self, record: WorkRecord) -> None:
         where = f" on {record.node_id}" if record.node_id else ""
         text = f"{record.work_id} {record.state}{where}"
-        if record.state in FINAL and self._whole is not None:
-            whole = self._progress.tasks[self._whole]
-            ended = int(whole.completed) + 1
-            self._progress.update(self._whole, completed=ended, description=_ended(ended, int(whole.total or 0)))
+        if self._whole is not None:
+            whole = self.progress.tasks[self._whole]
+            ended = int(whole.completed) + (record.state in FINAL)
+            self.progress.update(self._whole, completed=ended, description=_ended(ended, int(whole.total or 0)))
         if self._single:
             self._describe(record.work_id, text, runs=record.state in _OUT)
         elif record.state in _OUT:
             self._bar(record.work_id, text, runs=True)
         elif bar := self._bars.pop(record.work_id, None):
-            self._progress.remove_task(bar)
+            self.progress.remove_task(bar)
 
     def progressed(self, report: WorkProgress) -> None:
         self._describe(report.work_id, f"{report.work_id} running on {report.node_id}  {report.message}", runs=True)
         if report.fraction is not None and (bar := self._bars.get(report.work_id)) is not None:
-            self._progress.update(bar, completed=report.fraction)
+            self.progress.update(bar, completed=report.fraction)
 
     def waits(self, work_id: str, why: str) -> None:
         if self._whole is None:
             self._describe(work_id, f"{work_id} {why}", runs=False)
             return
-        whole = self._progress.tasks[self._whole]
+        whole = self.progress.tasks[self._whole]
         text = f"{_ended(int(whole.completed), int(whole.total or 0))}; {work_id} {why}"
-        self._progress.update(self._whole, description=common.escape(text))
+        self.progress.update(self._whole, description=common.escape(text))
 
     def _bar(self, work_id: str, text: str, *, runs: bool) -> None:
         if work_id in self._bars:
             self._describe(work_id, text, runs=runs)
         elif len(self._bars) < BARS_MAX:
-            self._bars[work_id] = self._progress.add_task(common.escape(text), total=1.0, runs=runs)
+            self._bars[work_id] = self.progress.add_task(common.escape(text), total=1.0, runs=runs)
 
     def _describe(self, work_id: str, text: str, *, runs: bool) -> None:
         if (bar := self._bars.get(work_id)) is not None:
-            self._progress.update(bar, description=common.escape(text), runs=runs)
+            self.progress.update(bar, description=common.escape(text), runs=runs)
 
 
 def _ended(count: int, total: int) -> str:
