@@ -215,7 +215,7 @@ def test_the_same_work_id_is_the_same_item(mesh: Cli) -> None:
         ("", "no work item"),
         ("work_type: inference\npayload: {when: 2024-01-01, what: !!python/object:os.system {}}\n", ""),
         ("work_type: inference\npayload: {day: 2024-13-45}\n", "month"),
-        ("work_type: no-such-work\n", "work_type: no node has announced work of type 'no-such-work'"),
+        ("work_type: no-such-work\n", "work_type: there is no work of type 'no-such-work'"),
     ],
 )  # fmt: skip
 def test_a_wrong_item_is_refused_in_one_line_that_names_the_field(mesh: Cli, text: str, says: str) -> None:

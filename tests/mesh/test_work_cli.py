@@ -181,7 +181,7 @@ async def test_a_command_that_waits_says_why_and_on_ctrl_c_that_the_item_goes_on
 ) -> None:
     """On a pipe in a line for each reason; also `work result`, which does not wait."""
     item = {"work_id": "unplaced", "work_type": "talk", "requirements": {"node_id": "elsewhere"}}
-    why = "waits: none of the 1 nodes can ever run it; the nearest is n1: the item is only for elsewhere"
+    why = "waits: the only node can never run it; the nearest is n1: the item is only for elsewhere"
     late = await commands.run("submit", "-", "--wait", "--timeout", "8", "--json", stdin=json.dumps(item))
     notice, error = [json.loads(line) for line in late.stderr.splitlines()]
     assert (late.returncode, notice, error["code"]) == (1, {"notice": f"unplaced {why}"}, "not_finished")
@@ -258,6 +258,10 @@ async def test_a_node_on_which_work_keeps_failing_is_shown_and_pardoned(mesh: Ru
     text = await commands.ok("work", "blacklist", "--node", "n1")
     assert "n1" in text
     assert "not yet" in text
+    findings = json.loads((await commands.run("doctor", "--json")).stdout)["findings"]
+    (listed,) = [finding for finding in findings if finding["about"] == "blacklist"]
+    assert "n1 gets no talk" in listed["text"]
+    assert listed["todo"] == "computemesh work pardon n1"
     assert "n1 gets talk work again" in await commands.ok("work", "pardon", "n1")
     again = await commands.run("work", "pardon", "n1", "--json")
     assert (again.returncode, json.loads(again.stderr)["code"]) == (2, "not_blacklisted")

@@ -81,6 +81,17 @@ def test_each_replica_has_its_own_log_and_one_that_is_done_has_ended() -> None:
     assert code_of(log_place(record, ask(replica=2))) == "no_log"
 
 
+def test_a_log_that_never_was_is_refused_with_how_many_there_are() -> None:
+    """One is not several."""
+    for place, reason in (
+        (log_place(a_record("w1"), ask(replica=1)), "w1 has 1 replica, the first is 0"),
+        (log_place(ran(WorkState.RUNNING), ask(attempt=3)), "w1 had 2 attempts"),
+        (log_place(a_record("w1", WorkState.RUNNING, attempt=1), ask(attempt=3)), "w1 had 1 attempt"),
+    ):
+        assert isinstance(place, Refused)
+        assert place.reason == reason
+
+
 def test_an_item_that_never_began_has_a_log_without_end_until_it_is_final() -> None:
     assert log_place(a_record("w1"), ask()) == LogPlace(attempt=0, ended=False)
     assert log_place(a_record("w1", WorkState.CANCELLED), ask()) == LogPlace(attempt=0, ended=True)

@@ -120,11 +120,17 @@ def test_a_host_that_takes_no_work_makes_no_work_type_known() -> None:
 
 def test_a_work_type_that_nobody_announced_is_refused_with_those_that_are_known() -> None:
     """The submitter sees what it could have meant."""
-    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="pop"), NOW)
+    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="dig"), NOW)
     assert isinstance(refusal, Refused)
     assert (refusal.code, refusal.field, refusal.retry) == ("unknown_work_type", "work_type", "never")
-    assert "'pop'" in refusal.reason
-    assert "known: benchmark, command, inference, ppo, tune" in refusal.reason
+    assert "'dig'" in refusal.reason
+    assert refusal.reason.endswith("; known: benchmark, command, inference, ppo, tune")
+
+
+def test_a_work_type_that_is_mistyped_is_refused_with_the_one_that_was_meant() -> None:
+    refusal = with_nodes(a_node(work_types=["tune"])).refusal(an_item(work_type="inferense"), NOW)
+    assert isinstance(refusal, Refused)
+    assert refusal.reason.startswith("there is no work of type 'inferense'; did you mean inference? known: ")
 
 
 @pytest.mark.parametrize(
@@ -1060,7 +1066,7 @@ def test_a_deadline_in_the_past_is_refused_and_one_that_passed_before_a_replay_i
     refusal = scheduler.refusal(an_item(deadline_at=NOW - 5), NOW)
     assert isinstance(refusal, Refused)
     assert (refusal.code, refusal.field, refusal.reason) == (
-        "deadline_passed", "deadline_at", "the deadline was 5 s ago",
+        "deadline_passed", "deadline_at", "the deadline, 1970-01-12 13:46:35 UTC, has passed",
     )  # fmt: skip
     assert scheduler.refusal(an_item(deadline_at=NOW - 5), NOW, fresh=False) is None
     assert scheduler.refusal(an_item(deadline_at=NOW + 5), NOW) is None
@@ -1155,7 +1161,7 @@ def test_an_item_that_no_node_can_ever_run_waits_and_a_node_that_can_is_given_it
     record = submit(scheduler, requirements=Requirements(vram_mb=80_000))
     advance(scheduler, NOW)
     assert scheduler.explain(record, NOW).summary == (
-        "waits: none of the 1 nodes can ever run it; the nearest is n1: 0 GPUs with 80000 MiB, needs 1"
+        "waits: the only node can never run it; the nearest is n1: 0 GPUs with 80000 MiB, needs 1"
     )
     scheduler.node_changed(a_node("n2", gpus=[a_gpu(81_000)]), NOW)
     assert advance(scheduler, NOW)[-1].node_id == "n2"

@@ -172,7 +172,7 @@ class Runner:
             if not limit.expired():
                 raise
             child.ended_badly = True
-            return Broke(code="timeout", reason=f"not done after {limit_s:g} s, the longest it may take")
+            return Broke(code="timeout", reason=f"not done after {round(limit_s, 2):g} s, the longest it may take")
 
     async def _converse(self, child: _Child, task: Task, out_dir: Path, on_progress: OnProgress) -> Outcome:
         try:

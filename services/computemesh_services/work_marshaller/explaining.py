@@ -51,5 +51,6 @@ def _present(record: WorkRecord, verdicts: list[NodeVerdict], room: Room, now: f
         return f"waits its turn: {fits} of {len(verdicts)} nodes fit"
     nearest = f"the nearest is {verdicts[0].node_id}: {'; '.join(verdicts[0].reasons)}"
     if not hopeful:
-        return f"waits: none of the {len(verdicts)} nodes can ever run it; {nearest}"
+        who = f"none of the {len(verdicts)} nodes can ever" if len(verdicts) > 1 else "the only node can never"
+        return f"waits: {who} run it; {nearest}"
     return f"waits: no node fits now, {hopeful} of {len(verdicts)} could later; {nearest}"

@@ -52,10 +52,10 @@ def result_of(record: WorkRecord) -> WorkResult | Refused:
 def log_place(record: WorkRecord, ask: WorkLogsGet) -> LogPlace | Refused:
     """Where the log is that is asked for."""
     if ask.replica >= max(1, len(record.members), record.replicas):
-        return _no_log(f"{record.work_id} has {record.replicas} replicas, the first is 0", field="replica")
+        return _no_log(f"{record.work_id} has {_several(record.replicas, 'replica')}, the first is 0", field="replica")
     attempt = record.attempt if ask.attempt is None else ask.attempt
     if attempt > record.attempt:
-        return _no_log(f"{record.work_id} had {record.attempt} attempts", field="attempt")
+        return _no_log(f"{record.work_id} had {_several(record.attempt, 'attempt')}", field="attempt")
     if attempt < record.attempt or attempt == 0:
         return _earlier(record, attempt, ask.replica)
     if record.plain:
@@ -75,6 +75,10 @@ def _earlier(record: WorkRecord, attempt: int, replica: int) -> LogPlace | Refus
     if not node_ids or replica:
         return _no_log(f"where attempt {attempt} of {record.work_id} ran is not known any more", field="attempt")
     return LogPlace(attempt=attempt, node_id=node_ids[-1])
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _no_log(reason: str, field: str = "") -> Refused:

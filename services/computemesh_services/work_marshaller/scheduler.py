@@ -7,7 +7,9 @@ was stored is decided in ``effects.py``.
 
 from __future__ import annotations
 
+import difflib
 import heapq
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,10 +137,12 @@ class Scheduler:
         """
         if not self._knows(item.work_type):
             known = sorted({*WORK_TYPES, *(t for s in self.seats.values() if s.node.slots for t in s.node.work_types)})
+            close = difflib.get_close_matches(item.work_type, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
             return Refused(
                 code="unknown_work_type",
                 field="work_type",
-                reason=f"no node has announced work of type {item.work_type!r}; known: {', '.join(known)}",
+                reason=f"there is no work of type {item.work_type!r}; {hint}known: {', '.join(known)}",
             )
         if item.payload and item.payload_object:
             reason = "an item has its payload either in itself or in the object store"
@@ -147,7 +151,7 @@ class Scheduler:
             return Refused(
                 code="deadline_passed",
                 field="deadline_at",
-                reason=f"the deadline was {now - item.deadline_at:.0f} s ago",
+                reason=time.strftime("the deadline, %Y-%m-%d %H:%M:%S UTC, has passed", time.gmtime(item.deadline_at)),
             )
         if fresh and self._waiting >= self._limits.waiting_max:
             return Refused(

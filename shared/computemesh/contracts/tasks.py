@@ -243,7 +243,7 @@ SUBMIT: Final = Route(
     refuses=(
         Refusal(code="bad_yaml", status=400, when="the text is no YAML; `detail` has line and column"),
         Refusal(code="bad_task", status=400, when="a field of the task is wrong or missing; `field` says which"),
-        Refusal(code="unknown_work_type", status=400, when="no node has announced work of this type"),
+        Refusal(code="unknown_work_type", status=400, when="no built-in type, and none that a node has announced"),
         Refusal(code="other_task", status=409, when="the id, or the `Idempotency-Key`, stands for another task"),
         Refusal(code="queue_full", status=503, when="as many items wait as may"),
         Refusal(code="not_stored", status=503, when="the inbox did not take the task"),

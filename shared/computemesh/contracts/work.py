@@ -526,7 +526,7 @@ REQUEST: Final = Request(
     service=WORK_MARSHALLER,
     http=(Http(method="POST", path="/api/v1/work/submit", status=202),),
     refuses=(
-        Refusal(code="unknown_work_type", status=400, when="no node has announced work of this type"),
+        Refusal(code="unknown_work_type", status=400, when="no built-in type, and none that a node has announced"),
         Refusal(code="unknown_dependency", status=400, when="there is no item that `after` names"),
         Refusal(code="too_large", status=413, when="the item, or its payload, is larger than one may be"),
         Refusal(code="no_object", status=400, when="the object with the payload is not there, or not what is said"),
