@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import heapq
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -151,7 +151,7 @@ class Scheduler:
             return Refused(
                 code="deadline_passed",
                 field="deadline_at",
-                reason=time.strftime("the deadline, %Y-%m-%d %H:%M:%S UTC, has passed", time.gmtime(item.deadline_at)),
+                reason=f"the deadline, {datetime.fromtimestamp(item.deadline_at, UTC):%F %T} UTC, has passed",
             )
         if fresh and self._waiting >= self._limits.waiting_max:
             return Refused(

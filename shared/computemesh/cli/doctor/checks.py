@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Final
 
 from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
@@ -487,7 +487,7 @@ def _blacklisted(one: Blacklisted, now: float) -> str:
     if one.probing:
         until = f"until {one.probing}, which is tried on it, goes well"
     elif one.until > now:
-        clock = time.strftime("%H:%M:%S UTC", time.gmtime(one.until))
+        clock = f"{datetime.fromtimestamp(one.until, UTC):%H:%M:%S} UTC"
         until = f"until {clock}, in {age(one.until - now)}"
     else:
         until = "but the next item, which is tried on it"
