@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, TypeGuard
 
 import yaml
@@ -23,7 +23,6 @@ from yaml.events import (
     ScalarEvent,
     SequenceEndEvent,
     SequenceStartEvent,
-    StreamEndEvent,
 )
 from yaml.nodes import ScalarNode
 
@@ -93,11 +92,32 @@ _Loader.add_implicit_resolver(
 
 def read(data: bytes | str) -> Document | Refused:
     """The one document in a text, or why there is none: code ``bad_yaml``, line and column in the reason."""
-    if len(data) > TEXT_BYTES_MAX:
-        return Refused(code="too_large", status=413, reason=f"the text is larger than {TEXT_BYTES_MAX} bytes")
+    found = read_all(data, documents_max=1)
+    if found == []:
+        return Refused(code="bad_yaml", reason="Invalid YAML: there is nothing in it")
+    return found if isinstance(found, Refused) else found[0]
+
+
+def read_all(
+    data: bytes | str,
+    *,
+    documents_max: int | None = None,
+    bytes_max: int = TEXT_BYTES_MAX,
+    values_max: int = VALUES_MAX,
+) -> list[Document] | Refused:
+    """All documents in a text, or why it cannot be read, as :func:`read` says it.
+
+    The places are those in the whole text, which a document keeps when it is the only one.
+
+    Args:
+        bytes_max: bound on the text, and on what its aliases make of it.
+        values_max: bound on the values in it, aliases written out.
+    """
+    if len(data) > bytes_max:
+        return Refused(code="too_large", status=413, reason=f"the text is larger than {bytes_max} bytes")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        return _Reader(text).only_document()
+        return _Reader(text, bytes_max, values_max).documents(documents_max)
     except _Bad as bad:
         place, reason, path = bad.place, str(bad), bad.path
     except yaml.MarkedYAMLError as error:
@@ -123,25 +143,28 @@ class _Made(NamedTuple):
 class _Reader:
     """Makes values from what the scanner sees, one after another, and stops at the first that is too much."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, bytes_max: int, values_max: int) -> None:
         self._text = text
+        self._bytes_max = bytes_max
+        self._values_max = values_max
         self._loader: Any = _Loader(text)
         self._places: dict[str, Place] = {}
         self._anchors: dict[str, _Made | None] = {}
         self._values = 0
         self._chars = 0
 
-    def only_document(self) -> Document:
+    def documents(self, documents_max: int | None) -> list[Document]:
         self._next()  # the start of the stream
-        if isinstance(self._peek(), StreamEndEvent):
-            raise _Bad("there is nothing in it")
+        found: list[Document] = []
+        while isinstance(event := self._peek(), DocumentStartEvent):
+            if len(found) == documents_max:
+                raise _Bad("a second document begins; send one at a time", _place(event))
+            self._next()
+            self._places, self._anchors = {}, {}
+            found.append(Document(self._make("", 0).value, "", self._places))
+            self._next()
         self._next()
-        value = self._make("", 0).value
-        self._next()
-        if isinstance(event := self._peek(), DocumentStartEvent):
-            raise _Bad("a second document begins; send one at a time", _place(event))
-        self._next()
-        return Document(value, self._text, self._places)
+        return [replace(found[0], text=self._text)] if len(found) == 1 else found
 
     def _next(self) -> Event:
         event: Event = self._loader.get_event()
@@ -192,10 +215,10 @@ class _Reader:
     def _grow(self, values: int, chars: int, event: Event) -> None:
         self._values += values
         self._chars += chars
-        if self._values > VALUES_MAX:
-            raise _Bad(f"more than {VALUES_MAX} values", _place(event))
-        if self._chars > TEXT_BYTES_MAX:
-            raise _Bad(f"with its aliases written out it is larger than {TEXT_BYTES_MAX} bytes", _place(event))
+        if self._values > self._values_max:
+            raise _Bad(f"more than {self._values_max} values", _place(event))
+        if self._chars > self._bytes_max:
+            raise _Bad(f"with its aliases written out it is larger than {self._bytes_max} bytes", _place(event))
 
     def _list(self, path: str, depth: int) -> list[Any]:
         found: list[Any] = []

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from computemesh.cli import events, intake, subjects
+from computemesh.cli import work as work_commands
 from computemesh.cli.common import Failure, printable
 from computemesh.contracts import catalog, nodes, work
 from computemesh.contracts.base import encode
-from computemesh.contracts.work import WorkError, WorkItem, WorkRecord, WorkState
+from computemesh.contracts.work import TASK_TEXT, WorkError, WorkItem, WorkRecord, WorkState
 from computemesh.hardware import Gpu
 from computemesh.testing.golden import example
 
@@ -94,11 +96,14 @@ def test_wildcards_cover_what_the_server_says_they_do(wide: str, subject: str, c
         ("{a: .nan}", "a", "nan is no number"),
         ("{a: {b: [1, -.inf]}}", "a.b[1]", "-inf is no number"),
         ("{a: {1: x}}", "a", "the key 1 is not text"),
-        ("{a: &x [*x]}", "", "nested deeper"),
+        ("{a: &x [*x]}", "", "contains itself"),
+        ("[" * 65 + "1" + "]" * 65, "", "nested deeper"),
+        ("{a: " + "[" * 65 + "1" + "]" * 65 + "}", "a[0]", "nested deeper"),
+        ("{a: 1, a: 2}", "a", "line 1, column 8: a stands twice, first at line 1, column 2"),
         ("x: &a [1,1,1,1,1,1,1,1]\n" + "".join(
             f"x{n}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 8)}]\n" for n in range(8)), "", "more than"),
     ],
-    ids=["nan", "inf", "key", "circle", "bomb"],
+    ids=["nan", "inf", "key", "circle", "deep JSON", "deep", "twice", "bomb"],
 )  # fmt: skip
 def test_what_json_cannot_carry_is_refused_by_its_path(text: str, field: str, says: str) -> None:
     """Else it would be sent as something else, or never."""
@@ -107,6 +112,56 @@ def test_what_json_cannot_carry_is_refused_by_its_path(text: str, field: str, sa
     assert says in failed.value.message
     assert failed.value.message.startswith("item.yaml: ")
     assert failed.value.field.startswith(field)
+
+
+TASK = """\
+apiVersion: mloc/v1
+kind: Task
+metadata: {name: small}
+spec:
+  taskType: talk
+  resources: {replicas: 1, hardware: {cpu: 1, memory: 64Mi}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("work_type: x\npriority: lots\n", "priority: Expected `int`, got `str` (line 2, column 1)"),
+        ("work_type: x\nprioritty: 1\n", "prioritty: unknown field (line 2, column 1)"),
+        ("- work_type: x\n- work_type: x\n  requirements:\n    gpu: 1\n", "gpu: unknown field (line 4, column 5)"),
+        ("work_type: x\n---\nwork_type: x\npriority: 99\n", "(line 4, column 1)"),
+        ("work_type: x\n---\nwork_type: x\nwork_type: y\n", "line 4, column 1: work_type stands twice"),
+        ("[3]", "[0]: a work item is a mapping"),
+        ("", "no work item in it"),
+        (TASK.replace("cpu: 1", "cpu: many"), "item.yaml: spec.resources.hardware.cpu: 'many' is no number of CPUs"),
+        (TASK.replace("{name: small}", ""), "item.yaml: Missing required field: metadata.name (line 3"),
+        ("- work_type: x\n---\n" + TASK.replace("cpu: 1", "cpu: many"), "CPUs, such as 8 or 500m (line 8, column"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_of_work_is_said_once_with_its_place(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "item.yaml").write_text(text)
+    with pytest.raises(Failure) as failed:
+        work_commands.read_items(str(tmp_path / "item.yaml"), {})
+    assert says.replace("`", "'") in failed.value.message
+    if failed.value.field:
+        assert failed.value.message.count(failed.value.field.rpartition(".")[2] + ":") <= 1
+
+
+def test_a_file_of_work_is_json_or_yaml_with_one_item_or_many(tmp_path: Path) -> None:
+    """Also one too large for a message, and JSON with tabs. Options of the command count for all."""
+
+    def read(text: str) -> list[WorkItem]:
+        (tmp_path / "items").write_text(text)
+        return work_commands.read_items(str(tmp_path / "items"), {"priority": 7})
+
+    large = "x" * 2_000_000
+    for text in (f"work_type: x\npayload: {{a: {large}}}\n", f'{{"work_type":\t"x", "payload": {{"a": "{large}"}}}}'):
+        (item,) = read(text)
+        assert (item.payload, item.priority) == ({"a": large}, 7)
+    assert [item.work_type for item in read("- work_type: a\n- work_type: b\n---\n---\nwork_type: c\n")] == list("abc")
+    (task,) = read(TASK)
+    assert (task.work_type, task.annotations[TASK_TEXT]) == ("talk", TASK)
 
 
 @pytest.mark.parametrize(

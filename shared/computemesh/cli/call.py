@@ -16,6 +16,7 @@ from computemesh.cli.common import Failure, err, is_mapping, print_json, table
 from computemesh.contracts.base import Refused, Request, Role, encode
 from computemesh.contracts.catalog import requests
 from computemesh.ids import is_token
+from computemesh.yamltext import Document
 
 TIMEOUT_S: Final = 10.0
 
@@ -119,10 +120,11 @@ def _question(contract: Request[Any, Any], given: str | None) -> Any:
     found = intake.documents(*_given(given))
     if len(found) > 1:
         raise Failure("one question at a time: this holds several documents", code="bad_file")
-    where, fields = found[0] if found else ("", dict[str, Any]())
+    where, document = found[0] if found else ("", Document({}))
+    fields = document.value
     if not is_mapping(fields):
         raise Failure(f"{where}: a question is a mapping of fields", code="bad_file")
-    return intake.message(fields, contract.takes)
+    return intake.message(fields, contract.takes, placed=document.place)
 
 
 def _given(question: str | None) -> tuple[bytes, str]:

@@ -258,7 +258,8 @@ def notice(text: str) -> None:
 
 def refusal(answer: Refused, *, where: str = "", kind: type[Failure] = Failure) -> Failure:
     """A refusal as the failure of this command; *where* stands in front."""
-    field = f"{answer.field}: " if answer.field else ""
+    told = answer.reason.startswith((f"{answer.field}:", f"Missing required field: {answer.field}"))
+    field = "" if told or not answer.field else f"{answer.field}: "
     hint = "try again in a moment" if answer.retry == "later" else ""
     return kind(f"{where}{field}{answer.reason}", hint=hint, field=answer.field, code=answer.code)
 

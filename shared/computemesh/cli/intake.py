@@ -7,21 +7,25 @@ a slip of the pen, so here it is refused, at any depth, with the name it is near
 from __future__ import annotations
 
 import difflib
-import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
-import yaml
 from msgspec import inspect
+from msgspec.structs import replace
 
+from computemesh import yamltext
 from computemesh.cli.common import Failure, is_list, is_mapping, refusal
-from computemesh.contracts.base import DEPTH_MAX, MESSAGE_BYTES_MAX, Message, Refused, convert
+from computemesh.contracts.base import DEPTH_MAX, MESSAGE_BYTES_MAX, Message, Refused, convert, too_deep
+from computemesh.yamltext import Document, Place
 
 VALUES_MAX: Final = MESSAGE_BYTES_MAX
-"""Bound on the values in one document: more cannot fit a message. YAML's aliases can name billions in a line."""
+"""Bound on the values in a YAML text: more cannot fit a message. Aliases can name billions in a line."""
+
+YAML_BYTES_MAX: Final = 64 * 1024**2
+"""Bound on a YAML text. A payload that is too large for a message goes to the object store."""
 
 M = TypeVar("M", bound=Message)
 
@@ -34,8 +38,8 @@ def read_bytes(source: str) -> bytes:
         raise Failure(f"{source}: {(error.strerror or 'unreadable').lower()}", code="bad_file") from None
 
 
-def documents(data: bytes, name: str) -> list[tuple[str, Any]]:
-    """The documents of a JSON or YAML text, each with where it stands.
+def documents(data: bytes, name: str) -> list[tuple[str, Document]]:
+    """The documents of a JSON or YAML text, each with where it stands; empty ones are left out.
 
     Args:
         name: of the text, for error messages.
@@ -44,58 +48,28 @@ def documents(data: bytes, name: str) -> list[tuple[str, Any]]:
         Failure: it is neither, or holds what a message cannot say.
     """
     try:
-        found = _parse(data.decode())
-    except UnicodeDecodeError:
-        raise Failure(f"{name}: not text in UTF-8", code="bad_file") from None
-    except RecursionError:
-        raise Failure(f"{name}: nested too deep", code="bad_file") from None
-    except (yaml.YAMLError, ValueError) as error:  # A date in YAML that is none is a ValueError.
-        raise Failure(f"{name}: {' '.join(str(error).split())}", code="bad_file") from None
+        # JSON is YAML too, but for tabs and a few escapes; so it is tried first.
+        found: list[Document] | Refused = [Document(msgspec.json.decode(data), data.decode())]
+    except (ValueError, RecursionError):
+        found = yamltext.read_all(data, bytes_max=YAML_BYTES_MAX, values_max=VALUES_MAX)
+    else:
+        if too_deep(data):
+            found = Refused(code="bad_file", reason=f"nested deeper than {DEPTH_MAX} levels")
+    if isinstance(found, Refused):
+        raise Failure(f"{name}: {found.reason}", field=found.field, code="bad_file")
+    found = [document for document in found if document.value is not None]
     places = [name if len(found) == 1 else f"{name}, document {number}" for number in range(1, len(found) + 1)]
-    for where, document in zip(places, found, strict=True):
-        if (fault := unsendable(document)) is not None:
-            path, reason = fault
-            raise Failure(f"{where}: {path + ': ' if path else ''}{reason}", field=path, code="bad_file")
     return list(zip(places, found, strict=True))
 
 
-def _parse(text: str) -> list[Any]:
-    try:
-        # JSON is YAML too, but for tabs and a few escapes; so it is tried first.
-        return [msgspec.json.decode(text)]
-    except ValueError:
-        return [document for document in yaml.safe_load_all(text) if document is not None]
-
-
-def unsendable(document: Any) -> tuple[str, str] | None:
-    """The path of the first value that JSON cannot carry, and why it cannot."""
-    seen = 0
-    waiting: list[tuple[str, Any, int]] = [("", document, 0)]
-    while waiting:
-        path, value, depth = waiting.pop()
-        seen += 1
-        if seen > VALUES_MAX:
-            return "", f"more than {VALUES_MAX} values"
-        if depth > DEPTH_MAX:
-            return _cut(path), f"nested deeper than {DEPTH_MAX} levels"
-        if isinstance(value, float) and not math.isfinite(value):
-            return path, f"{value} is no number that JSON can carry"
-        if is_mapping(value):
-            for key, inner in value.items():
-                if not isinstance(key, str):
-                    return path, f"the key {key!r} is not text; put it in quotes"
-                waiting.append((f"{path}.{key}" if path else key, inner, depth + 1))
-        elif is_list(value):
-            waiting += [(f"{path}[{number}]", inner, depth + 1) for number, inner in enumerate(value)]
-    return None
-
-
-def _cut(path: str) -> str:
-    return path if len(path) < 80 else path[:77] + "..."
-
-
-def message(fields: Mapping[str, Any], kind: type[M], where: str = "") -> M:
+def message(
+    fields: Mapping[str, Any], kind: type[M], where: str = "", placed: Callable[[str], Place | None] = lambda _: None
+) -> M:
     """*fields* as a message of type *kind*.
+
+    Args:
+        where: they stand, for error messages.
+        placed: where in that a field stands, by its path.
 
     Raises:
         Failure: a field is unknown or does not fit; it names the field.
@@ -105,11 +79,17 @@ def message(fields: Mapping[str, Any], kind: type[M], where: str = "") -> M:
         path, known = unknown
         near = difflib.get_close_matches(path.rpartition(".")[2], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
-        raise Failure(f"{prefix}{path}: unknown field", hint=hint, field=path, code="unknown_field")
+        raise Failure(
+            f"{prefix}{path}: unknown field{_stands(placed(path))}", hint=hint, field=path, code="unknown_field"
+        )
     made = convert(fields, kind)
     if isinstance(made, Refused):
-        raise refusal(made, where=prefix)
+        raise refusal(replace(made, reason=made.reason + _stands(placed(made.field))), where=prefix)
     return made
+
+
+def _stands(place: Place | None) -> str:
+    return f" ({place})" if place else ""
 
 
 def unknown_field(fields: Mapping[str, Any], kind: type[Any]) -> tuple[str, list[str]] | None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import click
 import msgspec
+from msgspec.structs import replace
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -23,6 +24,7 @@ from computemesh.cli.common import (
     ago,
     coloured,
     err,
+    is_list,
     is_mapping,
     out,
     print_json,
@@ -104,7 +106,7 @@ def submit(
         payload: dict[str, Any] = {"prompt": prompt}
         if max_tokens:
             payload["max_tokens"] = max_tokens
-        items = [_item({"work_type": "inference", "payload": payload, **extra}, "")]
+        items = [_item(yamltext.Document({"work_type": "inference", "payload": payload}), extra, "")]
     else:
         assert file is not None
         items = read_items(file, extra)
@@ -127,22 +129,14 @@ def read_items(file: str, extra: Mapping[str, Any]) -> list[WorkItem]:
     Args:
         extra: fields of an item that count for all of them.
     """
-    data = intake.read_bytes(file)
-    task = yamltext.read(data)
-    if isinstance(task, yamltext.Document) and is_mapping(task.value) and mloc.is_task(task.value):
-        return [_task(task, extra, file)]
     found: list[WorkItem] = []
-    for where, document in intake.documents(data, file):
-        items: list[Any] = list(document) if isinstance(document, list) else [document]  # pyright: ignore[reportUnknownArgumentType]
-        for item in items:
-            try:
-                fields = msgspec.convert(item, dict[str, Any])
-            except msgspec.ValidationError as error:
-                raise Failure(f"{where}: a work item is a mapping: {error}", code="bad_file") from None
-            if mloc.is_task(fields):
-                found.append(_task(yamltext.Document(fields), extra, where))
-            else:
-                found.append(_item({**fields, **extra}, where))
+    for where, document in intake.documents(intake.read_bytes(file), file):
+        if is_mapping(document.value) and mloc.is_task(document.value):
+            found.append(_task(document, extra, where))
+        elif is_list(document.value):
+            found += [_item(document, extra, where, f"[{at}]") for at in range(len(document.value))]
+        else:
+            found.append(_item(document, extra, where))
     if not found:
         raise Failure(f"{file}: no work item in it", code="bad_file")
     return found
@@ -152,15 +146,27 @@ def _task(document: yamltext.Document, extra: Mapping[str, Any], where: str) -> 
     item = mloc.item_of(document)
     if isinstance(item, Refused):
         raise common.refusal(item, where=f"{where}: ")
-    return _with_id(msgspec.structs.replace(item, **extra))
+    return _with_id(replace(item, **extra))
 
 
-def _item(fields: dict[str, Any], where: str) -> WorkItem:
-    return _with_id(intake.message(fields, WorkItem, where))
+def _item(document: yamltext.Document, extra: Mapping[str, Any], where: str, at: str = "") -> WorkItem:
+    """The item that a document is, or a list in it has at a place such as ``[0]``."""
+    fields = document.value[int(at[1:-1])] if at else document.value
+    if not is_mapping(fields):
+        raise Failure(
+            f"{where}: {at + ': ' if at else ''}a work item is a mapping of fields", field=at, code="bad_file"
+        )
+    if mloc.is_task(fields):
+        return _task(yamltext.Document(fields), extra, where)
+
+    def placed(path: str) -> yamltext.Place | None:
+        return document.place(".".join(filter(None, [at, path])))
+
+    return _with_id(intake.message({**fields, **extra}, WorkItem, where, placed))
 
 
 def _with_id(item: WorkItem) -> WorkItem:
-    return item if item.work_id else msgspec.structs.replace(item, work_id=new_id("w"))
+    return item if item.work_id else replace(item, work_id=new_id("w"))
 
 
 async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None, whole: bool) -> list[WorkRecord]:
@@ -183,7 +189,7 @@ async def _submit(items: list[WorkItem], *, wait: bool, timeout_s: float | None,
             await asyncio.gather(submitting, waiting, return_exceptions=True)
         if not whole:
             return records
-        return [msgspec.structs.replace(record, result=await outputs.whole_result(bus, record)) for record in records]
+        return [replace(record, result=await outputs.whole_result(bus, record)) for record in records]
 
 
 async def _submit_all(
@@ -312,8 +318,8 @@ async def every_item(bus: Bus, asked: WorkList, limit: int) -> work.WorkItems:
         page = await common.ask(bus, work.LIST, asked, acting=True)
         items += page.items
         if not page.next or len(items) >= limit:
-            return msgspec.structs.replace(page, items=items[:limit])
-        asked = msgspec.structs.replace(asked, after=page.next, limit=min(LIST_MAX, limit - len(items)))
+            return replace(page, items=items[:limit])
+        asked = replace(asked, after=page.next, limit=min(LIST_MAX, limit - len(items)))
 
 
 @work_group.command()
