@@ -8,9 +8,10 @@ import pytest
 
 from computemesh.contracts.nodes import NodeState, NodeView
 from computemesh.contracts.tasks import STATUS, TaskStatus, WorkerStatus
-from computemesh.contracts.work import TASK_TEXT, Member, Move, WorkError, WorkRecord, WorkState, WorkSummary
+from computemesh.contracts.work import FINAL, TASK_TEXT, Member, Move, WorkError, WorkRecord, WorkState, WorkSummary
 from computemesh.hardware import Cpu, Gpu, Memory
 from computemesh_services.gateway import views
+from computemesh_services.work_marshaller.workitem import summary
 
 NOW = 1_800_000_000.0
 
@@ -60,11 +61,12 @@ def test_the_error_is_that_of_a_task_which_has_ended_without_a_result(state: Wor
 def test_a_line_of_a_list_says_the_same_in_short() -> None:
     error = WorkError(reason="out of memory")
     for state in WorkState:
-        short = views.line(WorkSummary(work_id="w", state=state, work_type="inference", submitted_at=NOW, node_id="n"))
-        full = views.task(record(state, node_id="n"))
+        item = record(state, node_id="n", finished_at=NOW + 9 if state in FINAL else None)
+        short, full = views.line(summary(item)), views.task(item)
         assert (short.task_id, short.status, short.topic, short.submitted_at, short.workers) == (
             (full.task_id, full.status, full.topic, full.submitted_at, full.workers)
         )
+        assert (short.finished_at, short.finished_at is None) == (full.finished_at, state not in FINAL)
     dead = WorkSummary(work_id="w", state=WorkState.DEAD, work_type="inference", error=error)
     assert views.line(dead).error == "out of memory"
 

@@ -82,6 +82,7 @@ def line(item: WorkSummary) -> Task:
         owner=item.owner,
         attempt=item.attempt,
         workers=[item.node_id] if item.node_id else [],
+        finished_at=iso(item.finished_at) if item.finished_at else None,
         result_available=item.state is WorkState.COMPLETED,
     )
 

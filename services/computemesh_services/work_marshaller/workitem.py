@@ -318,6 +318,7 @@ def summary(record: WorkRecord) -> WorkSummary:
         node_id=record.node_id,
         submitted_at=record.submitted_at,
         changed_at=record.changed_at,
+        finished_at=record.finished_at,
         error=record.error,
     )
 

@@ -374,6 +374,7 @@ class WorkSummary(Message, frozen=True, kw_only=True):
     node_id: str = ""
     submitted_at: float = 0.0
     changed_at: float = 0.0
+    finished_at: float | None = None
     error: WorkError | None = None
 
 
