@@ -203,7 +203,7 @@ def test_the_same_work_id_is_the_same_item(mesh: Cli) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("work_type: inference\nprioritty: 3\n", "prioritty: unknown field; did you mean priority?"),
+        ("work_type: inference\nprioritty: 3\n", "prioritty: unknown field (line 2, column 1); did you mean priority?"),
         ("work_type: inference\npriority: 17\n", "priority: "),
         ("work_type: inference\nwork_id: a.b\n", "work_id: an id is one token"),
         ("work_type: inference\nrequirements: {gpus: two}\n", "requirements.gpus: "),
@@ -214,7 +214,7 @@ def test_the_same_work_id_is_the_same_item(mesh: Cli) -> None:
         ("{\n", ""),
         ("", "no work item"),
         ("work_type: inference\npayload: {when: 2024-01-01, what: !!python/object:os.system {}}\n", ""),
-        ("work_type: inference\npayload: {day: 2024-13-45}\n", "month"),
+        ("work_type: inference\npayload: {seed: 1, seed: 2}\n", "payload.seed stands twice"),
         ("work_type: no-such-work\n", "work_type: there is no work of type 'no-such-work'"),
     ],
 )  # fmt: skip
