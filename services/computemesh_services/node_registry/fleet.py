@@ -161,6 +161,7 @@ class Known:
             cpu_percent=beat.cpu_percent,
             memory_available_mb=self.memory_available_mb,
             loaded_models=beat.loaded_models,
+            engine_use=beat.engines,
             running=len(beat.running),
             accepting=beat.accepting,
             clock_skew_s=self.skew_s,

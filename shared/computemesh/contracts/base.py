@@ -124,15 +124,19 @@ class Event(Generic[M]):
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Generic[Q, R]):
-    """A question with one answer."""
+    """A question with one answer, or with many parts of one."""
 
     subject: str
     takes: type[Q]
     gives: type[R]
+    """The answer, or each part of it."""
     asked_by: frozenset[Role]
     service: ServiceCard
     """Who answers it."""
     target: str = ""
+    many: bool = False
+    """The answer comes in parts, each a message; the last one says that it is the last. A refusal is a part too, and
+    then the only one."""
     http: tuple[Http, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     """Beside what any request may be refused for: a malformed message, an absent bus …"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, nodes, objects, resources, tasks, work
+from computemesh.contracts import gpus, infer, nodes, objects, resources, tasks, work
 from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -14,6 +14,7 @@ CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     work,
     gpus,
     objects,
+    infer,
 )
 
 

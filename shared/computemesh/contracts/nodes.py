@@ -33,6 +33,54 @@ Session = Annotated[str, msgspec.Meta(max_length=63)]
 Reason = Annotated[str, msgspec.Meta(max_length=500)]
 
 
+class EngineState(StrEnum):
+    """What an inference engine is doing."""
+
+    IDLE = "idle"
+    """No process; it starts with the first request."""
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    """It ends the requests it has; then another model takes its place."""
+    RESTARTING = "restarting"
+    """It crashed, and is started again after a pause."""
+    FAILED = "failed"
+    """It did not start, or crashed over and over."""
+
+
+class EngineCard(Message, frozen=True, kw_only=True):
+    """A device of a node with an inference engine on it, or room for one."""
+
+    device: Name
+    """Names the engine on its node, such as `gpu:0` or `cpu:0`."""
+    backend: Name = "cpu"
+    """How the engine reaches the device: `cuda`, `rocm`, `metal`, `sycl`, `vulkan` or `cpu`."""
+    kind: Name = "llama.cpp"
+    """The software."""
+    name: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """Of the device, as its maker calls it."""
+    slots: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1
+    """Requests it works on at the same time."""
+    pending_max: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 2
+    """Requests it takes, those that it works on and those that wait; more are refused."""
+
+
+class ModelCard(Message, frozen=True, kw_only=True):
+    """A model that a node can serve."""
+
+    name: Name
+    present: bool = True
+    """Its file is on the node; else it is fetched when it is first asked for."""
+    size_mb: MegaBytes | None = None
+    """Of its files."""
+    context_tokens: Count | None = None
+    """Longest prompt and answer together."""
+    embeddings: bool = False
+    """It gives embeddings, not texts."""
+    roles: Names = []
+    """What it is there for, such as `chat`."""
+
+
 class NodeAnnouncement(Message, frozen=True, kw_only=True):
     """What a node is and can do. Sent again whenever any of it changes."""
 
@@ -71,6 +119,10 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     """Where it answers HTTP itself, if it does."""
     roles: Names = []
     """What a host that answers by itself is there for, such as `chat`."""
+    engines: Annotated[list[EngineCard], msgspec.Meta(max_length=256)] = []
+    """Its devices for inference. With any, it answers `compute.infer.v1.<node_id>` for the models in `models`."""
+    model_cards: Annotated[list[ModelCard], msgspec.Meta(max_length=1000)] = []
+    """More about models in `models`."""
 
     @property
     def cpus_for_work(self) -> int | None:
@@ -130,6 +182,8 @@ class NodeView(NodeRecord, frozen=True, kw_only=True):
     """Work items it runs."""
     accepting: bool | None = None
     """False while the node itself says that it takes nothing new."""
+    engine_use: list[EngineUse] = []
+    """How busy each of its `engines` is."""
     clock_skew_s: float | None = None
     """How far the node's clock is ahead of the registry's, with the time a heartbeat took on its way."""
 
@@ -138,6 +192,22 @@ class RunningWork(Message, frozen=True, kw_only=True):
     work_id: Id
     attempt: int = 0
     replica: int = 0
+
+
+class EngineUse(Message, frozen=True, kw_only=True):
+    """How busy an engine is."""
+
+    device: Name
+    """As in `EngineCard`."""
+    state: EngineState = EngineState.IDLE
+    model: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """In memory, or about to be; empty for none."""
+    pending: Count = 0
+    """Requests it has, those that it works on and those that wait."""
+    tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Put out lately, of all requests together."""
+    restarts: Count = 0
+    """After crashes, since the agent began."""
 
 
 class NodeHeartbeat(Message, frozen=True, kw_only=True):
@@ -156,6 +226,8 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     memory_available_mb: MegaBytes | None = None
     gpus: Annotated[list[GpuUse], msgspec.Meta(max_length=256)] = []
     """What is in use of each GPU; empty = not told."""
+    engines: Annotated[list[EngineUse], msgspec.Meta(max_length=256)] = []
+    """How busy each engine is; empty = not told."""
     sent_at: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Unix seconds by the node's own clock, to notice one that is wrong."""
 

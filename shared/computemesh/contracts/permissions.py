@@ -170,5 +170,5 @@ def crossings() -> list[Crossing]:
     for request in requests():
         subject = request.at("*" if request.target else "")
         for asker in request.asked_by - {request.answered_by}:
-            found.add(Crossing(request.answered_by, asker, "service", subject))
+            found.add(Crossing(request.answered_by, asker, "service", subject, many_answers=request.many))
     return sorted(found, key=lambda c: (c.exporter, c.kind, c.subject, c.importer))

@@ -103,7 +103,8 @@ def _event_row(event: Event[Any]) -> tuple[str, ...]:
 
 def _request_row(request: Request[Any, Any]) -> tuple[str, ...]:
     routes = "<br>".join(f"`{route.method} {route.path}`" for route in request.http)
-    return (_code(subject(request)), request.takes.__name__, request.gives.__name__, routes, request.about)
+    gives = f"{request.gives.__name__}, in parts" if request.many else request.gives.__name__
+    return (_code(subject(request)), request.takes.__name__, gives, routes, request.about)
 
 
 def kept() -> str:
