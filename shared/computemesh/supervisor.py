@@ -25,6 +25,7 @@ from typing import Final, Literal
 import msgspec
 
 from computemesh import __version__, log
+from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import Role
 from computemesh.lifecycle import EXIT_CONFIG
 from computemesh.nats_server import LOOPBACK, NatsServer
@@ -38,8 +39,11 @@ BACKOFF_S_MAX: Final = 10.0
 STEADY_S: Final = 30.0
 """A service that lived this long starts its next life with the shortest pause."""
 
-STOP_S: Final = 25.0
-"""How long a service may drain before it is killed."""
+LATE_S: Final = 5.0
+"""How long after its time to drain a service is killed."""
+
+STAGES: Final = 3
+"""In which services end, one after the other: those of clients, of nodes, and the others."""
 
 LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 LOG_FILES: Final = 3
@@ -87,6 +91,8 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
     embedded: bool
     """Whether the NATS server is ours."""
+    stop_s: float = 90.0
+    """How long it may take to end."""
     joined: bool = False
     """Whether this is a node of a mesh that runs elsewhere."""
     problem: str = ""
@@ -155,7 +161,7 @@ class Supervised:
         """Tells the service to drain, and kills it when it takes too long."""
         self._stopping.set()
         if self._process is not None:
-            await end(self._process, grace_s=STOP_S)
+            await end(self._process, grace_s=drain_timeout_s(self._environment) + LATE_S)
 
     async def _live(self) -> int:
         read_fd, write_fd = os.pipe()
@@ -225,6 +231,14 @@ class Supervised:
             changes["since"] = time.time()
         self.status = msgspec.structs.replace(self.status, **changes)
         self._on_change()
+
+
+def drain_timeout_s(environment: Mapping[str, str]) -> float:
+    """How long a service that is told to end may finish what it has; the default where that is set wrongly."""
+    try:
+        return load(ServiceConfig, environment).drain_timeout_s
+    except ConfigError:
+        return ServiceConfig().drain_timeout_s
 
 
 class HomeTaken(Exception):
@@ -383,6 +397,7 @@ class Supervisor:
         if self._server is not None:
             services.insert(0, self._server_status)
         return MeshStatus(
+            stop_s=STAGES * (drain_timeout_s(os.environ) + LATE_S) + LATE_S,
             pid=os.getpid(),
             version=__version__,
             started_at=self._started_at,

@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import pytest
 
+from computemesh import supervisor
 from computemesh.config import ConfigError, ServiceConfig, load, nats_urls, node_of, told_node_id
 from computemesh.contracts.base import Role
 from computemesh_services.node_agent.config import AgentConfig
@@ -229,3 +230,9 @@ def test_the_node_that_the_environment_names_may_be_called_a_worker() -> None:
 def test_log_levels_of_the_standard_library_are_taken(level: str) -> None:
     """In any case; logging can be set up with each."""
     assert load(ServiceConfig, {"LOG_LEVEL": level}).log_level.upper() in logging.getLevelNamesMapping()
+
+
+@pytest.mark.parametrize(("told", "borne_s"), [("120", 120.0), ("", 20.0), ("soon", 20.0), ("-1", 20.0)])
+def test_a_supervisor_gives_a_service_the_time_to_drain_that_it_was_told(told: str, borne_s: float) -> None:
+    """One that cannot be read leaves the default: that service says by itself what is wrong with it."""
+    assert supervisor.drain_timeout_s({"COMPUTEMESH_DRAIN_TIMEOUT_S": told}) == borne_s

@@ -278,6 +278,23 @@ def test_a_monitored_node_is_suspected_and_then_lost(before: NodeState, silent_s
     assert (result.epoch, result.last_seen) == (1, 100.0)
 
 
+@pytest.mark.parametrize(
+    ("silent_s", "after"),
+    [(74.9, NodeState.ONLINE), (75.0, NodeState.SUSPECT), (134.9, NodeState.SUSPECT), (135.0, NodeState.LOST)],
+)
+def test_the_silence_of_a_node_that_beats_rarely_is_borne_for_longer(silent_s: float, after: NodeState) -> None:
+    """Two and a half of its own intervals, and four and a half."""
+    record = known(monitored=True, heartbeat_interval_s=30.0)
+    assert roster.silent(record, silent_s, 200.0, PATIENCE).state is after
+
+
+@pytest.mark.parametrize(("silent_s", "after"), [(25.0, NodeState.SUSPECT), (45.0, NodeState.LOST)])
+def test_a_node_that_beats_often_is_judged_as_all_others(silent_s: float, after: NodeState) -> None:
+    """A hiccup of its machine is no loss."""
+    record = known(monitored=True, heartbeat_interval_s=1.0)
+    assert roster.silent(record, silent_s, 200.0, PATIENCE).state is after
+
+
 def test_a_loss_records_when_the_node_was_last_seen() -> None:
     """As far as the registry that records it knows; never earlier than is recorded already."""
     record = known(monitored=True)

@@ -274,6 +274,7 @@ class NodeAgent:
             gpu_links=seen.gpu_links if seen else [],
             provider=seen.provider if seen else "",
             machine_id=self._machine_id,
+            heartbeat_interval_s=self._config.heartbeat_interval_s,
             version=__version__,
         )
 

@@ -30,8 +30,13 @@ RETIRED_MAX: Final = 8
 """Sessions that are remembered after they were replaced."""
 
 
+SUSPECT_BEATS: Final = 2.5
+LOST_BEATS: Final = 4.5
+"""Silence in a node's own heartbeat intervals that is borne in any case."""
+
+
 class Patience(Message, frozen=True, kw_only=True):
-    """How long silence is borne."""
+    """How long silence is borne, of nodes that send heartbeats as often as is usual."""
 
     suspect_after_s: float = 25.0
     lost_after_s: float = 45.0
@@ -149,9 +154,10 @@ def state_after(record: NodeRecord, silent_s: float, patience: Patience) -> Node
         return NodeState.LOST
     if not record.monitored:
         return NodeState.LOST if silent_s >= patience.unmonitored_ttl_s else record.state
-    if silent_s >= patience.lost_after_s:
+    interval_s = record.heartbeat_interval_s or 0.0
+    if silent_s >= max(patience.lost_after_s, LOST_BEATS * interval_s):
         return NodeState.LOST
-    return NodeState.SUSPECT if silent_s >= patience.suspect_after_s else record.state
+    return NodeState.SUSPECT if silent_s >= max(patience.suspect_after_s, SUSPECT_BEATS * interval_s) else record.state
 
 
 def same_life(record: NodeRecord, judged: NodeRecord) -> bool:

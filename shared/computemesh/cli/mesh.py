@@ -327,7 +327,7 @@ def stop(place: Home, status: MeshStatus | None) -> None:
         raise Failure(f"something runs in {place.root}, but does not say under which pid", hint="wait and try again")
     with contextlib.suppress(ProcessLookupError):
         os.kill(status.pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + running.END_S
+    deadline_s = time.monotonic() + status.stop_s
     with err.status("Stopping: work in hand is finished or handed back …"):
         # The supervisor gives up the home a moment before its process is gone.
         while (is_running(place) or _is_alive(status.pid)) and time.monotonic() < deadline_s:

@@ -113,6 +113,8 @@ class NodeAnnouncement(Message, frozen=True, kw_only=True):
     made up."""
     machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """Tells machines apart: two that announce the same node id are a mistake."""
+    heartbeat_interval_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] | None = None
+    """How often it sends heartbeats, when that is rarer than every 10 s: its silence is borne for longer then."""
     version: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """Of the software that announces."""
     base_url: Annotated[str, msgspec.Meta(max_length=500)] = ""
