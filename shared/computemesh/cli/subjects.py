@@ -58,13 +58,14 @@ def find_events(name: str) -> list[str]:
 
 
 def find_request(name: str) -> tuple[Request[Any, Any], str] | None:
-    """The request of that name and the target in it, which may be empty."""
-    for request in requests():
-        for base in (request.subject, short(request.subject)):
-            if name == base:
-                return request, ""
-            if request.target and name.startswith(f"{base}."):
-                return request, name.removeprefix(f"{base}.")
+    """The request of that name and the target in it, which may be empty. The longest name counts: `infer.control` is no
+    target of `infer`."""
+    named = [(base, request) for request in requests() for base in (request.subject, short(request.subject))]
+    for base, request in sorted(named, key=lambda entry: len(entry[0]), reverse=True):
+        if name == base:
+            return request, ""
+        if request.target and name.startswith(f"{base}."):
+            return request, name.removeprefix(f"{base}.")
     return None
 
 
