@@ -265,6 +265,7 @@ def test_all_pages_together_have_every_match_once_whoever_comes_and_goes_meanwhi
     while True:
         ids_, _, after = page(of, **query, after=after)
         found += ids_
+        assert len(found) == len(set(found))
         if not after:
             break
         gone = data.draw(st.sets(st.sampled_from(sorted(of.nodes)), max_size=2))
@@ -276,7 +277,6 @@ def test_all_pages_together_have_every_match_once_whoever_comes_and_goes_meanwhi
                 of.take(a_node(name, registered_at=float(value)), 0.0, 0.0, fresh=True)
                 all_values[name] = value
         stay -= gone
-    assert len(found) == len(set(found))
     assert stay <= set(found)
     sign = -1 if descending else 1
 

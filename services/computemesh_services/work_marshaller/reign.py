@@ -471,18 +471,19 @@ class Reign:
         now = time.time()
         record = self.scheduler.cancel(work_id, reason, now)
         await self._advance(now)
-        await self._journal.stored(work_id)
-        return record
+        return await self.settled(record) if record else None
 
-    async def settled(self, record: WorkRecord) -> WorkRecord:
-        """The record, once nobody can have to take it back: an outcome only when it is stored.
+    async def settled(self, record: WorkRecord) -> WorkRecord | None:
+        """The record, once nobody can have to take it back: an outcome only when it is stored. None when that showed it
+        to be no item of its own: the same one had ended before, and was no longer in memory.
 
         Raises:
             NotStored: it could not be stored.
         """
-        if workitem.is_final(record):
-            await self._journal.stored(record.work_id)
-        return record
+        if not workitem.is_final(record):
+            return record
+        await self._journal.stored(record.work_id)
+        return self.scheduler.records.get(record.work_id)
 
     async def _tick_forever(self) -> None:
         cursor_s = 0.0

@@ -348,8 +348,8 @@ class WorkMarshaller:
             return Refused(code="no_log", reason=reason, status=404)
 
     async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
-        if record := reign.scheduler.records.get(work_id):
-            return await reign.settled(record)
+        if (record := reign.scheduler.records.get(work_id)) and (settled := await reign.settled(record)):
+            return settled
         entry = await self._bucket.get(work_id)
         return entry.value if entry else None
 
