@@ -1,7 +1,7 @@
 """An engine's answer as it streams, wherever the engine is.
 
-The node agent gives one of an engine beside it (``Inference.open``), :class:`computemesh.infer_client.InferClient` one of
-an engine on any node.
+The node agent gives one of an engine beside it (``Inference.open``), :class:`~computemesh.infer_client.InferClient`
+gives one of an engine on any node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from computemesh.contracts.base import Refused
 
 
 class AnswerFailed(Exception):
-    """An answer broke off: what came of it is not whole. ``refused.retry`` says whether another engine may do better."""
+    """An answer broke off: what came of it is not whole. ``refused.retry`` says whether it is worth asking again."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(refused.reason)

@@ -5,6 +5,7 @@ from computemesh.bus.errors import BusError, Conflict, NoResponder, NotAdmitted,
 from computemesh.bus.kv import Bucket, Entry, Mirror, Write
 from computemesh.bus.micro import MicroService
 from computemesh.bus.objects import ObjectInfo, ObjectStore
+from computemesh.bus.parts import PartsInbox
 from computemesh.bus.pipeline import Pipeline, Posts, Reply
 from computemesh.bus.pull import Pull, Stored
 from computemesh.bus.writer import Writer
@@ -22,6 +23,7 @@ __all__ = [
     "NotStored",
     "ObjectInfo",
     "ObjectStore",
+    "PartsInbox",
     "Pipeline",
     "Posts",
     "Pull",

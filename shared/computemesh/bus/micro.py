@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -21,13 +22,14 @@ from computemesh import __version__, log, trace
 from computemesh.bus.connection import Bus, sender_of
 from computemesh.bus.errors import BusError
 from computemesh.bus.metrics import CALLS, SYSTEM
-from computemesh.contracts.base import AnyBound, Message, Refused, Role, decode, encode
+from computemesh.contracts.base import AnyBound, AnyInParts, InParts, Message, Refused, Role, decode, encode
+from computemesh.contracts.permissions import is_inbox
 from computemesh.ids import new_id
 
 CONCURRENCY: Final = 64
 """Requests of one endpoint in hand at once; more wait in the subscription."""
 
-R = TypeVar("R", bound=Message)
+R = TypeVar("R")
 
 _log = log.get("micro")
 
@@ -51,25 +53,25 @@ class ServiceInfo(Message, frozen=True, kw_only=True):
     endpoints: list[EndpointInfo] = []
 
 
-class Endpoint:
+class Endpoint(ABC):
     """One subject, its handler and its counters."""
 
-    def __init__(self, bus: Bus, bound: AnyBound, group: str, acts: Callable[[], bool] | None = None) -> None:
-        self.bound: Final = bound
+    def __init__(self, bus: Bus, bound: AnyBound | AnyInParts, group: str) -> None:
         self.name: Final = bound.contract.subject.removeprefix("compute.").replace(".", "-")
+        self.subject: Final = bound.subject
         self.group: Final = group
         self.requests = 0
         self.errors = 0
         self.spent_ns = 0
         self.last_error = ""
         self._bus = bus
-        self._acts = acts
-        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._contract = bound.contract
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
 
+    @abstractmethod
     async def start(self) -> None:
-        self._subscription = await self._bus.listen(self.bound.subject, self._on_message, queue=self.group)
+        """Takes requests from now on."""
 
     async def drain(self) -> None:
         """Takes no new request, answers those in hand and those waiting."""
@@ -78,36 +80,25 @@ class Endpoint:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _on_message(self, message: Msg) -> None:
-        if not message.reply and self.bound.contract.answered_by is Role.NODE:
-            # A node can have an answer to a question of its own delivered here, in the place of a question;
-            # but an answer wants no answer.
-            _log.warning("ignored what asks for no answer", subject=message.subject)
-            return
-        if self._acts is not None and not self._acts():
-            return
-        await self._slots.acquire()
-        task = asyncio.create_task(self._answer(message))
+    def _wants_answer(self, message: Msg) -> bool:
+        if message.reply or self._contract.answered_by is not Role.NODE:
+            return True
+        # A node can have an answer to a question of its own delivered here, in the place of a question;
+        # but an answer wants no answer.
+        _log.warning("ignored what asks for no answer", subject=message.subject)
+        return False
+
+    def _begin(self, answering: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(answering)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, message: Msg) -> None:
-        if sender := trace.parse(sender_of(message.headers)):
-            trace.enter(sender.child())
-        started_ns = time.perf_counter_ns()
-        try:
-            answer = await call(self.bound, message.data)
-            await self._bus.respond(message, encode(answer), headers=_error_headers(answer))
-        except BusError as error:
-            _log.warning("could not answer", subject=message.subject, reason=str(error))
-            return
-        finally:
-            self._slots.release()
-        took_ns = time.perf_counter_ns() - started_ns
+    def _count(self, answer: Message | None, began_ns: int) -> None:
+        took_ns = time.perf_counter_ns() - began_ns
         self.requests += 1
         self.spent_ns += took_ns
         status = str(answer.status) if isinstance(answer, Refused) else "OK"
-        CALLS.labels(SYSTEM, self.bound.contract.subject, status).observe(took_ns / 1e9)
+        CALLS.labels(SYSTEM, self._contract.subject, status).observe(took_ns / 1e9)
         if isinstance(answer, Refused):
             self.errors += 1
             self.last_error = f"{answer.status}:{answer.reason}"
@@ -115,7 +106,7 @@ class Endpoint:
     def stats(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "subject": self.bound.subject,
+            "subject": self.subject,
             "queue_group": self.group,
             "num_requests": self.requests,
             "num_errors": self.errors,
@@ -123,6 +114,76 @@ class Endpoint:
             "processing_time": self.spent_ns,
             "average_processing_time": self.spent_ns // max(1, self.requests),
         }
+
+
+class SingleEndpoint(Endpoint):
+    """Gives one answer to each request."""
+
+    def __init__(self, bus: Bus, bound: AnyBound, group: str, acts: Callable[[], bool] | None = None) -> None:
+        super().__init__(bus, bound, group)
+        self._bound = bound
+        self._acts = acts
+        self._slots = asyncio.Semaphore(CONCURRENCY)
+
+    async def start(self) -> None:
+        self._subscription = await self._bus.listen(self.subject, self._on_message, queue=self.group)
+
+    async def _on_message(self, message: Msg) -> None:
+        if not self._wants_answer(message) or (self._acts is not None and not self._acts()):
+            return
+        await self._slots.acquire()
+        self._begin(self._answer(message))
+
+    async def _answer(self, message: Msg) -> None:
+        if sender := trace.parse(sender_of(message.headers)):
+            trace.enter(sender.child())
+        began_ns = time.perf_counter_ns()
+        try:
+            answer = await call(self._bound, message.data)
+            await self._bus.respond(message, encode(answer), headers=_error_headers(answer))
+        except BusError as error:
+            _log.warning("could not answer", subject=message.subject, reason=str(error))
+            return
+        finally:
+            self._slots.release()
+        self._count(answer, began_ns)
+
+
+class PartsEndpoint(Endpoint):
+    """Answers each request in parts, any number of requests at the same time: how many is for the handler to bound."""
+
+    def __init__(self, bus: Bus, bound: AnyInParts, group: str) -> None:
+        super().__init__(bus, bound, group)
+        self._bound = bound
+
+    async def start(self) -> None:
+        self._subscription = await self._bus.listen(self.subject, self._on_message, queue=self.group, inline=True)
+
+    async def _on_message(self, message: Msg) -> None:
+        if self._wants_answer(message):
+            self._begin(self._answer(message))
+
+    async def _answer(self, message: Msg) -> None:
+        reply, bus = message.reply, self._bus
+        if not is_inbox(reply):
+            _log.warning("not answered: the reply subject is no inbox", subject=message.subject, reply=reply)
+            return
+        if sender := trace.parse(sender_of(message.headers)):
+            trace.enter(sender.child())
+
+        async def send(part: Message) -> None:
+            await bus.send(reply, encode(part))
+
+        began_ns = time.perf_counter_ns()
+        asked = decode(message.data, self._contract.takes)
+        refusal = asked if isinstance(asked, Refused) else await guarded(self.subject, self._bound.handler(asked, send))
+        try:
+            if refusal is not None:
+                await bus.send(reply, encode(refusal), headers=_error_headers(refusal))
+            await bus.send(reply, b"")
+        except BusError as error:
+            _log.warning("could not answer to the end", subject=message.subject, reason=str(error))
+        self._count(refusal, began_ns)
 
 
 async def call(bound: AnyBound, data: bytes) -> Message:
@@ -166,6 +227,7 @@ class MicroService:
         self._description = description
         self._metadata = metadata
         self._endpoints: list[Endpoint] = []
+        self._lasting: list[Endpoint] = []
         self._control: list[Subscription] = []
         self._started = datetime.now(UTC)
 
@@ -176,23 +238,31 @@ class MicroService:
             for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self.name}", f"$SRV.{verb}.{self.name}.{self.id}"):
                 self._control.append(await self._listen(subject, reply))
 
-    async def add(self, bound: AnyBound, *, acts: Callable[[], bool] | None = None) -> Endpoint:
+    async def add(
+        self, bound: AnyBound | AnyInParts, *, acts: Callable[[], bool] | None = None, lasting: bool = False
+    ) -> Endpoint:
         """Serves one more request, at once.
 
         Args:
             acts: whether this replica still is the one that acts; while it is not, requests are left to the one that
                 is. So every replica that thinks it acts hears each request, and one that was halted keeps none from
                 its successor, as it would in a queue group.
+            lasting: it goes on while the others drain; whoever added it removes it.
         """
-        endpoint = Endpoint(self._bus, bound, self.name if acts is None else "", acts)
+        endpoint: Endpoint
+        if isinstance(bound, InParts):
+            assert acts is None
+            endpoint = PartsEndpoint(self._bus, bound, self.name)
+        else:
+            endpoint = SingleEndpoint(self._bus, bound, self.name if acts is None else "", acts)
         await endpoint.start()
-        self._endpoints.append(endpoint)
+        (self._lasting if lasting else self._endpoints).append(endpoint)
         return endpoint
 
     async def remove(self, endpoint: Endpoint) -> None:
         """Stops serving a request after answering what waits."""
         await endpoint.drain()
-        self._endpoints.remove(endpoint)
+        (self._lasting if endpoint in self._lasting else self._endpoints).remove(endpoint)
 
     async def drain(self) -> None:
         await asyncio.gather(*(endpoint.drain() for endpoint in self._endpoints))
@@ -225,7 +295,8 @@ class MicroService:
             description=self._description,
             metadata=self._metadata,
             endpoints=[
-                EndpointInfo(name=e.name, subject=e.bound.subject, queue_group=e.group) for e in self._endpoints
+                EndpointInfo(name=e.name, subject=e.subject, queue_group=e.group)
+                for e in (*self._endpoints, *self._lasting)
             ],
         )
 
@@ -233,5 +304,5 @@ class MicroService:
         started = self._started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return self._identity("stats") | {
             "started": started,
-            "endpoints": [endpoint.stats() for endpoint in self._endpoints],
+            "endpoints": [endpoint.stats() for endpoint in (*self._endpoints, *self._lasting)],
         }

@@ -70,6 +70,12 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 Handler = Callable[[Q], Awaitable[R | Refused]]
 
+SendPart = Callable[[R], Awaitable[None]]
+"""Sends one more part of an answer."""
+
+PartsHandler = Callable[[Q, SendPart[R]], Awaitable[Refused | None]]
+"""Answers in parts; a refusal stands in the place of an answer, or of the rest of one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceCard:
@@ -135,8 +141,8 @@ class Request(Generic[Q, R]):
     """Who answers it."""
     target: str = ""
     many: bool = False
-    """The answer comes in parts, each a message; the last one says that it is the last. A refusal is a part too, and
-    then the only one."""
+    """The answer comes in parts, each a message; the last one says that it is the last, or is a refusal. Behind it
+    comes an empty message, by which the NATS server learns that it may forget where the answer goes."""
     http: tuple[Http, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     """Beside what any request may be refused for: a malformed message, an absent bus …"""
@@ -171,6 +177,22 @@ class Bound(Generic[Q, R]):
 AnyBound = Bound[Any, Any]
 
 
+@dataclass(frozen=True)
+class InParts(Generic[Q, R]):
+    """A request that is answered in parts, with its handler."""
+
+    contract: Request[Q, R]
+    handler: PartsHandler[Q, R]
+    target: str = ""
+
+    @property
+    def subject(self) -> str:
+        return self.contract.at(self.target)
+
+
+AnyInParts = InParts[Any, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Route:
     """An HTTP route in the shapes of another system, with a handler written by hand. It is not on the bus."""
@@ -194,7 +216,14 @@ class Route:
 
 def serve(contract: Request[Q, R], handler: Handler[Q, R], *, target: str = "", acting: bool = False) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
+    assert not contract.many, f"{contract.subject} is answered in parts"
     return Bound(contract, handler, target, acting)
+
+
+def serve_parts(contract: Request[Q, R], handler: PartsHandler[Q, R], *, target: str = "") -> AnyInParts:
+    """Pairs a request that is answered in parts with its handler."""
+    assert contract.many, f"{contract.subject} has one answer"
+    return InParts(contract, handler, target)
 
 
 def _address(subject: str, target_name: str, target: str) -> str:

@@ -8,6 +8,10 @@ An asker that names its ``session`` is part of a conversation that both sides wa
 characters of an answer under way before the asker says that it took some; and it stops a session's streams when it has
 not heard of the session for ``SILENT_S``. The asker in turn learns from ``control`` that the node is gone, or has begun
 a new life, which knows none of its streams. One that names no session gets all parts as they come.
+
+An answer ends with its last part, or with a refusal in the place of a part. A node that has nothing to say of an answer
+says so every ``QUIET_S``, by a part without a text: the NATS server forgets where an answer goes when nothing of it has
+come for two minutes. No answer outlives the connection, on either side, that it was asked or is given on.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ PART_MAX: Final = 64 * 1024
 
 SILENT_S: Final = 10.0
 """After so long without a word from a session, its streams are stopped."""
+
+QUIET_S: Final = 20.0
+"""After so long without a part of an answer, the node sends an empty one."""
 
 CONTROL_S: Final = 2.0
 """How often a session with open streams lets each node hear from it, at least."""
@@ -59,17 +66,21 @@ class InferAsk(Message, frozen=True, kw_only=True):
 
 
 class InferPart(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """A part of an engine's answer. The parts of a stream are numbered from 0, without a gap."""
+    """A part of an engine's answer. The parts of a stream are numbered from 0, without a gap.
+
+    The answer begins with the first part that has a `content_type`. Parts before it, while an engine is waited for, and
+    parts without a text are signs of life.
+    """
 
     seq: Count
     text: str = ""
     """What the engine answered; server-sent events are never cut in two."""
     status: int = 200
-    """In the first part: HTTP status of the engine's answer. With another than 200 the text is its complaint."""
+    """Where the answer begins: HTTP status of the engine's answer. With another than 200 the text is its complaint."""
     content_type: str = ""
-    """In the first part: of the answer."""
+    """Where the answer begins: its media type."""
     device: str = ""
-    """In the first part: the engine that answers."""
+    """Where the answer begins: the engine that gives it."""
     last: bool = False
     """Nothing follows."""
     failed: Refused | None = None
@@ -132,7 +143,10 @@ ASK: Final = Request(
     service=NODE_AGENT,
     refuses=(
         Refusal(code="unknown_model", status=404, when="this node does not serve that model"),
-        Refusal(code="unavailable", status=503, when="its engine did not start, or does not start in time"),
+        Refusal(code="unavailable", status=503, when="its engine does not serve in time, or the node is ending"),
+        Refusal(code="no_engine", status=503, when="no inference engine is installed on the node"),
+        Refusal(code="engine_failed", status=503, when="its engine does not start"),
+        Refusal(code="engine_lost", status=503, when="its engine ended before it answered"),
         Refusal(code="too_many_requests", status=429, when="each engine that could answer has all it takes"),
         Refusal(code="duplicate_stream", status=409, when="there is a stream of that name already"),
     ),
