@@ -46,6 +46,7 @@ from computemesh_services.node_agent import folders, llama_server, logs, reports
 from computemesh_services.node_agent.config import TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.environment import environment_of
+from computemesh_services.node_agent.infer import Door, Inference
 from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
 from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
@@ -121,6 +122,8 @@ class NodeAgent:
             ),
             on_change=self._heartbeat_soon,
         )
+        self._inference = Inference(self._engines)
+        self._infer_door = Door(bus, self._inference, node_id=config.node_id, session=self._session)
         self._runner = Runner(spare_types=self._wanted)
         if config.default_model and config.default_model not in found.models:
             _log.warning("default model", reason=f"VLLM_MODEL names {config.default_model}, which is not served here")
@@ -172,21 +175,24 @@ class NodeAgent:
         spawn(self._heartbeat_forever())
         spawn(self._preload())
         spawn(self._prune_forever())
+        spawn(self._infer_door.watch())
 
     async def drain(self) -> None:
         """Takes nothing new, lets what runs finish for a while, hands the rest back, and says goodbye."""
         self._desk.accepting = False
         await self._heartbeat()
+        finish_s = max(0.0, min(self._config.finish_s, self._config.drain_timeout_s - HAND_BACK_S))
+        answering = asyncio.create_task(self._infer_door.drain(finish_s))
         if self._tasks:
-            finish_s = max(0.0, min(self._config.finish_s, self._config.drain_timeout_s - HAND_BACK_S))
             _log.info("finishing", running=len(self._tasks), finish_s=finish_s)
             await asyncio.wait(self._tasks.values(), timeout=finish_s)
+        await answering
         self._handing_back = True
         for task in self._tasks.values():
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks.values())
-        await asyncio.gather(self._runner.close(), self._engines.close())
+        await asyncio.gather(self._runner.close(), self._engines.close(), self._inference.stop())
         await self._heartbeat(leaving=True)
 
     def health(self) -> Mapping[str, Any]:
@@ -316,6 +322,8 @@ class NodeAgent:
     async def _open(self) -> None:
         assert self._micro is not None
         self._doors = [await self._micro.add(bound) for bound in self.endpoints()]
+        # While this agent drains, answers go on and new requests are refused with a reason.
+        self._doors += [await self._micro.add(bound, lasting=True) for bound in self._infer_door.endpoints()]
 
     async def _close(self) -> None:
         assert self._micro is not None

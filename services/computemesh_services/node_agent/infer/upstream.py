@@ -118,16 +118,8 @@ class Inference:
         self._engines = engines
         self._http: aiohttp.ClientSession | None = None
 
-    async def start(self) -> None:
-        # An engine gives each connection a thread and closes an idle one when it likes, so each request has its own.
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=READ_BYTES,
-        )
-
     async def stop(self) -> None:
+        """Ends every answer."""
         if self._http is not None:
             await self._http.close()
 
@@ -138,7 +130,8 @@ class Inference:
             The answer, or a refusal with a code of `contracts.infer.ASK`. Of a request that streams the answer tells
             the usage at its end, whether that was asked for or not.
         """
-        assert self._http is not None, "not started"
+        if self._http is None:
+            self._http = _new_session()
         began_s = asyncio.get_running_loop().time()
         outcome = "cancelled"
         OPEN.inc()
@@ -163,6 +156,16 @@ class Inference:
             if outcome:
                 OPEN.dec()
                 ENDED.labels(outcome).inc()
+
+
+def _new_session() -> aiohttp.ClientSession:
+    # An engine gives each connection a thread and closes an idle one when it likes, so each request has its own.
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
+    )
 
 
 def engine_body(ask: InferAsk, model: str) -> dict[str, Any]:
