@@ -209,6 +209,10 @@ class Route:
     """Media types of a body that is text instead."""
     gives_text: bool = False
     """Whether the answer is plain text when the caller accepts that."""
+    gives_events: bool = False
+    """Whether the answer is server-sent events when the caller asks for a stream."""
+    refused_as: type[Message] | None = None
+    """The shape of its refusals, where that is not a problem document. Then ``refuses`` lists all there are."""
     refuses: tuple[Refusal, ...] = ()
     example: Message
     about: str

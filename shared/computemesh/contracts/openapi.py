@@ -83,7 +83,8 @@ def document(card: ServiceCard, requests: Sequence[AnyRequest], routes: Sequence
     """The document of the edge of a service that answers *requests* and, over HTTP alone, *routes*."""
     routed = [request for request in requests if request.http]
     kinds = [kind for request in routed for kind in (request.takes, request.gives)]
-    kinds += [kind for route in routes for kind in (route.takes, _item_kind(route.gives)) if kind is not Any]
+    said = [(route.takes, _item_kind(route.gives), route.refused_as or Problem) for route in routes]
+    kinds += [kind for each in said for kind in each if kind is not Any]
     schemas = schemas_of(list(dict.fromkeys([*kinds, Problem])), _REF)
     paths: dict[str, dict[str, Any]] = {}
     for request in routed:
@@ -175,11 +176,18 @@ def _operation_of(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     answer = _json(_about_answer(route.gives, schemas), route.gives)
     if route.gives_text:
         answer["content"]["text/plain"] = {"schema": {"type": "string"}}
+    if route.gives_events:
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    refused = (
+        _refused(route.refuses, route.refused_as, "application/json")
+        if route.refused_as
+        else _refused([*_ASKED, *route.refuses])
+    )
     operation: dict[str, Any] = {
         "summary": route.about,
         "operationId": route.name,
         "parameters": _parameters(route.takes, route.http, schemas, example),
-        "responses": {str(route.http.status): answer, **_refused([*_ASKED, *route.refuses])},
+        "responses": {str(route.http.status): answer, **refused},
     }
     if route.http.method == "POST":
         said = {name: value for name, value in example.items() if name not in in_path}
@@ -249,14 +257,18 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value)
 
 
-def _refused(refusals: Sequence[Refusal]) -> dict[str, Any]:
+def _refused(
+    refusals: Sequence[Refusal], kind: type[Message] = Problem, media_type: str = "application/problem+json"
+) -> dict[str, Any]:
     """A response for each status, with the codes it may have."""
     responses: dict[str, Any] = {}
     for status in sorted({refusal.status for refusal in refusals}):
         reasons = [f"`{refusal.code}`: {refusal.when}." for refusal in refusals if refusal.status == status]
-        responses[str(status)] = _json(" ".join(reasons), Problem, "application/problem+json")
-        if status == 503:
-            responses["503"]["headers"] = {"Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}}
+        responses[str(status)] = _json(" ".join(reasons), kind, media_type)
+        if status in (429, 503):
+            responses[str(status)]["headers"] = {
+                "Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}
+            }
     return responses
 
 

@@ -3,6 +3,7 @@
 from computemesh.edge.http import (
     Edge,
     Extra,
+    api_error,
     application,
     as_json,
     declared,
@@ -17,6 +18,7 @@ from computemesh.edge.http import (
 __all__ = [
     "Edge",
     "Extra",
+    "api_error",
     "application",
     "as_json",
     "declared",

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from computemesh import trace
+from computemesh import openai, trace
 from computemesh.bus import micro
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts.base import (
@@ -93,11 +94,23 @@ def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], ext
         for route in bound.contract.http
     ]
     routes += _common(config, doors, bounds, [extra.route for extra in extras if extra.route])
+    say = _in_openai_shape if any(extra.route and extra.route.refused_as for extra in extras) else _as_problem
+
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        answer = say(request.url.path, Refused(code=code, reason=str(error.detail), status=error.status_code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def defect(request: Request, _error: Exception) -> Response:
+        reason = "the service failed on this request; its log says why"
+        return say(request.url.path, Refused(code="internal", reason=reason, status=500))
+
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: _http_error, Exception: _defect},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: http_error, Exception: defect},  # type: ignore[dict-item]
     )
-    return Observed(Gate(app, config), {route.endpoint: route.path for route in routes})
+    return Observed(Gate(app, config, say), {route.endpoint: route.path for route in routes})
 
 
 class _Extra(Route):
@@ -274,15 +287,30 @@ def problem(answer: Refused) -> Response:
     return Response(body, answer.status, headers, media_type="application/problem+json")
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    answer = problem(Refused(code=code, reason=str(error.detail), status=error.status_code))
-    answer.headers.update(error.headers or {})
-    return answer
+def api_error(answer: Refused, *, retry_after_s: float = 1.0) -> Response:
+    """A refusal in OpenAI's shape.
+
+    Args:
+        retry_after_s: what the caller is told to wait, if asking again helps.
+    """
+    answer = openai.in_its_words(answer)
+    # OpenAI's clients ask again by themselves after a 429, a 409 and a 5xx, unless they are told not to.
+    headers = {"x-should-retry": "false"} if answer.retry == "never" else {"Retry-After": str(ceil(retry_after_s))}
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(encode(openai.error_of(answer)), answer.status, headers, media_type="application/json")
 
 
-async def _defect(_: Request, _error: Exception) -> Response:
-    return problem(Refused(code="internal", reason="the service failed on this request; its log says why", status=500))
+Say = Callable[[str, Refused], Response]
+"""What is answered to a call of a path that is refused."""
+
+
+def _as_problem(_: str, answer: Refused) -> Response:
+    return problem(answer)
+
+
+def _in_openai_shape(path: str, answer: Refused) -> Response:
+    return api_error(answer) if path.startswith(openai.ROOT) else problem(answer)
 
 
 # --- who may come in -----------------------------------------------------------------------------------------
@@ -296,8 +324,9 @@ class Gate:
     loopback the bearer token decides.
     """
 
-    def __init__(self, app: ASGIApp, config: ServiceConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServiceConfig, say: Say) -> None:
         self._app = app
+        self._say = say
         self._loopback = is_loopback(config.http_host)
         self._entrance = config.entrance()
         self._tokens = [token.encode() for token in self._entrance.tokens]
@@ -310,7 +339,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (answer := self._refusal(scope)) is not None:
-            await problem(answer)(scope, receive, send)
+            await self._say(scope["path"], answer)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

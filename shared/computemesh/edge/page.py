@@ -161,11 +161,16 @@ def _method(method: str) -> _Html:
 
 def _answers(responses: Json) -> Iterator[_Html]:
     """What is answered; refusals, the same for most requests, folded away."""
-    refusals = {status: each for status, each in responses.items() if "application/problem+json" in each["content"]}
+    refusals = {status: each for status, each in responses.items() if _is_refusal(each)}
     said = [part for status, each in responses.items() if status not in refusals for part in _answer(status, each)]
     yield _tag("dl", *said)
     listed = [part for status, answer in refusals.items() for part in _answer(status, answer)]
     yield _tag("details", _tag("summary", f"Refusals: {', '.join(refusals)}"), _tag("dl", *listed))
+
+
+def _is_refusal(answer: Json) -> bool:
+    schemas = [content["schema"].get("$ref", "") for content in answer["content"].values()]
+    return any(schema.endswith(("/Problem", "/ApiRefusal")) for schema in schemas)
 
 
 def _answer(status: str, answer: Json) -> Iterator[_Html]:
