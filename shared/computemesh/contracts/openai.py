@@ -132,9 +132,7 @@ class ModelGet(Message, frozen=True, kw_only=True):
 
 
 _ENTRY: Final = (
-    Refusal(
-        code="invalid_api_key", status=401, when="a key is needed, and the call shows none, or an unknown one"
-    ),
+    Refusal(code="invalid_api_key", status=401, when="a key is needed, and the call shows none, or an unknown one"),
     Refusal(code="bad_origin", status=403, when="a page of another origin calls"),
     Refusal(code="bad_host", status=421, when="on loopback, the edge was called by a name that is not this machine's"),
     Refusal(code="internal", status=500, when="the service failed; its log says why"),
