@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from computemesh.config import Entrance, ServiceConfig
+from computemesh.config import Entrance, Seconds, ServiceConfig
 
 
 class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -18,6 +18,13 @@ class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
         120.0
     )
     """Silence after which a worker is called stale."""
+
+    queue_timeout_s: Seconds = 30.0
+    """How long a request for inference waits for an engine when all are busy."""
+    queue_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 1000
+    """Requests that may wait for one model."""
+    suspect_after_s: Seconds = 25.0
+    """Silence after which a node's engines get no new requests."""
 
     def entrance(self) -> Entrance:
         """The mesh's token will do wherever one is needed."""

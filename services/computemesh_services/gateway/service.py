@@ -8,8 +8,13 @@ from typing import Any
 from computemesh.bus import Bus, MicroService
 from computemesh.contracts.base import AnyBound
 from computemesh.edge import Extra
+from computemesh.infer_client import InferClient
 from computemesh.lifecycle import Spawn
 from computemesh_services.gateway.config import GatewayConfig
+from computemesh_services.gateway.engines import Engines
+from computemesh_services.gateway.following import Following
+from computemesh_services.gateway.openai_door import OpenAIDoor
+from computemesh_services.gateway.places import Places
 from computemesh_services.gateway.tasks_door import TasksDoor
 from computemesh_services.gateway.workers_door import WorkersDoor
 
@@ -20,21 +25,29 @@ class Gateway:
     def __init__(self, bus: Bus, config: GatewayConfig) -> None:
         self._tasks = TasksDoor(bus)
         self._workers = WorkersDoor(bus, ttl_s=config.heartbeat_ttl_sec)
+        self._engines = Engines(suspect_after_s=config.suspect_after_s)
+        self._places = Places(self._engines, queue_max=config.queue_max)
+        self._following = Following(bus, self._engines, self._places.serve)
+        self._asker = InferClient(bus)
+        self._openai = OpenAIDoor(bus, self._engines, self._places, self._asker, queue_timeout_s=config.queue_timeout_s)
 
     def endpoints(self) -> list[AnyBound]:
         return []
 
     def extras(self) -> list[Extra]:
-        return [*self._tasks.routes(), *self._workers.routes()]
+        return [*self._tasks.routes(), *self._workers.routes(), *self._openai.routes()]
 
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
-        pass
+        await self._asker.start()
+        await self._following.start(spawn)
+        spawn(self._places.serve_forever())
 
     async def drain(self) -> None:
-        pass
+        await self._openai.drain()
+        await self._asker.stop()
 
     def health(self) -> Mapping[str, Any]:
-        return {}
+        return {"inference": {"running": self._engines.in_flight, "waiting": self._places.waiting}}
 
     def unready(self) -> str:
         return ""

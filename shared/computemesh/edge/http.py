@@ -426,7 +426,8 @@ class Edge:
                 access_log=False,
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=int(self._config.drain_timeout_s),
+                # Those that are cut off then have a moment to say so.
+                timeout_graceful_shutdown=max(1, int(0.9 * self._config.drain_timeout_s)),
             )
         )
         await self._server.serve(sockets=[self._socket])
