@@ -133,12 +133,12 @@ class Exchange(Response):
                 await self._refuse(choice)
                 return
             self._choice = choice
-            if choice.rank is Rank.FAILED_IT:
-                # None is left but those that failed it, and they may need a moment.
-                await asyncio.sleep(routing.pause_s(failures))
             _log.debug("chosen", node=choice.spot.node_id, device=choice.spot.device, why=choice.why)
             with measures.REQUESTS.labels("running").track_inprogress():
                 try:
+                    if choice.rank is Rank.FAILED_IT:
+                        # None is left but those that failed it, and they may need a moment.
+                        await asyncio.sleep(routing.pause_s(failures))
                     told = await self._try(choice)
                 finally:
                     self._mesh.places.release(choice, self._asked.model)
