@@ -79,7 +79,7 @@ def prefix_of(question: Question) -> bytes:
     """
     body = question.body
     if isinstance(key := body.get("prompt_cache_key"), str) and key:
-        return f"{question.model}\0{key}".encode(errors="replace")
+        return f"{question.model}\0{key}".encode()
     match question.path:
         case "/v1/chat/completions":
             text = _opening(body["messages"])
@@ -87,7 +87,7 @@ def prefix_of(question: Question) -> bytes:
             text = repr(body["prompt"])[:TEXT_PREFIX_CHARS]
         case _:
             return b""
-    return f"{question.model}\0{text}".encode(errors="replace")
+    return f"{question.model}\0{text}".encode()
 
 
 def _opening(messages: Sequence[dict[str, Any]]) -> str:
