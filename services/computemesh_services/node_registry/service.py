@@ -47,6 +47,7 @@ from computemesh.lifecycle import Spawn
 from computemesh_services.node_registry import roster
 from computemesh_services.node_registry.config import RegistryConfig
 from computemesh_services.node_registry.fleet import Fleet, Known, Page
+from computemesh_services.node_registry.keys import Keys
 from computemesh_services.node_registry.losses import Losses
 from computemesh_services.node_registry.rolemesh_door import RoleMeshDoor
 
@@ -132,6 +133,7 @@ class NodeRegistry:
         self._mirror: Mirror[NodeRecord] = Mirror(bus, storage.NODES, self._on_record)
         self._writer = Writer(bus, storage.NODES, self._mirror)
         self._fleet = Fleet()
+        self._keys = Keys(bus)
         self._losses = Losses(bus)
         self._deaf_s = 0.0
         """How long this process was halted; that much silence is not the nodes' own."""
@@ -160,6 +162,7 @@ class NodeRegistry:
             serve(nodes.GET, self.on_get),
             serve(nodes.FORGET, self.on_forget),
             serve(nodes.CLEANUP, self.on_cleanup),
+            *self._keys.endpoints(),
         ]
 
     def extras(self) -> list[Extra]:
@@ -168,6 +171,7 @@ class NodeRegistry:
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         await self._writer.start()
         spawn(self._mirror.follow())
+        spawn(self._keys.follow())
         await self._bus.subscribe(nodes.ANNOUNCE, self.on_announce, garbled=self._on_garbled)
         await self._bus.subscribe(nodes.LOST, self._losses.on_lost)
         beats = await self._bus.subscribe(nodes.HEARTBEAT, self.on_heartbeat)
@@ -187,7 +191,9 @@ class NodeRegistry:
         return {"acting": self._acting, "nodes": len(self._fleet.nodes), **states}
 
     def unready(self) -> str:
-        return "" if self._mirror.synced.is_set() else "reading the nodes"
+        if not self._mirror.synced.is_set():
+            return "reading the nodes"
+        return "" if self._keys.known else "reading the keys"
 
     @property
     def _acting(self) -> bool:

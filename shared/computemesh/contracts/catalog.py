@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, infer, nodes, objects, openai, resources, tasks, work
+from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, resources, tasks, work
 from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -15,6 +15,7 @@ CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     gpus,
     objects,
     infer,
+    keys,
 )
 
 

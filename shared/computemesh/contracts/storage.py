@@ -13,7 +13,7 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from computemesh.contracts import gpus, nodes, work
+from computemesh.contracts import gpus, keys, nodes, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, Message
 from computemesh.contracts.services import GPU_ORCHESTRATOR, NODE_REGISTRY, WORK_MARSHALLER
 
@@ -139,6 +139,13 @@ GPUS: Final = Bucket(
     together=True,
     about="What is reserved of every node's GPUs, one record a node.",
 )
+KEYS: Final = Bucket(
+    name="compute-keys",
+    value=keys.KeyRecord,
+    owner=NODE_REGISTRY.name,
+    max_bytes=64 * MIB,
+    about="API keys of the gateways: their digests and limits.",
+)
 LEASES: Final = Bucket(
     name="compute-leases",
     value=Lease,
@@ -157,5 +164,5 @@ OBJECTS: Final = ObjectBucket(
 )
 
 STREAMS: Final = (WORK_INBOX,)
-BUCKETS: Final = (NODES, WORK, GPUS, LEASES)
+BUCKETS: Final = (NODES, WORK, GPUS, KEYS, LEASES)
 OBJECT_BUCKETS: Final = (OBJECTS,)
