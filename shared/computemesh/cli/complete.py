@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 from computemesh.bus import Bus
 from computemesh.cli import common, subjects
 from computemesh.contracts import gpus, nodes, work
+from computemesh.contracts import keys as key_contracts
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.contracts.catalog import events, requests
 
@@ -68,6 +69,12 @@ def owners(_: click.Context, _param: click.Parameter, incomplete: str) -> list[C
     return _offer([(one.owner, "") for one in _reservations() if one.owner], incomplete)
 
 
+def keys(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """API keys by name."""
+    found = _asked(key_contracts.LIST, key_contracts.KeysList(limit=OFFERED_MAX), Role.CLIENT)
+    return _offer([(key.name, "") for key in found.keys] if found else [], incomplete)
+
+
 def models(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Models that some node serves."""
     return _offer([(model, node.node_id) for node in _nodes() for model in node.models], incomplete)
@@ -89,11 +96,11 @@ def _reservations() -> list[gpus.GpuReservation]:
     return found.reservations if found else []
 
 
-def _asked(request: Request[Any, Any], question: Message) -> Any:
+def _asked(request: Request[Any, Any], question: Message, role: Role = Role.OBSERVER) -> Any:
     """The answer, or None when there is none soon, for whatever reason."""
 
     async def fetch() -> Any:
-        bus = Bus(common.bus_address(Role.OBSERVER), on_denied=lambda _: None)
+        bus = Bus(common.bus_address(role), on_denied=lambda _: None)
         try:
             await bus.connect(timeout_s=WAIT_S, wait_for_server=False)
             answer = await bus.ask(request, question, timeout_s=WAIT_S)
