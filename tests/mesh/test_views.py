@@ -28,7 +28,15 @@ import pytest
 from nats.aio.client import Client
 
 from computemesh.contracts.base import Role
-from computemesh.contracts.nodes import ANNOUNCE, HEARTBEAT, NodeAnnouncement, NodeHeartbeat
+from computemesh.contracts.nodes import (
+    ANNOUNCE,
+    HEARTBEAT,
+    EngineCard,
+    EngineState,
+    EngineUse,
+    NodeAnnouncement,
+    NodeHeartbeat,
+)
 from computemesh.hardware import Gpu, GpuLink, GpuUse, LinkKind
 from computemesh.testing.cli import WAIT_S, Cli, until
 
@@ -160,6 +168,33 @@ async def test_all_nodes_are_listed_however_many_pages_they_take(mesh: Cli) -> N
     assert listed() == [f"many-{number:04}" for number in range(MANY)]
     assert len(mesh.ok("nodes").splitlines()) > MANY
     assert len(names(mesh, "--limit", "1005")) == 1005
+
+
+async def test_engines_of_all_nodes_are_listed_with_what_heartbeats_say_of_them(mesh: Cli) -> None:
+    """By node and by model, for people and for programs; `status` counts them."""
+    cards = [EngineCard(device="gpu:0", backend="cuda", slots=4, pending_max=8), EngineCard(device="cpu:0")]
+    busy = [EngineUse(device="gpu:0", state=EngineState.READY, model="tiny", pending=3, tokens_per_s=41.5)]
+    before = mesh.json("status")["engines"]
+    async with speaking(mesh) as nc:
+        await announce(nc, NodeAnnouncement(node_id="engined", models=["tiny", "other"], engines=cards))
+        await announce(nc, NodeAnnouncement(node_id="second", models=["other"], engines=[EngineCard(device="cpu:0")]))
+        until(lambda: {"engined", "second"} <= set(names(mesh)), "the nodes to be listed")
+        await nc.publish(HEARTBEAT.subject, msgspec.json.encode(NodeHeartbeat(node_id="engined", engines=busy)))
+        await nc.flush()
+    until(lambda: mesh.json("status")["engines"]["ready"] > before["ready"], "the heartbeat to count")
+    assert mesh.json("status")["engines"]["count"] == before["count"] + 3
+    assert re.search(r"^3 engines: .*1 ready", mesh.ok("status"), re.MULTILINE)
+    assert re.search(
+        r"^engined +gpu:0 +cuda +ready +tiny +3/8 +4 +41.5 +0 ", mesh.ok("engines", "--node", "engined"), re.MULTILINE
+    )
+    found = mesh.json("engines", "--model", "tiny")
+    assert [(row["node_id"], row["device"], row["state"], row["told"]) for row in found["engines"]] == [
+        ("engined", "gpu:0", "ready", True),
+        ("engined", "cpu:0", "idle", False),
+    ]
+    assert [row["node_id"] for row in mesh.json("engines", "--node", "second")["engines"]] == ["second"]
+    assert mesh.ok("engines", "--model", "none").strip() == "No such engines."
+    assert mesh.json("engines", "--model", "none") == {"engines": [], "count": 0}
 
 
 # --- views that stay up to date ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import access, call, completion, doctor, events, gpus, join, keys, mesh, nodes, work
+from computemesh.cli import access, call, completion, doctor, engines, events, gpus, join, keys, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -33,6 +33,7 @@ for _command in (
     access.nats_config,
     nodes.nodes_group,
     gpus.gpus_group,
+    engines.engines,
     keys.keys_group,
     work.submit,
     work.work_group,

@@ -325,7 +325,7 @@ STATE_COLOURS: Final[Mapping[str, str]] = {
     "ready": "green", "online": "green", "completed": "green",
     "running": "cyan", "assigned": "cyan", "starting": "yellow", "pending": "yellow", "retrying": "yellow",
     "suspect": "yellow", "waiting": "yellow", "rejected": "red", "failed": "red", "dead": "red", "lost": "red",
-    "cancelled": "magenta", "stopped": "dim",
+    "restarting": "yellow", "draining": "magenta", "cancelled": "magenta", "stopped": "dim", "idle": "dim",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from computemesh.bus import Bus, BusError, Where
-from computemesh.cli import access, common, running, work
+from computemesh.cli import access, common, engine_views, running, work
 from computemesh.cli.common import (
     Failure,
     NoMesh,
@@ -31,6 +31,7 @@ from computemesh.cli.common import (
     state_cell,
     table,
 )
+from computemesh.cli.engine_views import EngineRow
 from computemesh.cli.services import SERVICES
 from computemesh.config import nats_urls, node_of, told_node_id
 from computemesh.contracts import nodes
@@ -383,7 +384,7 @@ def status(as_json: bool) -> None:
     looks for causes.
     """
     found = common.mesh_status()
-    counts, failure = common.run(_counts())
+    counts, engines, failure = common.run(_counts())
     if as_json:
         print_json({**document(found, home()), **counts, "problem": failure.message if failure else ""})
     else:
@@ -400,6 +401,7 @@ def status(as_json: bool) -> None:
         shown = [f"nodes: {nodes_found['count']}, {nodes_found['online']} online"]
         shown += [f"{state}: {count}" for state, count in items.items() if count or state in ("pending", "running")]
         out.print(f"\n{'; '.join(shown)}")
+        out.print(engine_views.summary(engines))
     if failure is not None:
         common.bail(failure.exit_code)
     if not found.ready:
@@ -409,18 +411,25 @@ def status(as_json: bool) -> None:
 IN_HAND: Final = tuple(state for state in work_contracts.WorkState if state not in work_contracts.FINAL)
 
 
-async def _counts() -> tuple[dict[str, Any], NoMesh | None]:
-    """How many nodes and unfinished items there are, or why that is not known."""
+async def _counts() -> tuple[dict[str, Any], list[EngineRow], NoMesh | None]:
+    """How many nodes, engines and unfinished items there are, and the engines; or why that is not known."""
     try:
         async with common.connected() as bus:
             found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(), timeout_s=COUNTS_S)
             questions = [work_contracts.WorkList(status=state, limit=1) for state in IN_HAND]
             listed = [await common.ask(bus, work_contracts.LIST, ask, timeout_s=COUNTS_S) for ask in questions]
     except NoMesh as failure:
-        return {"nodes": None, "work": None}, failure
+        return {"nodes": None, "engines": None, "work": None}, [], failure
     online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
+    engines = engine_views.engines_of(found.nodes)
+    ready = sum(engine.accepting and engine.state is nodes.EngineState.READY for engine in engines)
     counts = {state.value: items.count for state, items in zip(IN_HAND, listed, strict=True)}
-    return {"nodes": {"count": found.count, "online": online}, "work": counts}, None
+    told = {
+        "nodes": {"count": found.count, "online": online},
+        "engines": {"count": len(engines), "ready": ready},
+        "work": counts,
+    }
+    return told, engines, None
 
 
 @click.command()
