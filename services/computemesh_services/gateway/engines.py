@@ -27,6 +27,9 @@ from computemesh.contracts.openai import Model
 REPORT_S: Final = 1.0
 """For so long a report that an engine is full is believed; then it is asked, as it may have room again."""
 
+SUSPECT_BEATS: Final = 2.5
+"""Silence in a node's own heartbeat intervals that is borne in any case."""
+
 
 class Spot(NamedTuple):
     """An engine of the mesh."""
@@ -69,6 +72,8 @@ class _Node:
     """Requests of others that each engine had when it last told."""
     told_at: float = 0.0
     heard_at: float = 0.0
+    silence_s: float = 0.0
+    """After so much of it the node is suspect."""
     monitored: bool = False
     accepting: bool = True
     drained: bool = False
@@ -111,17 +116,18 @@ class Engines:
         node.heard_at, node.silent, node.lost = now, False, False
         return new
 
-    def beat(self, said: NodeHeartbeat, *, now: float) -> None:
-        """A sign of life. Of a node, or a life of it, that was not announced, nothing is taken."""
+    def beat(self, said: NodeHeartbeat, *, now: float) -> bool:
+        """A sign of life. False, and nothing is taken of it, when that node, or that life of it, was not announced."""
         node = self._nodes.get(said.node_id)
         if node is None or (said.session and node.session and said.session != node.session):
-            return
+            return False
         node.heard_at, node.monitored, node.silent = now, True, False
         node.lost = said.leaving
         node.accepting = said.accepting and not said.leaving
         if said.engines:
             self._use(node, said.engines, now)
             node.full_until = 0.0
+        return True
 
     def lost(self, said: NodeLost, *, now: float) -> None:
         """The registry gave a node up."""
@@ -242,6 +248,7 @@ class Engines:
 
     def _describe(self, node: _Node, said: NodeAnnouncement) -> None:
         node.session = said.session
+        node.silence_s = max(self._suspect_after_s, SUSPECT_BEATS * (said.heartbeat_interval_s or 0.0))
         node.engines = {card.device: card for card in said.engines}
         node.cards = {card.name: card for card in said.model_cards}
         self._index(node, frozenset(said.models) if said.engines else frozenset())
@@ -265,7 +272,7 @@ class Engines:
 
     def _takes(self, node: _Node, now: float) -> bool:
         """Whether it may be given anything new."""
-        suspect = node.monitored and now - node.heard_at > self._suspect_after_s
+        suspect = node.monitored and now - node.heard_at > node.silence_s
         return node.accepting and not (node.drained or node.lost or suspect)
 
     def _candidate(self, node: _Node, card: EngineCard, model: str, now: float) -> Candidate:

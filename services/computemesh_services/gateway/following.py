@@ -49,8 +49,9 @@ class Following:
         self._changed()
 
     async def _on_beat(self, said: NodeHeartbeat) -> None:
-        self._engines.beat(said, now=time.monotonic())
-        if said.engines or said.leaving:
+        if not self._engines.beat(said, now=time.monotonic()):
+            self._soon.set()
+        elif said.engines or said.leaving:
             self._changed()
 
     async def _on_lost(self, said: NodeLost) -> None:
