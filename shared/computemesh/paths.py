@@ -43,6 +43,11 @@ class Home:
         return self.root / "work"
 
     @property
+    def models(self) -> Path:
+        """Models that were fetched, a folder each."""
+        return self.root / "models"
+
+    @property
     def joined(self) -> Path:
         """The mesh that this machine joined as a node, with that node's password (0600)."""
         return self.root / "joined.json"

@@ -162,6 +162,7 @@ class Known:
             memory_available_mb=self.memory_available_mb,
             loaded_models=beat.loaded_models,
             engine_use=beat.engines,
+            fetches=beat.fetches,
             running=len(beat.running),
             accepting=beat.accepting,
             clock_skew_s=self.skew_s,

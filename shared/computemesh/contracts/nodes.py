@@ -186,6 +186,8 @@ class NodeView(NodeRecord, frozen=True, kw_only=True):
     """False while the node itself says that it takes nothing new."""
     engine_use: list[EngineUse] = []
     """How busy each of its `engines` is."""
+    fetches: list[ModelFetch] = []
+    """Models that it is fetching."""
     clock_skew_s: float | None = None
     """How far the node's clock is ahead of the registry's, with the time a heartbeat took on its way."""
 
@@ -212,6 +214,19 @@ class EngineUse(Message, frozen=True, kw_only=True):
     """After crashes, since the agent began."""
 
 
+class ModelFetch(Message, frozen=True, kw_only=True):
+    """A model that a node is fetching."""
+
+    model: Name
+    done_mb: MegaBytes = 0
+    total_mb: MegaBytes | None = None
+    """Left out until its source has said it."""
+    mb_per_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """MiB a second, lately."""
+    problem: Reason = ""
+    """Why it could not be fetched; it is tried again."""
+
+
 class NodeHeartbeat(Message, frozen=True, kw_only=True):
     """A sign of life. `running` renews the lease on each item it lists."""
 
@@ -230,6 +245,8 @@ class NodeHeartbeat(Message, frozen=True, kw_only=True):
     """What is in use of each GPU; empty = not told."""
     engines: Annotated[list[EngineUse], msgspec.Meta(max_length=256)] = []
     """How busy each engine is; empty = not told."""
+    fetches: Annotated[list[ModelFetch], msgspec.Meta(max_length=1000)] = []
+    """Models that it is fetching."""
     sent_at: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Unix seconds by the node's own clock, to notice one that is wrong."""
 
