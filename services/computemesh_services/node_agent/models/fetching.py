@@ -103,11 +103,12 @@ def fetch(source: Source, folder: Path, note: Note, *, sha256: str = "", bytes_m
         FetchError: it cannot be had, is not what it should be, or has no room.
         Stopped: *note* said so.
     """
-    files = _expected(source, sha256)
-    total = sum(file.size for file in files)
-    note(0, total)
     partial = folder.with_name(folder.name + PARTIAL)
+    total = 0
     try:
+        files = _expected(source, sha256)
+        total = sum(file.size for file in files)
+        note(0, total)
         private_folder(partial)
         with _alone(partial):
             if found := present(folder, sha256):  # Another process of this machine was faster.

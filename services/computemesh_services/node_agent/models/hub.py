@@ -92,16 +92,15 @@ class HubSource:
         except GatedRepoError:
             raise self._gated(hub) from None
         except RepositoryNotFoundError:
-            todo = "a private one needs HF_TOKEN"
-            raise FetchError(f"{self.name}: {hub} has no repository {self.repo}; {todo}", lasting=True) from None
+            raise self._none(hub) from None
         except RevisionNotFoundError:
             raise FetchError(f"{self.name}: {self.repo} has no revision {self.revision}", lasting=True) from None
         except HFValidationError as error:
             raise FetchError(f"{self.name}: {error}", lasting=True) from None
         except HfHubHTTPError as error:
             status = error.response.status_code
-            if status in (401, 403):
-                raise FetchError(f"{self.name}: {hub} refuses HF_TOKEN ({status})", lasting=True) from None
+            if status in (401, 403, 404):
+                raise self._none(hub) from None
             raise _Away(f"{hub} answers {status}") from None
         except Exception as error:  # Whatever its HTTP library raises; which one that is changes.
             raise _Away(f"{hub} cannot be reached ({error or type(error).__name__})") from None
@@ -111,6 +110,10 @@ class HubSource:
             for file in told.siblings or ()
             if file.rfilename.lower().endswith(".gguf") and file.size is not None
         }
+
+    def _none(self, hub: str) -> FetchError:
+        todo = "a private one needs an HF_TOKEN that may read it"
+        return FetchError(f"{self.name}: {hub} has no repository {self.repo}, or not for us: {todo}", lasting=True)
 
     def _gated(self, hub: str) -> FetchError:
         todo = f"ask for access at {hub}/{self.repo}, and set HF_TOKEN to a token of yours"

@@ -108,7 +108,8 @@ def _opened(url: str, headers: Mapping[str, str], begin: int) -> Generator[urlli
 
 def _chunks(answer: urllib3.BaseHTTPResponse, url: str) -> Generator[bytes, None, None]:
     try:
-        yield from answer.stream(CHUNK_BYTES)
+        while chunk := answer.read1(CHUNK_BYTES):
+            yield chunk
     except urllib3.exceptions.HTTPError as error:
         raise FetchError(f"{_shown(url)}: broke off: {_cause(error)}") from error
 
@@ -148,6 +149,5 @@ def _shown(url: str) -> str:
 
 def _cause(error: urllib3.exceptions.HTTPError) -> str:
     """What went wrong beneath, without objects' addresses and the query of an address."""
-    reason = getattr(error, "reason", None)
-    text = str(reason or error)
+    text = str(getattr(error, "reason", None) or (error.args or [error])[0])
     return re.sub(r"<[^>]*>:? ?|\?[^ )]*", "", text).strip() or type(error).__name__
