@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
@@ -298,7 +298,7 @@ def read(path: Path) -> Gguf:
         raise GgufError((error.strerror or "unreadable").lower()) from error
     if found.data_bytes is not None and size < found.data_bytes:
         raise GgufError(f"cut short: {size} of {found.data_bytes} bytes")
-    return _sized(found, size)
+    return replace(found, size_bytes=size)
 
 
 def read_all(paths: Sequence[Path]) -> Gguf:
@@ -323,20 +323,14 @@ def read_all(paths: Sequence[Path]) -> Gguf:
     for part in found:
         for name, count in part.tensor_types.items():
             types[name] = types.get(name, 0) + count
-    return Gguf(
-        version=first.version,
-        values=first.values,
-        lengths=first.lengths,
+    return replace(
+        first,
         tensors=sum(part.tensors for part in found),
         parameters=sum(part.parameters for part in found),
         data_bytes=None,
         tensor_types=types,
         size_bytes=sum(part.size_bytes for part in found),
     )
-
-
-def _sized(found: Gguf, size: int) -> Gguf:
-    return Gguf(**{**found.__dict__, "size_bytes": size})
 
 
 class _Head:

@@ -39,6 +39,8 @@ PARTS = {
     "Q8_0/m-Q8_0-00002-of-00002.gguf": a_gguf({"split.count": 2}, tensors=[("b", (256,), 12)], seed=1),
 }
 
+# pyright: reportUnknownVariableType=false
+
 Opened = Callable[..., ModelStore]
 
 
@@ -475,7 +477,7 @@ def test_while_one_process_fetches_another_does_not(hub: Hub, tmp_path: Path) ->
         if done and not said:
             said.append("")
             with pytest.raises(FetchError) as caught:
-                fetching.fetch(source_of(parse("hf:org/tiny-GGUF")), folder, lambda *_: None)
+                fetching.fetch(source_of(parse("hf:org/tiny-GGUF")), folder, lambda _done, _total: None)
             said.append(caught.value.reason)
 
     fetching.fetch(source_of(parse("hf:org/tiny-GGUF")), folder, note)

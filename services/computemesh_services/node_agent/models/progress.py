@@ -22,9 +22,9 @@ class Meter:
     """Bytes that have come, of how many."""
 
     def __init__(self) -> None:
-        self.done = 0
-        self.total = 0
-        self._marks: deque[tuple[float, int]] = deque(maxlen=MARKS)
+        self.done: int = 0
+        self.total: int = 0
+        self._marks = deque[tuple[float, int]](maxlen=MARKS)
 
     def note(self, done: int, total: int, now_s: float) -> None:
         if done < self.done or total != self.total:
