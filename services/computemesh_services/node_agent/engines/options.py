@@ -59,6 +59,8 @@ def default_threads() -> int:
 class EngineOptions:
     """How servers are started and watched, whatever the model."""
 
+    program: str = ""
+    """The llama.cpp server, as a path or a name on PATH; left out, whatever is installed."""
     context_tokens: int = 4096
     """Of one request, prompt and answer together, where the model's own options name none."""
     parallel: int = 2
