@@ -251,6 +251,7 @@ class _Conversation:
             self.heard_s = asyncio.get_running_loop().time()
             if isinstance(answer, Refused):
                 _log.warning("a node does not understand", node=self.node_id, reason=answer.reason)
+                self.end(_broken(f"node {self.node_id} does not understand: {answer.reason}"))
                 return
             for stream in [found for name in answer.unknown if (found := self.streams.get(name))]:
                 stream.fail(_broken(f"node {self.node_id} does not have this answer any more"), stop=False)

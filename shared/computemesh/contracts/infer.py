@@ -23,7 +23,6 @@ import msgspec
 from computemesh.contracts.base import Message, Refusal, Refused, Request, Role
 from computemesh.contracts.nodes import Name, Session
 from computemesh.contracts.services import NODE_AGENT
-from computemesh.hardware import Count
 from computemesh.ids import Id
 
 WINDOW: Final = 256 * 1024
@@ -43,6 +42,9 @@ CONTROL_S: Final = 2.0
 
 LOG_PART_MAX: Final = 512 * 1024
 LOG_WAIT_S_MAX: Final = 20.0
+
+Position = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""A number of characters, bytes or parts from the beginning."""
 
 Path = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 
@@ -72,7 +74,7 @@ class InferPart(Message, frozen=True, kw_only=True, omit_defaults=True):
     parts without a text are signs of life.
     """
 
-    seq: Count
+    seq: Position
     text: str = ""
     """What the engine answered; server-sent events are never cut in two."""
     status: int = 200
@@ -91,7 +93,7 @@ class InferControl(Message, frozen=True, kw_only=True):
     """What an asker tells a node about its streams. Without any it asks whether the node is there."""
 
     session: Session
-    taken: dict[Id, Count] = {}
+    taken: dict[Id, Position] = {}
     """Characters taken of each stream so far, from its beginning."""
     cancel: list[Id] = []
     """Streams whose answers nobody wants any more; their places are free at once."""
@@ -110,7 +112,7 @@ class EngineLogGet(Message, frozen=True, kw_only=True):
     """Asks for what an engine has printed."""
 
     device: Name
-    offset: Count | None = None
+    offset: Position | None = None
     """From this byte on; left out, the last 64 KiB."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=LOG_PART_MAX)] = LOG_PART_MAX
     """At most so many bytes."""
@@ -125,9 +127,9 @@ class EngineLog(Message, frozen=True, kw_only=True):
     device: str
     text: str = ""
     """Bytes that are not UTF-8 are replaced."""
-    offset: Count = 0
+    offset: Position = 0
     """Where this part begins; elsewhere than was asked when the log was begun anew."""
-    next: Count = 0
+    next: Position = 0
     """`offset` of the part that follows."""
 
 

@@ -19,7 +19,7 @@ What it does is told by words in the prompt (of a chat: in the last message):
 =============  ==========================================================================================
 
 ``GET /fake/state`` tells what it has: ``running``, ``waiting`` (for one of the ``-np`` slots), ``served``,
-``cancelled`` (the client went first), ``tokens``, ``pid``.
+``cancelled`` (the client went first), ``tokens``, ``pid``, ``traceparent`` (of the last request).
 
 Environment: ``COMPUTEMESH_FAKE_TOKENS_PER_S``, ``COMPUTEMESH_FAKE_START_S`` (it is loading for so long),
 ``COMPUTEMESH_FAKE_START_STATUS`` (it ends at once, with that status).
@@ -86,6 +86,7 @@ class Engine:
         self.served = 0
         self.cancelled = 0
         self.tokens = 0
+        self.traceparent = ""
 
     @property
     def ready(self) -> bool:
@@ -121,6 +122,7 @@ class Engine:
                 "cancelled": self.cancelled,
                 "tokens": self.tokens,
                 "pid": os.getpid(),
+                "traceparent": self.traceparent,
             }
         )
 
@@ -280,6 +282,10 @@ class Connection(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         self.path += url.decode()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"traceparent":
+            self.engine.traceparent = value.decode()
 
     def on_body(self, body: bytes) -> None:
         self.body.append(body)
