@@ -5,13 +5,16 @@ the fake one, whose tokens carry the name of their stream and a number. What the
 it gives, how many clients left) is what counts for places that fall free.
 """
 
+# nats-py is typed in part only.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ class OneEngine:
         self.taken = 0
 
     @contextlib.asynccontextmanager
-    async def admit(self, model: str, device: str = "") -> AsyncIterator[Place]:
+    async def admit(self, model: str, device: str = "") -> AsyncGenerator[Place]:
         if model != MODEL:
             raise EngineError(f"no model '{model}'", code="unknown_model")
         self.taken += 1
