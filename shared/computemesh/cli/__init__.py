@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import access, call, completion, doctor, engines, events, gpus, join, keys, mesh, nodes, work
+from computemesh.cli import access, call, completion, doctor, engines, events, gpus, join, keys, logs, mesh, nodes, work
 from computemesh.cli.program import Program
 
 
@@ -39,6 +39,7 @@ for _command in (
     work.work_group,
     events.events,
     call.call,
+    logs.logs,
     completion.completion,
 ):
     main.add_command(_command)

@@ -297,7 +297,7 @@ def _not_admitted(given: Invitation) -> NoMesh:
 
 
 async def _join(place: Home, given: Invitation, ports: running.Ports, *, quiet: bool) -> None:
-    on_line = running.log_to_terminal(quiet=quiet)
+    on_line = running.log_to_terminal(place, quiet=quiet)
     node_plane = [spec for spec in SERVICES if spec.role is Role.NODE]
     supervisor = Supervisor(
         place,

@@ -140,7 +140,7 @@ async def _up(
     private_folder(place.root)
     external = nats_urls()
     me = node_id(place, external.get(Role.NODE, ""))
-    on_line = running.log_to_terminal(quiet=quiet)
+    on_line = running.log_to_terminal(place, quiet=quiet)
     supervisor = Supervisor(
         place,
         running.on_ports(SERVICES, ports),

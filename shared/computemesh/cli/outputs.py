@@ -172,7 +172,7 @@ async def sendable(bus: Bus, item: WorkItem) -> WorkItem:
 def logs(work_id: str, follow: bool, attempt: int | None, replica: int, as_json: bool) -> None:
     """Print what an item has printed: the output of its latest attempt, while it runs and afterwards.
 
-    Nothing in it can steer the terminal; a pipe gets it as it is.
+    Nothing in it can steer the terminal; a pipe gets it as it is. What services and engines print: `computemesh logs`.
     """
     ask = checked({"work_id": work_id, "replica": replica, "attempt": attempt}, WorkLogsGet)
 

@@ -25,6 +25,13 @@ EXIT_INTERRUPTED: Final = 130
 class Program(common.Ordered):
     """The whole command line."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would make an error of it.
+            _forget_output()
+            ctx.exit(0)
+
     def main(
         self,
         args: Sequence[str] | None = None,

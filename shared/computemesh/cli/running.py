@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging.handlers
 import os
 import signal
 import subprocess
@@ -18,11 +19,20 @@ import click
 import msgspec
 
 from computemesh import log
-from computemesh.cli import common
+from computemesh.cli import common, log_lines
 from computemesh.cli.common import EXIT_NO_MESH, Failure, NoMesh, coloured, err, out
 from computemesh.nats_server import LOOPBACK, ServerError
 from computemesh.paths import Home, private_folder
-from computemesh.supervisor import HomeTaken, MeshStatus, ServiceSpec, ServiceStatus, Supervisor, read_status
+from computemesh.supervisor import (
+    LOG_BYTES_MAX,
+    LOG_FILES,
+    HomeTaken,
+    MeshStatus,
+    ServiceSpec,
+    ServiceStatus,
+    Supervisor,
+    read_status,
+)
 
 READY_S: Final = 60.0
 """How long a command that starts something in the background waits until it is ready."""
@@ -30,7 +40,8 @@ READY_S: Final = 60.0
 END_S: Final = 60.0
 """How long a supervisor may take to end."""
 
-LOG_BYTES_MAX: Final = 10 * 1024 * 1024
+NAME_WIDTH: Final = 18
+"""Of the names of services in a log on the terminal."""
 
 SCRIPTED: Final = "scripted"
 """What the resource-detector calls hardware that is made up."""
@@ -99,9 +110,9 @@ def is_free(port: int) -> bool:
 # --- in the foreground -------------------------------------------------------------------------------------------
 
 
-def log_to_terminal(*, quiet: bool) -> Callable[[str, bytes], None]:
-    """Shows the supervisor's own log like that of its services; gives what shows theirs."""
-    log.configure("supervisor", form="json", out=_Lines(quiet))  # type: ignore[arg-type]
+def log_to_terminal(place: Home, *, quiet: bool) -> Callable[[str, bytes], None]:
+    """Shows and keeps the supervisor's own log like that of its services; gives what shows theirs."""
+    log.configure("supervisor", form="json", out=_Lines(place, quiet))  # type: ignore[arg-type]
     return (lambda _name, _line: None) if quiet else _show_line
 
 
@@ -136,12 +147,17 @@ async def in_foreground(supervisor: Supervisor, ready: Callable[[], Coroutine[An
 class _Lines:
     """A stream for the supervisor's own log."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, place: Home, quiet: bool) -> None:
         self._quiet = quiet
+        self._file = logging.handlers.RotatingFileHandler(
+            private_folder(place.logs) / "supervisor.log", maxBytes=LOG_BYTES_MAX, backupCount=LOG_FILES
+        )
 
     def write(self, text: str) -> int:
-        if text.strip() and not self._quiet:
-            _show_line("supervisor", text.encode())
+        if text.strip():
+            self._file.emit(logging.makeLogRecord({"msg": text.rstrip("\n")}))
+            if not self._quiet:
+                _show_line("supervisor", text.encode())
         return len(text)
 
     def flush(self) -> None:
@@ -151,20 +167,11 @@ class _Lines:
         return False
 
 
-_HIDDEN: Final = frozenset({"event", "service", "level", "at", "part"})
-
-
 def _show_line(name: str, line: bytes) -> None:
     """A service's log line for people: time, service, level, event, then the fields."""
-    try:
-        fields = msgspec.json.decode(line, type=dict[str, Any])
-    except ValueError:
-        click.echo(f"{'':12} {name:18} {line.decode('utf-8', 'replace').rstrip()}")
-        return
-    clock = str(fields.get("at", ""))[11:23]
-    rest = " ".join(f"{key}={value}" for key, value in fields.items() if key not in _HIDDEN)
-    level = "" if fields.get("level") == "info" else f"{str(fields.get('level', '')).upper()} "
-    click.echo(f"{clock:12} {name:18} {level}{fields.get('event', '')}  {rest}".rstrip())
+    text = line.decode("utf-8", "replace").rstrip()
+    entry = log_lines.parse(name, text) or log_lines.Entry(source=name, event=text, fields={})
+    click.echo("".join(piece for piece, _ in log_lines.as_text(entry, now=time.time(), width=NAME_WIDTH)).rstrip())
 
 
 def show_status(status: ServiceStatus) -> None:
