@@ -42,6 +42,8 @@ class Entrance:
     """Bearer tokens, any of which will do."""
     loopback_is_open: bool = True
     """Whether callers need none of them where the edge is bound to loopback."""
+    apart: tuple[str, ...] = ()
+    """What paths begin with that are none of the edge's business: their handlers ask who calls."""
     missing: str = "send Authorization: Bearer <COMPUTEMESH_TOKEN>"
     wrong: str = "that token is not the one of this mesh"
     """What callers are told who show none, or another one."""

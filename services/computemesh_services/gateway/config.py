@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from computemesh import openai
 from computemesh.config import Entrance, Seconds, ServiceConfig
 
 
@@ -31,6 +32,7 @@ class GatewayConfig(ServiceConfig, frozen=True, kw_only=True):
         return Entrance(
             tokens=tuple(token for token in (self.orchestrator_token, self.token) if token),
             loopback_is_open=not self.orchestrator_token,
+            apart=(openai.ROOT,),
             missing="Missing bearer token",
             wrong="Invalid token",
         )

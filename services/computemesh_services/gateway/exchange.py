@@ -115,7 +115,8 @@ class Exchange(Response):
                 await self._refuse(Refused(code="unavailable", reason=reason, status=503, retry="later"))
         finally:
             await end_all([answering, gone])
-            self._permit.end(self._usage)
+            refused = self._error not in ("", "cancelled") and not self._passed
+            self._permit.end(self._usage or self._reader.usage, answered=not refused)
             self._note()
             self.ended.set_result(None)
         if not answering.cancelled() and (error := answering.exception()):
@@ -286,7 +287,7 @@ class Exchange(Response):
         usage = self._usage or self._reader.usage
         error = self._error or ("" if self._finished else "cancelled")
         duration_s = ended_s - self._began_s
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"key": self._permit.key} if self._permit.key else {}
         measures.DURATION.labels(*labels, error).observe(duration_s)
         if self._first_s:
             facts["ttft_ms"] = round((self._first_s - self._began_s) * 1e3, 1)

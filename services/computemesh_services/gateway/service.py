@@ -13,6 +13,7 @@ from computemesh.lifecycle import Spawn
 from computemesh_services.gateway.config import GatewayConfig
 from computemesh_services.gateway.engines import Engines
 from computemesh_services.gateway.following import Following
+from computemesh_services.gateway.keys import Doorkeeper
 from computemesh_services.gateway.openai_door import OpenAIDoor
 from computemesh_services.gateway.places import Places
 from computemesh_services.gateway.tasks_door import TasksDoor
@@ -29,7 +30,15 @@ class Gateway:
         self._places = Places(self._engines, queue_max=config.queue_max)
         self._following = Following(bus, self._engines, self._places.serve)
         self._asker = InferClient(bus)
-        self._openai = OpenAIDoor(bus, self._engines, self._places, self._asker, queue_timeout_s=config.queue_timeout_s)
+        self._doorkeeper = Doorkeeper(bus, config)
+        self._openai = OpenAIDoor(
+            bus,
+            self._engines,
+            self._places,
+            self._asker,
+            queue_timeout_s=config.queue_timeout_s,
+            entry=self._doorkeeper,
+        )
 
     def endpoints(self) -> list[AnyBound]:
         return []
@@ -40,6 +49,7 @@ class Gateway:
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         await self._asker.start()
         await self._following.start(spawn)
+        await self._doorkeeper.start(spawn)
         spawn(self._places.serve_forever())
 
     async def drain(self) -> None:
@@ -47,7 +57,8 @@ class Gateway:
         await self._asker.stop()
 
     def health(self) -> Mapping[str, Any]:
-        return {"inference": {"running": self._engines.in_flight, "waiting": self._places.waiting}}
+        running, waiting = self._engines.in_flight, self._places.waiting
+        return {"inference": {"running": running, "waiting": waiting}, "keys": self._doorkeeper.count}
 
     def unready(self) -> str:
         return ""

@@ -149,12 +149,18 @@ _ASKED: Final = (
     Refusal(code="too_many_requests", status=429, when="every engine is busy, and none fell free in time"),
     Refusal(code="engine_failed", status=502, when="the engine's answer broke off"),
 )
+_LIMITED: Final = (
+    Refusal(code="model_not_allowed", status=403, when="the key is for other models"),
+    Refusal(code="rate_limit_exceeded", status=429, when="a limit of the key is reached; `Retry-After` says how long"),
+)
+"""What the gateway refuses besides, which knows keys with limits."""
 
 
 def routes_of(service: ServiceCard) -> tuple[Route, ...]:
     """The routes of a service that has this interface; none for any other."""
     if service not in (GATEWAY, NODE_AGENT):
         return ()
+    asked = (*_ASKED, *_LIMITED) if service is GATEWAY else _ASKED
     return (
         Route(
             name="list_models",
@@ -186,7 +192,7 @@ def routes_of(service: ServiceCard) -> tuple[Route, ...]:
             gives=Any,
             gives_events=True,
             refused_as=ApiRefusal,
-            refuses=_ASKED,
+            refuses=asked,
             example=ChatRequest(
                 model="smollm2-135m-instruct",
                 messages=[ChatMessage(role="user", content="Name a colour.")],
@@ -202,7 +208,7 @@ def routes_of(service: ServiceCard) -> tuple[Route, ...]:
             gives=Any,
             gives_events=True,
             refused_as=ApiRefusal,
-            refuses=_ASKED,
+            refuses=asked,
             example=CompletionRequest(model="smollm2-135m-instruct", prompt="A mesh is", max_tokens=16),
             about="How a text goes on: as OpenAI's, whole or, with `stream`, as it is made.",
         ),
@@ -213,7 +219,7 @@ def routes_of(service: ServiceCard) -> tuple[Route, ...]:
             takes=EmbeddingRequest,
             gives=Any,
             refused_as=ApiRefusal,
-            refuses=(*_ASKED, Refusal(code="unsupported", status=501, when="the model gives no embeddings")),
+            refuses=(*asked, Refusal(code="unsupported", status=501, when="the model gives no embeddings")),
             example=EmbeddingRequest(model="smollm2-135m-instruct", input="A mesh."),
             about="Vectors of texts: as OpenAI's.",
         ),

@@ -13,6 +13,7 @@ from computemesh.edge.http import (
     question_of,
     read_body,
     read_question,
+    token_needed,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "question_of",
     "read_body",
     "read_question",
+    "token_needed",
 ]

@@ -149,7 +149,7 @@ def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], declare
 
     async def docs(request: Request) -> Response:
         base_url = f"{request.url.scheme}://{request.url.netloc}"
-        text = page.render(described(), base_url, token=_token_needed(config))
+        text = page.render(described(), base_url, token=token_needed(config))
         return HTMLResponse(text, headers=page.HEADERS)
 
     async def root(_: Request) -> Response:
@@ -330,7 +330,7 @@ class Gate:
         self._loopback = is_loopback(config.http_host)
         self._entrance = config.entrance()
         self._tokens = [token.encode() for token in self._entrance.tokens]
-        self._token_needed = _token_needed(config)
+        self._token_needed = token_needed(config)
         if not self._loopback and not self._tokens and not config.allow_open:
             raise ConfigError(
                 f"COMPUTEMESH_HTTP_HOST={config.http_host} is reachable from other machines: set "
@@ -351,7 +351,7 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             return Refused(code="bad_origin", reason=f"calls from {origin!r} are not allowed", status=403)
-        if scope["path"] in OPEN_PATHS or not self._token_needed:
+        if scope["path"] in OPEN_PATHS or not self._token_needed or scope["path"].startswith(self._entrance.apart):
             return None
         scheme, _, shown = headers.get(b"authorization", "").partition(" ")
         if NODE_KEY in headers and not scheme:
@@ -363,7 +363,8 @@ class Gate:
         return None
 
 
-def _token_needed(config: ServiceConfig) -> bool:
+def token_needed(config: ServiceConfig) -> bool:
+    """Whether callers of the edge must show a token, where nothing else is said."""
     entrance = config.entrance()
     return bool(entrance.tokens) and not (entrance.loopback_is_open and is_loopback(config.http_host))
 
