@@ -127,6 +127,12 @@ def parse_all(config: str) -> tuple[list[ModelSource], list[str]]:
     return found, wrong
 
 
+def fragment(text: str) -> str:
+    """What follows the source in *text*, from ``#`` on."""
+    told = _FRAGMENT.search(text.strip())
+    return told[0] if told else ""
+
+
 def checksum(text: str) -> str:
     """A SHA-256 checksum in lower case.
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 import click
 
 from computemesh import __version__
-from computemesh.cli import access, call, completion, doctor, engines, events, gpus, join, keys, logs, mesh, nodes, work
+from computemesh.cli import (
+    access,
+    call,
+    completion,
+    doctor,
+    engines,
+    events,
+    gpus,
+    join,
+    keys,
+    logs,
+    mesh,
+    models,
+    nodes,
+    work,
+)
 from computemesh.cli.program import Program
 
 
@@ -34,6 +49,7 @@ for _command in (
     nodes.nodes_group,
     gpus.gpus_group,
     engines.engines,
+    models.models_group,
     keys.keys_group,
     work.submit,
     work.work_group,

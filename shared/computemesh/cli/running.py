@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import click
 import msgspec
 
-from computemesh import log
+from computemesh import log, modelsource
 from computemesh.cli import common, log_lines
 from computemesh.cli.common import EXIT_NO_MESH, Failure, NoMesh, coloured, err, out
 from computemesh.nats_server import LOOPBACK, ServerError
@@ -66,18 +66,30 @@ def hardware_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def models_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--models``, as ``up`` and ``join`` have it."""
     return click.option(
-        "--models", default="", help="GGUF files or folders to serve, separated by commas.", metavar="PATHS"
+        "--models",
+        default="",
+        help="Models to serve: GGUF files, folders, hf:org/repo[:QUANT] and the like, separated by commas.",
+        metavar="SOURCES",
     )(command)
 
 
 def tell_services(*, models: str, hardware: Path | None) -> None:
     """Puts what was asked for on the command line where the services look: in the environment they inherit."""
     if models:
-        paths = [str(Path(part).expanduser().resolve()) for part in models.split(",")]
-        os.environ["COMPUTEMESH_MODELS"] = ",".join(paths)
+        os.environ["COMPUTEMESH_MODELS"] = ",".join(_from_anywhere(part) for part in models.split(",") if part.strip())
     if hardware is not None:
         os.environ["COMPUTEMESH_GPU_PROVIDER"] = SCRIPTED
         os.environ["COMPUTEMESH_SCRIPTED_HARDWARE"] = str(hardware.resolve())
+
+
+def _from_anywhere(source: str) -> str:
+    """*source* as the node agent can use it, which runs in another folder."""
+    try:
+        found = modelsource.parse(source)
+    except modelsource.SourceError as error:
+        raise Failure(str(error), field="--models") from None
+    where = str(found.path.resolve()) if found.kind == "path" and found.path else found.location
+    return where + modelsource.fragment(source)
 
 
 def say_made_up() -> None:
