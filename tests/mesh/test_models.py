@@ -26,7 +26,7 @@ from computemesh.contracts.nodes import ModelFetch
 from computemesh.modelsource import parse
 from computemesh.testing.ggufs import a_gguf
 from computemesh_services.node_agent.models import fetching, progress
-from computemesh_services.node_agent.models.source import FetchError
+from computemesh_services.node_agent.models.source import FetchError, Progress, SourceFile
 from computemesh_services.node_agent.models.store import ModelStore, source_of
 from tests.mesh.hub import COMMIT, Hub, running_hub
 
@@ -95,6 +95,16 @@ async def why_not(store: ModelStore, name: str) -> str:
     return found.reason
 
 
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+def here(store: ModelStore, name: str) -> bool:
+    return isinstance(store.path(name), Path)
+
+
 def left(store: Path) -> list[str]:
     """All files below the store."""
     return sorted(path.name for path in store.rglob("*") if path.is_file())
@@ -157,8 +167,7 @@ async def test_two_who_ask_at_once_fetch_once(hub: Hub, opened: Opened) -> None:
     await store.start()
     await asyncio.gather(brought(store, "tiny"), brought(store, "tiny"))
     other.want("tiny")
-    while not isinstance(other.path("tiny"), Path):
-        await asyncio.sleep(0.02)
+    await until(lambda: here(other, "tiny"))
     assert len(hub.downloads()) == 1
 
 
@@ -179,8 +188,7 @@ async def test_a_download_that_breaks_over_and_over_comes_to_its_end(hub: Hub, o
     hub.break_after, hub.breaks = 40_000, 5
     store = opened("hf:org/tiny-GGUF")
     await store.start()
-    while not isinstance(store.path("tiny"), Path):
-        await asyncio.sleep(0.02)
+    await until(lambda: here(store, "tiny"))
     begins = [one.begin for one in hub.downloads()]
     assert len(begins) == 6
     assert begins == sorted(set(begins)), "nothing is fetched twice"
@@ -191,8 +199,8 @@ async def test_while_it_is_fetched_requests_are_told_how_far_it_is(hub: Hub, ope
     hub.pause_s = 0.03
     store = opened("hf:org/tiny-GGUF")
     await store.start()
-    while "%" not in (reason := str(store.path("tiny"))) or "(0 %)" in reason:
-        await asyncio.sleep(0.01)
+    await until(lambda: "%" in str(store.path("tiny")) and "(0 %)" not in str(store.path("tiny")))
+    reason = str(store.path("tiny"))
     assert "'tiny' is being fetched: 0." in reason
     assert "of 0.3 MiB (" in reason
     (fetch,) = store.fetches()
@@ -261,8 +269,7 @@ async def test_a_hub_that_is_down_is_tried_again(hub: Hub, opened: Opened) -> No
         store, "tiny"
     )
     hub.down = 0
-    while not isinstance(store.path("tiny"), Path):
-        await asyncio.sleep(0.02)
+    await until(lambda: here(store, "tiny"))
 
 
 async def test_a_hub_that_nobody_answers_for_is_told(opened: Opened, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,9 +394,8 @@ async def test_a_file_of_a_web_server_is_fetched_and_checked(hub: Hub, opened: O
     url = f"{hub.url}/cdn/org/tiny-GGUF/m-Q4_K_M.gguf"
     store = opened(f"{url}#sha256={sha256(LARGE)}")
     await store.start()
-    while not isinstance(path := store.path("m"), Path):
-        await asyncio.sleep(0.02)
-    assert path.read_bytes() == LARGE
+    await until(lambda: here(store, "m"))
+    assert (await brought(store, "m")).read_bytes() == LARGE
     assert hub.downloads()[-1].begin > 0
     wrong = opened(f"{url}#sha256={'ab' * 32}")
     assert f"has the SHA-256 checksum {sha256(LARGE)}, not {'ab' * 32}" in await why_not(wrong, "m")
@@ -450,6 +456,33 @@ async def test_a_file_of_this_machine_is_linked_and_checked_once(opened: Opened,
     assert file.exists(), "what is not the store's is never deleted"
 
 
+class Peer:
+    """A source of one's own: another node, say."""
+
+    name = "peer:n1/m"
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def locate(self) -> list[SourceFile]:
+        return [SourceFile(name=name, size=len(SMALL)) for name in self.names]
+
+    def fetch(self, file: SourceFile, into: Path, progress: Progress) -> Path:
+        (into / file.name).write_bytes(SMALL)
+        progress(len(SMALL))
+        return into / file.name
+
+
+def test_a_source_of_ones_own_is_held_to_the_same(tmp_path: Path) -> None:
+    """A name that leads out of the store is refused, whoever tells it."""
+    (path,) = fetching.fetch(Peer("m.gguf"), tmp_path / "store" / "m", lambda _done, _total: None)
+    assert path.read_bytes() == SMALL
+    for names in (("../m.gguf",), (".m.gguf",), ("/m.gguf",), ("m.txt",), ("m.gguf", "m.gguf"), ()):
+        with pytest.raises(FetchError, match="peer:n1/m: "):
+            fetching.fetch(Peer(*names), tmp_path / "store" / "x", lambda _done, _total: None)
+    assert not (tmp_path / "store" / "x").exists()
+
+
 # --- one fetch ---------------------------------------------------------------------------------------------------
 
 
@@ -490,8 +523,7 @@ async def test_a_node_that_ends_does_not_wait_for_a_download(hub: Hub, opened: O
     hub.pause_s = 0.2
     store = opened("hf:org/tiny-GGUF")
     await store.start()
-    while not store.fetches() or not hub.downloads():
-        await asyncio.sleep(0.01)
+    await until(lambda: store.fetches() and hub.downloads())
     began = asyncio.get_running_loop().time()
     await store.close()
     assert asyncio.get_running_loop().time() - began < 5, "all of it takes 14 s"
