@@ -382,7 +382,9 @@ def test_without_the_library_it_is_said_what_to_install(tmp_path: Path) -> None:
         "source_of(parse('hf:org/repo')).locate()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ)
-    assert "models of the Hugging Face Hub need a package: pip install 'computemesh[hub]'" in done.stderr
+    assert (
+        "models of the Hugging Face Hub need the package huggingface_hub: pip install 'computemesh[hub]'" in done.stderr
+    )
 
 
 # --- web servers, mirrors and files ------------------------------------------------------------------------------

@@ -11,17 +11,20 @@ from computemesh.findings import Finding
 from computemesh.models import Found, find_models
 from computemesh_services.node_agent.engines.place import EngineError
 from computemesh_services.node_agent.engines.server import launcher
+from computemesh_services.node_agent.models import hub
 
 
 def models(found: Found) -> list[Finding]:
-    """Whether there is something to serve."""
+    """Whether there is something to serve, or to fetch."""
     said = [
         findings.warning("models", text, "correct COMPUTEMESH_MODELS or `computemesh up --models`")
         for text in found.warnings
     ]
-    if found.models:
-        return [*said, findings.ok("models", ", ".join(sorted(found.models)))]
-    todo = "name GGUF files or folders with `computemesh up --models PATHS`"
+    if any(source.kind == "hub" for source in found.wanted) and not hub.installed():
+        said.append(findings.warning("models", hub.MISSING, "pip install 'computemesh[hub]'"))
+    if found.names:
+        return [*said, findings.ok("models", ", ".join(found.names))]
+    todo = "name GGUF files, folders or hf:org/repo with `computemesh up --models SOURCES`"
     return [*said, findings.warning("models", "this machine has no model to serve", todo)]
 
 

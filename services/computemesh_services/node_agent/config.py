@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -19,7 +19,14 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     machine_id: Annotated[str, msgspec.Meta(max_length=63)] = ""
     """Tells this machine from others; left out, it follows from the number that the system has for it."""
     models: str = ""
-    """GGUF files and folders to serve, separated by commas; left out, the embedded model."""
+    """Models to serve: GGUF files, folders, and sources to fetch them from, separated by commas; left out, the
+    embedded model."""
+    models_dir: str = ""
+    """Where models that were fetched are kept; left out, `models` in the mesh's folder."""
+    models_fetch: Literal["start", "first_use"] = "start"
+    """When a model is fetched that is not there: as soon as the node starts, or when it is first asked for."""
+    models_max_gb: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 0.0
+    """GiB that models that were fetched may take, all together; 0 = any amount."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 2
     """Work items that run at the same time."""
     work_cpus: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None

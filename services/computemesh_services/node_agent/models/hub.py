@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoSibling
 
-MISSING: Final = "models of the Hugging Face Hub need a package: pip install 'computemesh[hub]'"
+MISSING: Final = "models of the Hugging Face Hub need the package huggingface_hub"
 LIST_S: Final = 30.0
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -174,7 +174,7 @@ def installed() -> bool:
 
 def _api() -> HfApi:
     if not installed():
-        raise FetchError(MISSING, lasting=True)
+        raise FetchError(f"{MISSING}: pip install 'computemesh[hub]'", lasting=True)
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="computemesh")
