@@ -268,8 +268,13 @@ async def test_a_hub_that_is_down_is_tried_again(hub: Hub, opened: Opened) -> No
     assert f"{hub.url} answers 503, and it is not in the cache of the hub; tried again in" in await why_not(
         store, "tiny"
     )
+    patient = asyncio.create_task(store.obtain("tiny", patient=True))
+    await until(lambda: len(hub.seen) > 3)
+    assert not patient.done()
     hub.down = 0
-    await until(lambda: here(store, "tiny"))
+    assert isinstance(await patient, Path)
+    lasting = await opened("hf:org/none").obtain("none", patient=True)
+    assert isinstance(lasting, Refused)
 
 
 async def test_a_hub_that_nobody_answers_for_is_told(opened: Opened, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

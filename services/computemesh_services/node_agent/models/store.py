@@ -68,6 +68,8 @@ class _Model:
         self.meter = progress.Meter()
         self.problem = ""
         """Why it could not be fetched; empty while that is tried."""
+        self.lasting = False
+        """It will be the same until somebody changes something."""
         self.again_s = 0.0
         """When it is tried again, by the monotonic clock."""
         self.task: asyncio.Task[None] | None = None
@@ -171,7 +173,8 @@ class ModelStore:
     async def start(self) -> None:
         """Reads the heads of the models that are here, and begins to fetch the others unless that waits for a use."""
         here = self._here | {model.name: model.paths[0] for model in self._models.values() if model.paths}
-        self._heads = await asyncio.to_thread(_heads, here)
+        if here:
+            self._heads = await asyncio.to_thread(_heads, here)
         if self._fetch_at == "start":
             for name in self._models:
                 self.want(name)
@@ -182,11 +185,15 @@ class ModelStore:
         if model is not None and not model.paths and model.task is None:
             model.task = asyncio.create_task(self._bring(model), name=f"fetch {name}")
 
-    async def obtain(self, name: str) -> Path | Refused:
-        """The first file of a model, as soon as it is here; or why it could not be fetched."""
+    async def obtain(self, name: str, *, patient: bool = False) -> Path | Refused:
+        """The first file of a model, as soon as it is here; or why it could not be fetched.
+
+        Args:
+            patient: waits through trouble that may pass.
+        """
         self.want(name)
         model = self._models.get(name)
-        while model is not None and not model.paths and not model.problem:
+        while model is not None and not model.paths and (not model.problem or (patient and not model.lasting)):
             model.moved.clear()
             await model.moved.wait()
         return self.path(name)
@@ -215,7 +222,7 @@ class ModelStore:
                 failures = 1 if model.meter.done > before else failures + 1
                 pause_s = progress.pause_s(failures, lasting=error.lasting, chance=random.random())  # noqa: S311 - jitter.
                 _log.warning("cannot fetch", model=model.name, reason=error.reason, again_in_s=round(pause_s, 1))
-                model.problem = error.reason
+                model.problem, model.lasting = error.reason, error.lasting
                 model.again_s = time.monotonic() + pause_s
                 model.moved.set()
                 self._changed()
