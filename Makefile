@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-nodes bench-peers bench-scheduler ledger-sim sim docs golden lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-infer bench-nodes bench-peers bench-scheduler ledger-sim sim docs golden lock wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-peers: $(VENV)/.dev ## Measure the mesh beside FastStream, Ray, dramatiq a
 
 bench-gpus: $(VENV)/.dev ## Measure reservations of GPU memory against raw compare-and-set (BENCH="--pairs N --json FILE")
 	@$(BIN)/python -m tests.bench.gpus $(BENCH)
+
+bench-infer: $(VENV)/.dev $(VENV)/.model ## Measure what it costs to reach an engine through the mesh (BENCH="--quick --only fake --json FILE")
+	@$(BIN)/python -m tests.bench.infer $(BENCH)
 
 bench-scheduler: $(VENV)/.dev ## Measure the scheduler's decisions, up to 10,000 nodes and 100,000 items (BENCH="--quick --json FILE")
 	@$(BIN)/python -m tests.bench.scheduler $(BENCH)

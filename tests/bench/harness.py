@@ -106,8 +106,13 @@ def _rss_mb(process: psutil.Process) -> float:
 
 
 @asynccontextmanager
-async def program(*command: str, url: str = "", python: Path | str = sys.executable) -> AsyncGenerator[Process]:
+async def program(
+    *command: str, url: str = "", python: Path | str = sys.executable, limit: int = 2**20
+) -> AsyncGenerator[Process]:
     """A Python module in a process of its own that says when it is ready; it ends with the block.
+
+    Args:
+        limit: bytes that a line of its output may have.
 
     Raises:
         EOFError: it ended instead; what it has to say about that is on standard error.
@@ -119,7 +124,7 @@ async def program(*command: str, url: str = "", python: Path | str = sys.executa
         stdout=PIPE,
         env={**os.environ, "BENCH_URL": url},
         start_new_session=True,
-        limit=2**20,
+        limit=limit,
     )
     try:
         assert process.stdout is not None
