@@ -12,9 +12,10 @@ from typing import Final
 
 import pytest
 
+from computemesh import macos
 from computemesh.hardware import Gpu, Memory, Platform, Tier, tier_of
-from computemesh_services.resource_detector.probes import metal
-from computemesh_services.resource_detector.probes.metal import MetalProvider, parse, usable_mb
+from computemesh.macos import parse, usable_mb
+from computemesh_services.resource_detector.probes.metal import MetalProvider
 
 APPLE: Final = """{
   "SPDisplaysDataType" : [
@@ -52,7 +53,7 @@ KERNEL: Final = "hw.memsize: 206158430208\nkern.osproductversion: 15.1\niogpu.wi
 
 class Tools:
     def __init__(self, displays: str = APPLE, kernel: str = KERNEL) -> None:
-        self.said: dict[tuple[str, ...], str] = {metal.DISPLAYS: displays, metal.KERNEL: kernel}
+        self.said: dict[tuple[str, ...], str] = {macos.DISPLAYS: displays, macos.KERNEL: kernel}
         self.runs = 0
         self.error: Exception | None = None
 
@@ -119,7 +120,7 @@ def test_output_that_is_something_else_is_a_warning_and_is_asked_for_again(displ
     tools = Tools(displays)
     mine = provider(tools)
     assert (mine.read().gpus, len(mine.read().warnings)) == ([], 1)
-    tools.said[metal.DISPLAYS] = APPLE
+    tools.said[macos.DISPLAYS] = APPLE
     assert len(mine.read().gpus) == 1
 
 
