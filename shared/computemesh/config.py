@@ -128,24 +128,39 @@ def _url_name(role: Role) -> str:
     return f"{PREFIX}NATS_URL_{role.value.upper()}"
 
 
-def load(kind: type[C], environ: Mapping[str, str] | None = None) -> C:
+def load(kind: type[C], environ: Mapping[str, str] | None = None, told: Mapping[str, Any] | None = None) -> C:
     """A configuration of type *kind* from environment variables.
+
+    Args:
+        told: fields, by name, of which a file says what they are where the environment does not.
 
     Raises:
         ConfigError: a value does not fit, or one without a default is not set.
     """
     values = os.environ if environ is None else environ
     hints = get_type_hints(kind, include_extras=True)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(told or {})
+    names = variables(kind, values)
     for field in msgspec.structs.fields(kind):
-        for name in [PREFIX + field.name.upper(), *_other_names(hints[field.name])]:
-            if values.get(name, "") != "":
-                found[field.name] = _value(values[name], hints[field.name], name)
-                break
-        else:
-            if field.required:
-                raise ConfigError(f"{PREFIX}{field.name.upper()} is not set, and has no default")
+        if (name := names.get(field.name)) is not None:
+            found[field.name] = _value(values[name], hints[field.name], name)
+        elif field.required and field.name not in found:
+            raise ConfigError(f"{PREFIX}{field.name.upper()} is not set, and has no default")
     return kind(**found)
+
+
+def variables(kind: type[msgspec.Struct], environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variable that says what a field of *kind* is, by the field's name, for those of which the environment says
+    it."""
+    values = os.environ if environ is None else environ
+    hints = get_type_hints(kind, include_extras=True)
+    found: dict[str, str] = {}
+    for field in kind.__struct_fields__:
+        names = [PREFIX + field.upper(), *_other_names(hints[field])]
+        name = next((name for name in names if values.get(name, "") != ""), None)
+        if name is not None:
+            found[field] = name
+    return found
 
 
 def _other_names(hint: Any) -> list[str]:

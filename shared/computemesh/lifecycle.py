@@ -86,15 +86,22 @@ class Service(Protocol):
         ...
 
 
-def run(card: ServiceCard, config_kind: type[C], make: Callable[[Bus, C, Callable[[], str]], Service]) -> None:
+def run(
+    card: ServiceCard,
+    config_kind: type[C],
+    make: Callable[[Bus, C, Callable[[], str]], Service],
+    *,
+    told: Mapping[str, Any] | None = None,
+) -> None:
     """Runs a service until it is told to end, and exits the process.
 
     Args:
         make: builds the service from the bus, its configuration, and a function that gives the URL of its
             HTTP edge.
+        told: what a file says of its configuration, as :func:`computemesh.config.load` takes it.
     """
     try:
-        config = load(config_kind)
+        config = load(config_kind, told=told)
     except ConfigError as error:
         sys.stderr.write(f"{card.name}: {error}\n")
         sys.exit(EXIT_CONFIG)

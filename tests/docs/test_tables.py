@@ -20,7 +20,7 @@ from computemesh_services.resource_detector.probes.scripted import Fault, Hardwa
 
 ROOT: Final = Path(__file__).parents[2]
 
-OF_THE_COMMAND_LINE: Final = frozenset({"COMPUTEMESH_HOME", "COMPUTEMESH_NATS_URL_SERVICES"})
+OF_THE_COMMAND_LINE: Final = frozenset({"COMPUTEMESH_CONFIG", "COMPUTEMESH_HOME", "COMPUTEMESH_NATS_URL_SERVICES"})
 GIVEN_BY_THE_SUPERVISOR: Final = frozenset({"ready_fd"})
 
 

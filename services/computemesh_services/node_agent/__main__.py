@@ -1,17 +1,23 @@
-"""``python -m computemesh_services.node_agent``"""
+"""``python -m computemesh_services.node_agent``, and ``rolemesh-node-agent``."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
+from computemesh import __version__, log
 from computemesh.bus import Bus
-from computemesh.config import node_of
+from computemesh.config import ConfigError, node_of, variables
 from computemesh.contracts.services import NODE_AGENT
-from computemesh.lifecycle import run
+from computemesh.lifecycle import EXIT_CONFIG, run
 from computemesh.paths import home
+from computemesh_services.node_agent import config_file
 from computemesh_services.node_agent.config import AgentConfig
+from computemesh_services.node_agent.config_file import ConfigFile
 from computemesh_services.node_agent.service import NodeAgent
 
 SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN")
@@ -19,14 +25,39 @@ SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN")
 and have no use for it."""
 
 
+_log = log.get("config")
+
+
 def main() -> None:
+    try:
+        told = _told()
+    except ConfigError as error:
+        sys.stderr.write(f"{NODE_AGENT.name}: {error}\n")
+        sys.exit(EXIT_CONFIG)
+
     def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
         node_of(config.nats_url, config.node_id)
+        for setting, variable in variables(AgentConfig).items():
+            if setting in told.settings or (setting == config_file.MODELS and told.models is not None):
+                _log.info("the environment counts before the file", setting=setting, variable=variable)
         for name in [name for name in os.environ if any(part in name for part in SECRETS)]:
             del os.environ[name]
         return NodeAgent(bus, config, home())
 
-    run(NODE_AGENT, AgentConfig, make)
+    run(NODE_AGENT, AgentConfig, make, told=told.settings)
+
+
+def _told() -> ConfigFile:
+    """What the file says that the command line names, or else the environment.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    parser = argparse.ArgumentParser(description="Serves inference and runs work on this machine, for a mesh.")
+    parser.add_argument("--config", metavar="FILE", help="settings and models in YAML; the environment counts first")
+    parser.add_argument("--version", action="version", version=__version__)
+    path = parser.parse_args().config or os.environ.get(config_file.VARIABLE, "")
+    return config_file.load(Path(path).expanduser()) if path else ConfigFile()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import msgspec
 
 from computemesh.config import ConfigError, Seconds, ServiceConfig
 from computemesh.ids import Id
+from computemesh_services.node_agent.engines.backends import cpu
+from computemesh_services.node_agent.engines.backends.choice import Choice
 
 TOPIC: Final = "tasks."
 """What stands before a work type in the name of a topic."""
@@ -75,6 +77,18 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     `drain_timeout_s`."""
     work_keep_s: Seconds = 7 * 86_400.0
     """How long the files of an item stay on this machine."""
+    backend: Choice = "auto"
+    """How engines reach the devices: `cuda`, `rocm`, `metal`, `sycl`, `vulkan` or `cpu`; `auto` takes the first that
+    finds devices and that the installed llama.cpp can use."""
+    cpu_devices: str = cpu.NUMA
+    """How the CPUs are split among engines: `numa`, a number, or sets such as `0-7,16-23 8-15,24-31`."""
+
+    def cpu_plan(self) -> cpu.Plan:
+        """How the CPUs are split."""
+        try:
+            return cpu.parse_plan(self.cpu_devices)
+        except ValueError as error:
+            raise ConfigError(f"COMPUTEMESH_CPU_DEVICES={self.cpu_devices!r}: {error}") from None
 
     def label_map(self) -> dict[str, str]:
         """Labels and tags. A label counts before a tag of the same name."""

@@ -176,6 +176,7 @@ def _given(source: str | None, place: Home) -> Invitation:
     help="HTTP ports: the documented ones, or any; left out, the documented ones that are free.",
 )
 @running.models_option
+@running.agent_config_option
 @running.hardware_option
 @click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print the node as JSON once it has joined.")
@@ -185,6 +186,7 @@ def join(
     node_id: str | None,
     ports: running.Ports | None,
     models: str,
+    agent_config: Path | None,
     hardware: Path | None,
     quiet: bool,
     as_json: bool,
@@ -217,7 +219,7 @@ def join(
     given = msgspec.structs.replace(given, node_id=_node_id(given, node_id, place))
     common.run(_admitted(given))
     write_private(place.joined, msgspec.json.encode(given).decode())
-    running.tell_services(models=models, hardware=hardware)
+    running.tell_services(models=models, hardware=hardware, agent_config=agent_config)
     if not detach:
         common.run(_join(place, given, ports or "free", quiet=quiet))
         return

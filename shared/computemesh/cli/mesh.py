@@ -75,6 +75,7 @@ PROMPT: Final = "In one sentence: what is a mesh network?"
     help="HTTP ports of the services: the documented ones, or any that are free.",
 )
 @running.models_option
+@running.agent_config_option
 @running.hardware_option
 @click.option("--quiet", "-q", is_flag=True, help="In the foreground: no log lines.")
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print the mesh as JSON once it is ready.")
@@ -85,6 +86,7 @@ def up(
     nats_host: str,
     ports: running.Ports,
     models: str,
+    agent_config: Path | None,
     hardware: Path | None,
     quiet: bool,
     as_json: bool,
@@ -113,7 +115,7 @@ def up(
         out.print(f"The mesh is running already (pid {status.pid}, up {ago(status.started_at)}).\n")
         show_addresses(status)
         return
-    running.tell_services(models=models, hardware=hardware)
+    running.tell_services(models=models, hardware=hardware, agent_config=agent_config)
     if not detach:
         common.run(_up(place, nats_port, nats_host, ports, demo=demo, quiet=quiet))
         return

@@ -73,8 +73,20 @@ def models_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def tell_services(*, models: str, hardware: Path | None) -> None:
+def agent_config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--agent-config``, as ``up`` and ``join`` have it."""
+    return click.option(
+        "--agent-config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Settings and models of the node-agent, in YAML; the environment counts before it.",
+    )(command)
+
+
+def tell_services(*, models: str, hardware: Path | None, agent_config: Path | None) -> None:
     """Puts what was asked for on the command line where the services look: in the environment they inherit."""
+    if agent_config is not None:
+        os.environ["COMPUTEMESH_CONFIG"] = str(agent_config.resolve())
     if models:
         os.environ["COMPUTEMESH_MODELS"] = ",".join(_from_anywhere(part) for part in models.split(",") if part.strip())
     if hardware is not None:
