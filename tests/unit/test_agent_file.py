@@ -195,6 +195,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         load(tmp_path / "agent.yaml")
 
 
+def test_a_file_with_secrets_that_others_may_read_is_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text("token: s3cret\nslots: 1\n")
+    file.chmod(0o644)
+    assert load(file).warnings == [f"{file} holds token, and others may read it: chmod 600"]
+    file.chmod(0o600)
+    assert load(file).warnings == ()
+
+
 def test_cpus_that_are_split_as_they_cannot_be_stop_the_agent_with_the_name_of_the_setting() -> None:
     config = load_settings(AgentConfig, {"COMPUTEMESH_NODE_ID": "a", "COMPUTEMESH_CPU_DEVICES": "0-x"})
     with pytest.raises(ConfigError, match=r"^COMPUTEMESH_CPU_DEVICES='0-x': '0-x' is no set of CPUs"):

@@ -254,6 +254,25 @@ def test_amd_smi_goes_before_rocm_smi_and_a_gpu_without_an_id_is_pinned_by_the_o
 
 
 @pytest.mark.parametrize(
+    ("environ", "ids"),
+    [
+        ({"ROCR_VISIBLE_DEVICES": "0"}, ["gpu:1"]),
+        ({"HIP_VISIBLE_DEVICES": "1"}, ["gpu:0"]),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-de8287300da37c72", "HIP_VISIBLE_DEVICES": "0"}, ["gpu:0"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "0"}, ["gpu:0"]),
+        ({"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "1"}, []),
+    ],
+)
+def test_rocms_variables_count_in_the_order_of_its_runtime_and_the_second_what_the_first_leaves(
+    tools: Tools, environ: dict[str, str], ids: list[str]
+) -> None:
+    """GPU 1 of amd-smi is GPU 0 of the runtime, as in the test above."""
+    tools.says(rocm.AMD_LIST, recorded("amd-smi/list-rocm64.json"))
+    tools.says(rocm.AMD_STATIC, recorded("amd-smi/static-rocm64.json"))
+    assert [one.id for one in Rocm(run=tools, environ=environ).discover().devices] == ids
+
+
+@pytest.mark.parametrize(
     ("out", "error", "warning"),
     [
         ("rocm-smi/no-data.txt", "", "rocm-smi: it printed no JSON but 'WARNING: No JSON data to report'"),

@@ -37,6 +37,8 @@ def main() -> None:
 
     def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
         node_of(config.nats_url, config.node_id)
+        for warning in told.warnings:
+            _log.warning("configuration", reason=warning)
         for setting, variable in variables(AgentConfig).items():
             if setting in told.settings or (setting == config_file.MODELS and told.models is not None):
                 _log.info("the environment counts before the file", setting=setting, variable=variable)
@@ -53,7 +55,9 @@ def _told() -> ConfigFile:
     Raises:
         ConfigError: it cannot be used.
     """
-    parser = argparse.ArgumentParser(description="Serves inference and runs work on this machine, for a mesh.")
+    parser = argparse.ArgumentParser(
+        prog=NODE_AGENT.name, description="Serves inference and runs work on this machine, for a mesh."
+    )
     parser.add_argument("--config", metavar="FILE", help="settings and models in YAML; the environment counts first")
     parser.add_argument("--version", action="version", version=__version__)
     path = parser.parse_args().config or os.environ.get(config_file.VARIABLE, "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
@@ -46,6 +46,9 @@ SEPARATORS: Final = {
 
 PATHS: Final = frozenset({"results_dir", "llama_server"})
 """Settings that are paths; those of the file start at its folder."""
+
+SECRETS: Final = frozenset({"nats_url", "token", "client_api_keys", "node_api_keys", "dispatcher_key"})
+"""Settings that others on the machine should not be able to read."""
 
 EMBEDDING_ROLES: Final = frozenset({"embedding", "embeddings"})
 
@@ -123,6 +126,7 @@ class ConfigFile:
     """None when the file names none."""
     folder: Path = Path()
     """Where its relative paths start."""
+    warnings: Sequence[str] = ()
 
     def model_options(self) -> list[ModelOptions]:
         return [entry.options(self.folder) for entry in self.models or ()]
@@ -136,11 +140,15 @@ def load(path: Path) -> ConfigFile:
     """
     try:
         data = path.read_bytes()
+        others_read = path.stat().st_mode & 0o077 != 0
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or 'unreadable').lower()}") from None
     found = parse(data, path.absolute().parent)
     if isinstance(found, Refused):
         raise ConfigError(f"{path}: {found.reason}")
+    secret = sorted(SECRETS & found.settings.keys())
+    if secret and others_read:
+        found = replace(found, warnings=[f"{path} holds {', '.join(secret)}, and others may read it: chmod 600"])
     return found
 
 

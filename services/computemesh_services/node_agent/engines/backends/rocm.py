@@ -10,13 +10,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from computemesh.yamltext import is_list, is_mapping
 from computemesh_services.node_agent.engines.backends import (
     BYTES_PER_MB,
     HIDE_VULKAN,
+    Environ,
     Found,
     free_of,
     megabytes,
@@ -154,7 +155,7 @@ def devices_of(cards: list[Card]) -> list[DeviceRef]:
     left_out = tiny if len(tiny) < len(cards) else set[int]()
     return [
         DeviceRef(
-            id=f"gpu:{card.index}",
+            id=name,
             backend="rocm",
             index=card.index,
             name=card.name,
@@ -166,9 +167,30 @@ def devices_of(cards: list[Card]) -> list[DeviceRef]:
             }
             | HIDE_VULKAN,
         )
-        for card, rank in zip(cards, _ranks(cards), strict=True)
+        for card, name, rank in zip(cards, _names(cards), _ranks(cards), strict=True)
         if card.index not in left_out
     ]
+
+
+def _allowed(devices: list[DeviceRef], ranks: Mapping[str, int], environ: Environ) -> Found:
+    """The devices that this process was given: the runtime's first variable counts in its own order, the second what
+    the first one leaves.
+
+    Args:
+        ranks: the place of each device in the runtime's order, by its id.
+    """
+    own = {device.id: device for device in devices}
+    counted = tuple(sorted((replace(one, index=ranks[one.id]) for one in devices), key=lambda one: one.index))
+    found = narrowed(Found(devices=counted), environ, "ROCR_VISIBLE_DEVICES")
+    if "ROCR_VISIBLE_DEVICES" in environ:
+        found = replace(found, devices=tuple(replace(one, index=at) for at, one in enumerate(found.devices)))
+    found = narrowed(found, environ, "HIP_VISIBLE_DEVICES")
+    left = sorted((own[one.id] for one in found.devices), key=lambda one: one.index)
+    return replace(found, devices=tuple(left))
+
+
+def _names(cards: list[Card]) -> list[str]:
+    return [f"gpu:{card.index}" for card in cards]
 
 
 def _ranks(cards: list[Card]) -> list[int]:
@@ -206,8 +228,7 @@ class Rocm:
                 warnings += [] if error.missing else [f"no AMD GPUs: {error}"]
                 continue
             self._by_amd_smi = by_amd_smi
-            found = Found(devices=tuple(devices_of(cards)))
-            return narrowed(found, self.environ, "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+            return _allowed(devices_of(cards), dict(zip(_names(cards), _ranks(cards), strict=True)), self.environ)
         return Found(warnings=tuple(warnings))
 
     def metrics(self) -> dict[str, DeviceMetrics]:
