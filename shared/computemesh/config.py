@@ -7,9 +7,9 @@ that is set wins.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -34,7 +34,7 @@ class ConfigError(Exception):
     """A setting that cannot be used; the message names the variable, its value and what is expected."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Entrance:
     """Who may call an HTTP edge."""
 
@@ -44,6 +44,9 @@ class Entrance:
     """Whether callers need none of them where the edge is bound to loopback."""
     apart: tuple[str, ...] = ()
     """What paths begin with that are none of the edge's business: their handlers ask who calls."""
+    keys: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
+    """Keys by what the paths begin with for which they are demanded, on loopback too; the longest beginning counts. The
+    tokens open these paths as well."""
     missing: str = "send Authorization: Bearer <COMPUTEMESH_TOKEN>"
     wrong: str = "that token is not the one of this mesh"
     """What callers are told who show none, or another one."""

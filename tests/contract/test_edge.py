@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from computemesh import __version__, openai
 from computemesh.bus import Bus, MicroService, Stored, Where
 from computemesh.bus.provision import provision
-from computemesh.config import ConfigError, ServiceConfig
+from computemesh.config import ConfigError, Entrance, ServiceConfig
 from computemesh.contracts import catalog, nodes, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
 from computemesh.contracts.nodes import NodeAnnouncement, NodeGet, NodeRecord, NodeView
@@ -587,6 +587,55 @@ async def test_beyond_loopback_the_token_decides() -> None:
         for shown in (f"Bearer {TOKEN}", f"bearer  {TOKEN} "):
             answer = await client.get("/api/v1/nodes/n1", headers={"authorization": shown})
             assert (answer.status_code, answer.json()["node_id"]) == (200, "n1")
+
+
+class Keyed(ServiceConfig, frozen=True, kw_only=True):
+    """An edge with keys of its own."""
+
+    clients: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+    def entrance(self) -> Entrance:
+        given = {"/": self.clients, "/api/v1/nodes/": self.nodes}
+        keys = {start: keys for start, keys in given.items() if keys}
+        return Entrance(tokens=(self.token,) if self.token else (), keys=keys)
+
+
+def keyed(host: str = "127.0.0.1", **config: Any) -> httpx.AsyncClient:
+    """A client of an edge with keys."""
+    doors = Doors(card=CARD, health=lambda: {"problem": ""}, unready=lambda: "")
+    app = application(Keyed(http_host=host, **config), doors, BOUNDS, [])
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}:8091")
+
+
+async def test_keys_are_demanded_on_loopback_too_and_each_opens_what_it_is_for() -> None:
+    """Either header will do. The keys of the longest beginning count, and the token opens everything."""
+    async with keyed(clients=("c-1", "c-2"), nodes=("n-1",), token=TOKEN) as client:
+        for path, right, wrong in (
+            ("/openapi.json", ("c-1", "c-2", TOKEN), ("n-1", "c-", "c-12", "")),
+            ("/api/v1/nodes/n1", ("n-1", TOKEN), ("c-1", "n-2")),
+        ):
+            assert_problem(await client.get(path), 401, "no_token")
+            for key in right:
+                for header in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}, {"x-rolemesh-node-key": key}):
+                    assert (await client.get(path, headers=header)).status_code == 200, (path, header)
+            for key in wrong:
+                for header in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}):
+                    assert_problem(await client.get(path, headers=header), 403, "bad_token")
+        assert (await client.get("/healthz")).status_code == 200
+
+
+async def test_only_what_has_keys_demands_one() -> None:
+    async with keyed(nodes=("n-1",)) as client:
+        assert (await client.get("/openapi.json")).status_code == 200
+        assert_problem(await client.get("/api/v1/nodes/n1"), 401, "no_token")
+
+
+async def test_keys_for_everything_are_enough_beyond_loopback_and_keys_for_something_are_not() -> None:
+    async with keyed("192.0.2.1", clients=("c-1",)) as client:
+        assert_problem(await client.get("/openapi.json"), 401, "no_token")
+    with pytest.raises(ConfigError, match="COMPUTEMESH_TOKEN"):
+        keyed("192.0.2.1", nodes=("n-1",))
 
 
 async def test_beyond_loopback_nothing_is_told_without_the_token_but_how_the_process_is() -> None:

@@ -48,10 +48,10 @@ from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
 from computemesh.edge.observe import Observed
 
-NODE_KEY: Final = b"x-rolemesh-node-key"
-"""Where RoleMesh's node agents show the token."""
+KEY_HEADERS: Final = (b"x-api-key", b"x-rolemesh-node-key")
+"""Where a key, or the token, may stand as well; the latter is where RoleMesh's node agents show it."""
 
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/health", "/ready"})
 """Answered to anybody: they tell nothing but how this process is."""
 
 
@@ -330,8 +330,13 @@ class Gate:
         self._loopback = is_loopback(config.http_host)
         self._entrance = config.entrance()
         self._tokens = [token.encode() for token in self._entrance.tokens]
+        self._keys = [
+            (start, [key.encode() for key in keys] + self._tokens) for start, keys in self._entrance.keys.items()
+        ]
+        self._keys.sort(key=lambda each: len(each[0]), reverse=True)
         self._token_needed = token_needed(config)
-        if not self._loopback and not self._tokens and not config.allow_open:
+        guarded = bool(self._tokens) or "/" in self._entrance.keys
+        if not self._loopback and not guarded and not config.allow_open:
             raise ConfigError(
                 f"COMPUTEMESH_HTTP_HOST={config.http_host} is reachable from other machines: set "
                 "COMPUTEMESH_TOKEN, or COMPUTEMESH_ALLOW_OPEN=true inside a closed network"
@@ -351,16 +356,28 @@ class Gate:
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             return Refused(code="bad_origin", reason=f"calls from {origin!r} are not allowed", status=403)
-        if scope["path"] in OPEN_PATHS or not self._token_needed or scope["path"].startswith(self._entrance.apart):
+        wanted = self._wanted(scope["path"])
+        if not wanted:
             return None
         scheme, _, shown = headers.get(b"authorization", "").partition(" ")
-        if NODE_KEY in headers and not scheme:
-            scheme, shown = "bearer", headers[NODE_KEY]
+        if not scheme and (other := next((name for name in KEY_HEADERS if name in headers), None)):
+            scheme, shown = "bearer", headers[other]
         if scheme.lower() != "bearer":
             return Refused(code="no_token", reason=self._entrance.missing, status=401)
-        if not any(hmac.compare_digest(shown.strip().encode(), token) for token in self._tokens):
+        given = shown.strip().encode()
+        fits = [hmac.compare_digest(given, key) for key in wanted]  # Each is tried, so that time tells nothing.
+        if not any(fits):
             return Refused(code="bad_token", reason=self._entrance.wrong, status=403)
         return None
+
+    def _wanted(self, path: str) -> list[bytes]:
+        """The keys and tokens of which a caller of a path must show one; none where it need not."""
+        if path in OPEN_PATHS or path.startswith(self._entrance.apart):
+            return []
+        for start, keys in self._keys:
+            if path.startswith(start):
+                return keys
+        return self._tokens if self._token_needed else []
 
 
 def token_needed(config: ServiceConfig) -> bool:
