@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, MutableMapping
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -119,6 +119,23 @@ async def test_a_stream_that_is_whole_ends_as_http_says() -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"x-more: yes" in head
         assert await reader.readexactly(17) == b"1\r\na\r\n1\r\nb\r\n0\r\n\r\n"
+
+
+async def test_what_makes_the_pieces_is_closed_even_if_none_was_asked_for() -> None:
+    closed = asyncio.Event()
+    maker = Maker()
+
+    async def close() -> None:
+        closed.set()
+
+    async def gone() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: MutableMapping[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    await Stream(maker.pieces(), media_type="text/plain", close=close)({"type": "http"}, gone, send)
+    assert (maker.made, closed.is_set()) == (0, True)
 
 
 async def test_work_for_a_caller_that_has_gone_is_cancelled() -> None:

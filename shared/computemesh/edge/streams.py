@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -47,6 +47,7 @@ class Stream(Response):
 
     Args:
         pieces: closed at the end, whoever ended it.
+        close: called after that, also when not one piece was asked for.
         stalled_s: how long the caller may take for a piece, once the buffers between are full.
     """
 
@@ -56,19 +57,25 @@ class Stream(Response):
         *,
         media_type: str,
         headers: Mapping[str, str] | None = None,
+        close: Callable[[], Awaitable[None]] | None = None,
         stalled_s: float = STALLED_S,
     ) -> None:
         self.status_code = 200
         self.media_type = media_type
         self.background = None
         self._pieces = pieces
+        self._close = close
         self._stalled_s = stalled_s
         self.init_headers({**STREAM_HEADERS, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._pieces):
-            with contextlib.suppress(ClientDisconnect):
-                await while_here(receive, self._send_all(send))
+        try:
+            async with contextlib.aclosing(self._pieces):
+                with contextlib.suppress(ClientDisconnect):
+                    await while_here(receive, self._send_all(send))
+        finally:
+            if self._close is not None:
+                await self._close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
