@@ -145,3 +145,21 @@ def test_whatever_a_registration_holds_it_becomes_a_valid_announcement(meta: dic
     announced = rolemesh.announcement(rolemesh.Register(node_id="n1", base_url="http://box", meta=meta))
     assert isinstance(announced, NodeAnnouncement)
     assert decode(encode(announced), NodeAnnouncement) == announced
+
+
+@pytest.mark.parametrize(
+    ("record", "session", "known"),
+    [
+        (None, "s-1", False),
+        (a_node(session=""), "s-1", False),
+        (a_node(session="s-1"), "", False),
+        (a_node(session="s-1"), None, False),
+        (a_node(session="s-1"), "s-1", True),
+        (a_node(session="s-1"), "s-2", True),
+    ],
+)
+def test_what_an_agent_of_ours_posts_counts_only_where_it_is_not_on_the_bus(
+    record: Any, session: Any, known: bool
+) -> None:
+    """RoleMesh's own agents tell no session; their hosts may take the place of a node that is gone."""
+    assert rolemesh.on_the_bus(record, session) is known

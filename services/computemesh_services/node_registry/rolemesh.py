@@ -35,6 +35,8 @@ class Register(msgspec.Struct, frozen=True, kw_only=True):
     base_url: Annotated[str, msgspec.Meta(max_length=500)]
     roles: Annotated[list[Name], msgspec.Meta(max_length=1000)] = []
     meta: dict[str, Any] | None = None
+    session: Any = None
+    """Told by our own node agent alone."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,17 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     devices: Any = None
     gpus: Any = None
     loaded_models: Any = None
+    session: Any = None
+
+
+def on_the_bus(record: NodeRecord | None, session: Any) -> bool:
+    """Whether a node that posts here is one of ours, known by what it says on the bus. That counts; what it posts
+    changes nothing.
+
+    Args:
+        session: what it posted as that.
+    """
+    return record is not None and record.session != "" and bool(session)
 
 
 def announcement(said: Register) -> NodeAnnouncement | Refused:

@@ -43,10 +43,12 @@ class RoleMeshDoor:
 
     async def on_register(self, request: Request) -> Response:
         said = await _read(request, rolemesh.Register)
-        announced = said if isinstance(said, Refused) else rolemesh.announcement(said)
+        if isinstance(said, Refused):
+            return problem(said)
+        announced = rolemesh.announcement(said)
         if isinstance(announced, Refused):
             return problem(announced)
-        return await self._answer(request, self._registry.on_register(announced))
+        return await self._answer(request, self._register(announced, said))
 
     async def on_heartbeat(self, request: Request) -> Response:
         said = await _read(request, rolemesh.Heartbeat)
@@ -54,9 +56,17 @@ class RoleMeshDoor:
             return problem(said)
         return await self._answer(request, self._beat(said))
 
+    async def _register(self, announced: NodeAnnouncement, said: rolemesh.Register) -> Message:
+        record = await self._registry.record(said.node_id)
+        if record is not None and rolemesh.on_the_bus(record, said.session):
+            return record
+        return await self._registry.on_register(announced)
+
     async def _beat(self, said: rolemesh.Heartbeat) -> Message:
         found = rolemesh.devices_of(said)
         record = await self._registry.record(said.node_id)
+        if record is not None and rolemesh.on_the_bus(record, said.session):
+            return record
         if record is not None and (news := rolemesh.reannouncement(record, found)) is not None:
             answer = await self._registry.on_register(news)
             if isinstance(answer, Refused):
