@@ -41,6 +41,30 @@ def read(path: Path, offset: int, limit: int, *, ended: bool) -> Part | None:
     return as_text(data, rest=max(0, size - offset - len(data)), ended=ended)
 
 
+def size(path: Path) -> int:
+    """Bytes in a log; 0 when there is none."""
+    file = _opened(path)
+    if file is None:
+        return 0
+    try:
+        return os.fstat(file).st_size
+    finally:
+        os.close(file)
+
+
+def tail(path: Path, at_most: int) -> int:
+    """Where the last lines of a log begin, which are *at_most* so many bytes."""
+    file = _opened(path)
+    if file is None:
+        return 0
+    try:
+        start = max(0, os.fstat(file).st_size - at_most)
+        cut = os.pread(file, at_most, start).find(b"\n") + 1 if start else 0
+    finally:
+        os.close(file)
+    return start + cut
+
+
 async def keep(put: Put, path: Path) -> ObjectRef | None:
     """Puts the end of a log into the object store, and gives the reference; None when nothing was printed, or it
     cannot be kept."""
