@@ -79,6 +79,11 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True):
     ready_fd: int | None = None
     """Descriptor to which one line is written once the service is ready. Set by the supervisor."""
 
+    def answering_s(self) -> float:
+        """How long HTTP requests in hand may go on when the service was told to end. Those that are cut off then have a
+        moment to say so."""
+        return 0.9 * self.drain_timeout_s
+
     def entrance(self) -> Entrance:
         """Who may call the HTTP edge."""
         return Entrance(tokens=(self.token,) if self.token else ())

@@ -110,7 +110,7 @@ def a_registry(name: str, on_defect: Defect) -> Served:
 def an_agent(name: str, on_defect: Defect, *, slots: int) -> Served:
     config = AgentConfig(node_id=name, machine_id=name, slots=slots, heartbeat_interval_s=1.0, finish_s=1.0)
     home = Home(Path("/nonexistent"))
-    return Served(name, Role.NODE, lambda bus: NodeAgent(bus, config, home), on_defect)
+    return Served(name, Role.NODE, lambda bus: NodeAgent(bus, config, home, lambda: "http://127.0.0.1:8091"), on_defect)
 
 
 class Runner:

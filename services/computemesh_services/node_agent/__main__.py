@@ -20,7 +20,7 @@ from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.config_file import ConfigFile
 from computemesh_services.node_agent.service import NodeAgent
 
-SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN")
+SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN", "_API_KEYS", "DISPATCHER_KEY")
 """Parts of the names of what is read once, then taken out of the environment: executors and engines inherit it
 and have no use for it."""
 
@@ -35,7 +35,7 @@ def main() -> None:
         sys.stderr.write(f"{NODE_AGENT.name}: {error}\n")
         sys.exit(EXIT_CONFIG)
 
-    def make(bus: Bus, config: AgentConfig, _url: Callable[[], str]) -> NodeAgent:
+    def make(bus: Bus, config: AgentConfig, http_url: Callable[[], str]) -> NodeAgent:
         node_of(config.nats_url, config.node_id)
         for warning in told.warnings:
             _log.warning("configuration", reason=warning)
@@ -44,7 +44,7 @@ def main() -> None:
                 _log.info("the environment counts before the file", setting=setting, variable=variable)
         for name in [name for name in os.environ if any(part in name for part in SECRETS)]:
             del os.environ[name]
-        return NodeAgent(bus, config, home())
+        return NodeAgent(bus, config, home(), http_url)
 
     run(NODE_AGENT, AgentConfig, make, told=told.settings)
 

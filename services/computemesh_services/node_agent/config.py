@@ -6,13 +6,17 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from computemesh.config import ConfigError, Seconds, ServiceConfig
+from computemesh.config import ConfigError, Entrance, Seconds, ServiceConfig
+from computemesh.contracts.rolemesh import HEARTBEAT_S
 from computemesh.ids import Id
 from computemesh_services.node_agent.engines.backends import cpu
 from computemesh_services.node_agent.engines.backends.choice import Choice
 
 TOPIC: Final = "tasks."
 """What stands before a work type in the name of a topic."""
+
+HAND_BACK_S: Final = 5.0
+"""What is left of the time to drain for handing back what does not finish."""
 
 
 class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -89,6 +93,34 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
             return cpu.parse_plan(self.cpu_devices)
         except ValueError as error:
             raise ConfigError(f"COMPUTEMESH_CPU_DEVICES={self.cpu_devices!r}: {error}") from None
+
+    client_api_keys: str = ""
+    """Keys, separated by commas, of which callers of the HTTP edge must show one, on loopback too."""
+    node_api_keys: str = ""
+    """Keys, separated by commas, of which callers of `/v1/node/` must show one instead."""
+    dispatcher_base_url: str = ""
+    """RoleMesh's dispatcher, or whatever takes `/v1/nodes/register` and `/v1/nodes/heartbeat`, such as
+    `https://dispatcher.example:8000`; left out, nothing is reported over HTTP."""
+    dispatcher_key: str = ""
+    """Shown to the dispatcher."""
+    dispatcher_interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = HEARTBEAT_S
+    """Between two heartbeats to the dispatcher, which calls a node stale after 30 s."""
+    advertise_url: str = ""
+    """Where the dispatcher's requests reach this node's HTTP edge; left out, the address it is bound to."""
+
+    def answering_s(self) -> float:
+        """What is left of the time to drain by the work that may go on, and its handing back."""
+        return self.drain_timeout_s - self.finish_s - HAND_BACK_S
+
+    def entrance(self) -> Entrance:
+        """The mesh's token opens what the keys do."""
+        given = {"/": _parts(self.client_api_keys), "/v1/node/": _parts(self.node_api_keys)}
+        return Entrance(
+            tokens=(self.token,) if self.token else (),
+            keys={start: tuple(keys) for start, keys in given.items() if keys},
+            missing="send Authorization: Bearer <key>, or X-Api-Key: <key>",
+            wrong="that key is not one of this node's",
+        )
 
     def label_map(self) -> dict[str, str]:
         """Labels and tags. A label counts before a tag of the same name."""

@@ -30,6 +30,10 @@ _BROKE_OFF: Final = Refused(
     code="engine_failed", reason="the engine's answer ended before its end mark", status=502, retry="later"
 )
 
+_ENDING: Final = openai.error_event(
+    Refused(code="unavailable", reason="the node is ending", status=503, retry="elsewhere")
+)
+
 _log = log.get("openai")
 
 
@@ -126,7 +130,9 @@ class OpenAiDoor:
                 response = api_error(openai.complaint(begun.status, begun.text))
             case _:
                 named["x-computemesh-device"] = begun.device
-                return Stream(_pieces(begun, question), media_type=EVENTS, headers=named, close=begun.aclose)
+                return Stream(
+                    _pieces(begun, question), media_type=EVENTS, headers=named, close=begun.aclose, farewell=_ENDING
+                )
         response.headers.update(named)
         return response
 

@@ -7,7 +7,7 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,10 +18,11 @@ from prometheus_client import Counter, Gauge
 from computemesh import __version__, log, trace
 from computemesh.bus import Bus, BusError, MicroService
 from computemesh.bus.micro import Endpoint
-from computemesh.contracts import nodes, resources, work
+from computemesh.contracts import infer, nodes, resources, work
 from computemesh.contracts.base import AnyBound, Refused, serve
-from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, NodeRefused, RunningWork
+from computemesh.contracts.nodes import Discover, EngineState, NodeAnnouncement, NodeHeartbeat, NodeRefused, RunningWork
 from computemesh.contracts.resources import Inventory, InventoryGet, Load
+from computemesh.contracts.rolemesh import InventoryHost
 from computemesh.contracts.work import (
     HANDED_BACK,
     Assignment,
@@ -43,9 +44,11 @@ from computemesh.machine import machine_id
 from computemesh.models import find_models
 from computemesh.objects import put_on
 from computemesh.paths import Home
-from computemesh_services.node_agent import folders, logs, reports
-from computemesh_services.node_agent.config import TOPIC, AgentConfig
+from computemesh_services.node_agent import folders, inventory, logs, reports
+from computemesh_services.node_agent.config import HAND_BACK_S, TOPIC, AgentConfig
 from computemesh_services.node_agent.desk import Desk, Verdict
+from computemesh_services.node_agent.dispatcher import Dispatcher, checked
+from computemesh_services.node_agent.engine_logs import EngineLogs
 from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions, default_threads
 from computemesh_services.node_agent.engines.orphans import Marks
 from computemesh_services.node_agent.engines.place import EngineError
@@ -53,9 +56,12 @@ from computemesh_services.node_agent.engines.pool import EnginePool
 from computemesh_services.node_agent.engines.server import launcher
 from computemesh_services.node_agent.environment import environment_of
 from computemesh_services.node_agent.infer import Door, Inference
+from computemesh_services.node_agent.inventory import Facts
 from computemesh_services.node_agent.models import serving
 from computemesh_services.node_agent.models.store import ModelStore
 from computemesh_services.node_agent.offers import offers
+from computemesh_services.node_agent.openai_door import OpenAiDoor
+from computemesh_services.node_agent.rolemesh_door import RoleMeshDoor
 from computemesh_services.node_agent.runs import Runner
 
 LOG_LOOK_S: Final = 0.1
@@ -82,9 +88,6 @@ shorter work costs none."""
 COUNT_TELL_AGAIN_S: Final = 1.0
 """Least time between two heartbeats for that reason."""
 
-HAND_BACK_S: Final = 5.0
-"""What is left of the time to drain for handing back what does not finish."""
-
 AttemptKey = tuple[str, int, int]
 """Work id, attempt, replica."""
 
@@ -102,7 +105,7 @@ class NodeAgent:
     new session.
     """
 
-    def __init__(self, bus: Bus, config: AgentConfig, home: Home) -> None:
+    def __init__(self, bus: Bus, config: AgentConfig, home: Home, http_url: Callable[[], str]) -> None:
         self._bus = bus
         self._config = config
         self._home = home
@@ -175,16 +178,24 @@ class NodeAgent:
         """:meth:`_busy` as of the last heartbeat."""
         self._count_timer: asyncio.TimerHandle | None = None
         self._handing_back = False
+        self._engine_logs = EngineLogs(config.node_id, self._engines.log_path)
+        self._http_url = http_url
+        self._advertise_url = checked(config.advertise_url, "COMPUTEMESH_ADVERTISE_URL") if config.advertise_url else ""
+        self._dispatcher = self._new_dispatcher()
 
     def endpoints(self) -> list[AnyBound]:
         return [
             serve(work.DELIVER, self.on_deliver, target=self._config.node_id, acting=True),
             serve(work.STOP, self.on_stop, target=self._config.node_id, acting=True),
             serve(work.NODE_LOG, self.on_log, target=self._config.node_id, acting=True),
+            serve(infer.LOG, self._engine_logs.on_log, target=self._config.node_id, acting=True),
         ]
 
     def extras(self) -> list[Extra]:
-        return []
+        return [
+            *OpenAiDoor(self._config.node_id, self._engines, self._inference).routes(),
+            *RoleMeshDoor(lambda: inventory.inventory(self._facts()), self._why_not_ready).routes(),
+        ]
 
     async def start(self, spawn: Spawn, micro: MicroService) -> None:
         node_id = self._config.node_id
@@ -200,6 +211,8 @@ class NodeAgent:
         self._micro = micro
         await self._open()
         spawn(self._say_hello())
+        if self._dispatcher is not None:
+            spawn(self._dispatcher.run())
         spawn(self._heartbeat_forever())
         spawn(self._preload())
         spawn(self._prune_forever())
@@ -233,6 +246,7 @@ class NodeAgent:
             "fetches": msgspec.to_builtins(self._models.fetches()),
             "running": len(self._desk.running),
             "problem": f"refused: {self._refused}" if self._refused else "",
+            **({"dispatcher": self._dispatcher.problem or "takes this node"} if self._dispatcher else {}),
         }
 
     def unready(self) -> str:
@@ -349,6 +363,9 @@ class NodeAgent:
         if self._inventory is None and await self._look():  # Another machine's detector had answered instead.
             await self._announce()
 
+    def _recent_load(self) -> Load | None:
+        return self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
+
     async def _on_discover(self, ask: Discover) -> None:
         if self._config.node_id in ask.node_ids:
             await self._announce()
@@ -435,7 +452,7 @@ class NodeAgent:
         self._left = leaving
         self._beat_at_s = asyncio.get_running_loop().time()
         self._told_busy = self._busy()
-        load = self._load if time.monotonic() - self._load_at_s < LOAD_OLD_S else None
+        load = self._recent_load()
         beat = NodeHeartbeat(
             node_id=self._config.node_id,
             session=self._session,
@@ -644,6 +661,51 @@ class NodeAgent:
         task = asyncio.create_task(publish())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+
+    # --- over HTTP ---------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        """What is told of this node over HTTP."""
+        seen, load = self._inventory, self._recent_load()
+        return Facts(
+            node_id=self._config.node_id,
+            session=self._session,
+            version=__version__,
+            base_url=self._advertise_url or self._http_url(),
+            accepting=self._desk.accepting,
+            labels=self._labels,
+            host=InventoryHost(
+                hostname=seen.hostname if seen else socket.gethostname(),
+                cpu_threads=seen.cpu.threads if seen and seen.cpu else None,
+                cpu_percent=load.cpu_percent if load else None,
+                memory_total_mb=seen.memory.total_mb if seen and seen.memory else None,
+                memory_available_mb=load.memory_available_mb if load else None,
+            ),
+            cards=self._engines.cards(),
+            uses=self._engines.uses(),
+            metrics={},
+            models=self._engines.model_cards(),
+        )
+
+    def _why_not_ready(self) -> str:
+        if self._why_no_engine:
+            return self._why_no_engine
+        if not self._desk.accepting:
+            return "the node is ending"
+        failed = all(use.state is EngineState.FAILED for use in self._engines.uses())
+        return "the engines of all devices have failed" if failed else ""
+
+    def _new_dispatcher(self) -> Dispatcher | None:
+        config = self._config
+        if not config.dispatcher_base_url:
+            return None
+        return Dispatcher(
+            checked(config.dispatcher_base_url, "COMPUTEMESH_DISPATCHER_BASE_URL"),
+            key=config.dispatcher_key,
+            interval_s=config.dispatcher_interval_s,
+            register=lambda: inventory.registration(self._facts()),
+            beat=lambda: inventory.beat(self._facts(), time.time()),
+        )
 
     # --- housekeeping ------------------------------------------------------------------------------------------
 

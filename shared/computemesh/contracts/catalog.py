@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, resources, tasks, work
+from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, resources, rolemesh, tasks, work
 from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -31,7 +31,8 @@ def requests() -> list[Request[Any, Any]]:
 
 def routes(service: ServiceCard) -> list[Route]:
     """Every route of a service that is on HTTP alone, in the order of declaration."""
-    own = [value for value in vars(tasks).values() if isinstance(value, Route) and value.service is service]
+    declared = [value for module in (tasks, rolemesh) for value in vars(module).values()]
+    own = [value for value in declared if isinstance(value, Route) and value.service is service]
     return [*own, *openai.routes_of(service)]
 
 

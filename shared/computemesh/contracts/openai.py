@@ -131,18 +131,20 @@ class ModelGet(Message, frozen=True, kw_only=True):
     model: Name
 
 
-_ENTRY: Final = (
+ENTRY: Final = (
     Refusal(code="invalid_api_key", status=401, when="a key is needed, and the call shows none, or an unknown one"),
     Refusal(code="bad_origin", status=403, when="a page of another origin calls"),
     Refusal(code="bad_host", status=421, when="on loopback, the edge was called by a name that is not this machine's"),
     Refusal(code="internal", status=500, when="the service failed; its log says why"),
     Refusal(code="unavailable", status=503, when="the bus, or each node that could answer, is away for the moment"),
 )
-_BAD: Final = Refusal(code="bad_message", status=400, when="the request is not as described here; `param` says where")
+BAD_MESSAGE: Final = Refusal(
+    code="bad_message", status=400, when="the request is not as described here; `param` says where"
+)
 _UNKNOWN: Final = Refusal(code="model_not_found", status=404, when="no node serves that model")
 _ASKED: Final = (
-    _BAD,
-    *_ENTRY,
+    BAD_MESSAGE,
+    *ENTRY,
     _UNKNOWN,
     Refusal(code="too_large", status=413, when="the body is larger than a message may be"),
     Refusal(code="bad_content_type", status=415, when="the body is not declared as `application/json`"),
@@ -169,7 +171,7 @@ def routes_of(service: ServiceCard) -> tuple[Route, ...]:
             takes=ModelsGet,
             gives=Models,
             refused_as=ApiRefusal,
-            refuses=(_BAD, *_ENTRY),
+            refuses=(BAD_MESSAGE, *ENTRY),
             example=ModelsGet(),
             about="The models that can be asked now.",
         ),
@@ -180,7 +182,7 @@ def routes_of(service: ServiceCard) -> tuple[Route, ...]:
             takes=ModelGet,
             gives=Model,
             refused_as=ApiRefusal,
-            refuses=(_BAD, *_ENTRY, _UNKNOWN),
+            refuses=(BAD_MESSAGE, *ENTRY, _UNKNOWN),
             example=ModelGet(model="smollm2-135m-instruct"),
             about="One of them.",
         ),

@@ -435,7 +435,7 @@ class Edge:
         return f"http://{host}:{self._socket.getsockname()[1]}"
 
     async def serve(self, app: ASGIApp) -> None:
-        """Serves until :meth:`stop`; requests in hand are answered first."""
+        """Serves until :meth:`stop`; requests in hand are answered first, for as long as they may."""
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -444,8 +444,7 @@ class Edge:
                 access_log=False,
                 log_config=None,
                 server_header=False,
-                # Those that are cut off then have a moment to say so.
-                timeout_graceful_shutdown=max(1, int(0.9 * self._config.drain_timeout_s)),
+                timeout_graceful_shutdown=max(1, int(self._config.answering_s())),
             )
         )
         await self._server.serve(sockets=[self._socket])

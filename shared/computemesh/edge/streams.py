@@ -48,6 +48,7 @@ class Stream(Response):
     Args:
         pieces: closed at the end, whoever ended it.
         close: called after that, also when not one piece was asked for.
+        farewell: the last piece, when the service ends before the stream does.
         stalled_s: how long the caller may take for a piece, once the buffers between are full.
     """
 
@@ -58,6 +59,7 @@ class Stream(Response):
         media_type: str,
         headers: Mapping[str, str] | None = None,
         close: Callable[[], Awaitable[None]] | None = None,
+        farewell: str = "",
         stalled_s: float = STALLED_S,
     ) -> None:
         self.status_code = 200
@@ -65,7 +67,9 @@ class Stream(Response):
         self.background = None
         self._pieces = pieces
         self._close = close
+        self._farewell = farewell
         self._stalled_s = stalled_s
+        self._begun = False
         self.init_headers({**STREAM_HEADERS, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,19 +77,28 @@ class Stream(Response):
             async with contextlib.aclosing(self._pieces):
                 with contextlib.suppress(ClientDisconnect):
                     await while_here(receive, self._send_all(send))
+        except asyncio.CancelledError:
+            if self._begun:
+                await self._send(send, self._farewell)
+                await self._send(send, "", more=False)
+            raise
         finally:
             if self._close is not None:
                 await self._close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._begun = True
         async for piece in self._pieces:
-            try:
-                async with asyncio.timeout(self._stalled_s):
-                    await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
-            except TimeoutError:
-                raise ClientDisconnect from None
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send(send, piece)
+        await self._send(send, "", more=False)
+
+    async def _send(self, send: Send, piece: str, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._stalled_s):
+                await send({"type": "http.response.body", "body": piece.encode(), "more_body": more})
+        except TimeoutError:
+            raise ClientDisconnect from None
 
 
 @contextlib.asynccontextmanager
