@@ -123,8 +123,8 @@ def chat(prompt: str, **more: Any) -> dict[str, Any]:
     return {"model": "fake", "messages": [{"role": "user", "content": prompt}], **more}
 
 
-def client_of(node: Node, **more: Any) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{node.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **more})
+def client_of(node: Node, *, key: str = "none", retries: int = 0) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{node.url}/v1", api_key=key, max_retries=retries, timeout=60)
 
 
 async def curl(*arguments: str) -> tuple[int, str]:
@@ -337,7 +337,7 @@ async def test_without_a_place_a_request_is_told_when_to_come_again(fake: Node) 
     refused = await fake.http.post(CHAT, json=chat("tokens=1"))
     error_of(refused, 429, "too_many_requests")
     assert int(refused.headers["retry-after"]) >= 1
-    async with client_of(fake, max_retries=8) as client:
+    async with client_of(fake, retries=8) as client:
         said = await client.completions.create(model="fake", prompt="id=c tokens=1")
     assert said.choices[0].text == "c:0 "
     assert all(events[-1] == "[DONE]" for events in await asyncio.gather(*busy))
@@ -431,9 +431,9 @@ async def test_keys_are_demanded_once_there_are_some(tmp_path: Path) -> None:
         for path in ("/health", "/ready", "/healthz", "/readyz", "/metrics"):
             assert (await node.http.get(path)).status_code == 200
         assert (await node.http.get("/v1/models", headers={"x-api-key": "c-2"})).status_code == 200
-        async with client_of(node, api_key="c-1") as client:
+        async with client_of(node, key="c-1") as client:
             assert (await client.completions.create(model="fake", prompt="tokens=1")).choices[0].text == "t:0 "
-        async with client_of(node, api_key="wrong") as client:
+        async with client_of(node, key="wrong") as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.models.list()
         children = psutil.Process(node.mesh.pid("node-agent")).children(recursive=True)
