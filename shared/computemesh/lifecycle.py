@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
@@ -32,7 +32,7 @@ from computemesh import __version__, log
 from computemesh.bus import Bus, BusError, MicroService, Unreachable, Where, metrics
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, ServiceConfig, load
-from computemesh.contracts.base import AnyBound, Role, ServiceCard
+from computemesh.contracts.base import AnyServed, Role, ServiceCard
 from computemesh.edge import Edge, Extra, application
 from computemesh.edge.http import Doors
 from computemesh.tasks import end_all
@@ -57,7 +57,7 @@ _log = log.get("lifecycle")
 class Service(Protocol):
     """What a service is, to the lifecycle."""
 
-    def endpoints(self) -> list[AnyBound]:
+    def endpoints(self) -> Sequence[AnyServed]:
         """The requests it answers, on the bus and over HTTP. Called once, before :meth:`start`."""
         ...
 

@@ -19,7 +19,7 @@ from computemesh import __version__, log, trace
 from computemesh.bus import Bus, BusError, MicroService
 from computemesh.bus.micro import Endpoint
 from computemesh.contracts import infer, nodes, resources, work
-from computemesh.contracts.base import AnyBound, Refused, serve
+from computemesh.contracts.base import AnyServed, Refused, serve
 from computemesh.contracts.nodes import Discover, EngineState, NodeAnnouncement, NodeHeartbeat, NodeRefused, RunningWork
 from computemesh.contracts.resources import Inventory, InventoryGet, Load
 from computemesh.contracts.rolemesh import InventoryHost
@@ -183,11 +183,12 @@ class NodeAgent:
         self._advertise_url = checked(config.advertise_url, "COMPUTEMESH_ADVERTISE_URL") if config.advertise_url else ""
         self._dispatcher = self._new_dispatcher()
 
-    def endpoints(self) -> list[AnyBound]:
+    def endpoints(self) -> list[AnyServed]:
         return [
             serve(work.DELIVER, self.on_deliver, target=self._config.node_id, acting=True),
             serve(work.STOP, self.on_stop, target=self._config.node_id, acting=True),
             serve(work.NODE_LOG, self.on_log, target=self._config.node_id, acting=True),
+            *self._infer_door.endpoints(),
             serve(infer.LOG, self._engine_logs.on_log, target=self._config.node_id, acting=True),
         ]
 
@@ -375,8 +376,6 @@ class NodeAgent:
     async def _open(self) -> None:
         assert self._micro is not None
         self._doors = [await self._micro.add(bound) for bound in self.endpoints()]
-        # While this agent drains, answers go on and new requests are refused with a reason.
-        self._doors += [await self._micro.add(bound, lasting=True) for bound in self._infer_door.endpoints()]
 
     async def _close(self) -> None:
         assert self._micro is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -22,7 +22,7 @@ from computemesh import __version__, log, trace
 from computemesh.bus.connection import Bus, sender_of
 from computemesh.bus.errors import BusError
 from computemesh.bus.metrics import CALLS, SYSTEM
-from computemesh.contracts.base import AnyBound, AnyInParts, InParts, Message, Refused, Role, decode, encode
+from computemesh.contracts.base import AnyBound, AnyInParts, AnyServed, InParts, Message, Refused, Role, decode, encode
 from computemesh.contracts.permissions import is_inbox
 from computemesh.ids import new_id
 
@@ -56,7 +56,7 @@ class ServiceInfo(Message, frozen=True, kw_only=True):
 class Endpoint(ABC):
     """One subject, its handler and its counters."""
 
-    def __init__(self, bus: Bus, bound: AnyBound | AnyInParts, group: str) -> None:
+    def __init__(self, bus: Bus, bound: AnyServed, group: str) -> None:
         self.name: Final = bound.contract.subject.removeprefix("compute.").replace(".", "-")
         self.subject: Final = bound.subject
         self.group: Final = group
@@ -231,23 +231,22 @@ class MicroService:
         self._control: list[Subscription] = []
         self._started = datetime.now(UTC)
 
-    async def start(self, bounds: list[AnyBound]) -> None:
+    async def start(self, bounds: Iterable[AnyServed]) -> None:
         for bound in bounds:
             await self.add(bound)
         for verb, reply in (("PING", self._ping), ("INFO", self.info), ("STATS", self._stats)):
             for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self.name}", f"$SRV.{verb}.{self.name}.{self.id}"):
                 self._control.append(await self._listen(subject, reply))
 
-    async def add(
-        self, bound: AnyBound | AnyInParts, *, acts: Callable[[], bool] | None = None, lasting: bool = False
-    ) -> Endpoint:
+    async def add(self, bound: AnyServed, *, acts: Callable[[], bool] | None = None) -> Endpoint:
         """Serves one more request, at once.
 
         Args:
             acts: whether this replica still is the one that acts; while it is not, requests are left to the one that
                 is. So every replica that thinks it acts hears each request, and one that was halted keeps none from
                 its successor, as it would in a queue group.
-            lasting: it goes on while the others drain; whoever added it removes it.
+
+        One that is lasting goes on while the others drain; whoever added it removes it.
         """
         endpoint: Endpoint
         if isinstance(bound, InParts):
@@ -256,7 +255,7 @@ class MicroService:
         else:
             endpoint = SingleEndpoint(self._bus, bound, self.name if acts is None else "", acts)
         await endpoint.start()
-        (self._lasting if lasting else self._endpoints).append(endpoint)
+        (self._lasting if bound.lasting else self._endpoints).append(endpoint)
         return endpoint
 
     async def remove(self, endpoint: Endpoint) -> None:

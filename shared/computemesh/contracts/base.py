@@ -168,6 +168,8 @@ class Bound(Generic[Q, R]):
     target: str = ""
     acting: bool = False
     """Answered on the bus only by the replica that acts; the HTTP edges of the others pass it on."""
+    lasting: bool = False
+    """Goes on being answered while the service drains."""
 
     @property
     def subject(self) -> str:
@@ -184,6 +186,10 @@ class InParts(Generic[Q, R]):
     contract: Request[Q, R]
     handler: PartsHandler[Q, R]
     target: str = ""
+    acting: bool = False
+    """As in :class:`Bound`."""
+    lasting: bool = False
+    """As in :class:`Bound`."""
 
     @property
     def subject(self) -> str:
@@ -191,6 +197,7 @@ class InParts(Generic[Q, R]):
 
 
 AnyInParts = InParts[Any, Any]
+AnyServed = AnyBound | AnyInParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,16 +225,30 @@ class Route:
     about: str
 
 
-def serve(contract: Request[Q, R], handler: Handler[Q, R], *, target: str = "", acting: bool = False) -> AnyBound:
+def serve(
+    contract: Request[Q, R],
+    handler: Handler[Q, R],
+    *,
+    target: str = "",
+    acting: bool = False,
+    lasting: bool = False,
+) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
     assert not contract.many, f"{contract.subject} is answered in parts"
-    return Bound(contract, handler, target, acting)
+    return Bound(contract, handler, target, acting, lasting)
 
 
-def serve_parts(contract: Request[Q, R], handler: PartsHandler[Q, R], *, target: str = "") -> AnyInParts:
+def serve_parts(
+    contract: Request[Q, R],
+    handler: PartsHandler[Q, R],
+    *,
+    target: str = "",
+    acting: bool = False,
+    lasting: bool = False,
+) -> AnyInParts:
     """Pairs a request that is answered in parts with its handler."""
     assert contract.many, f"{contract.subject} has one answer"
-    return InParts(contract, handler, target)
+    return InParts(contract, handler, target, acting, lasting)
 
 
 def _address(subject: str, target_name: str, target: str) -> str:

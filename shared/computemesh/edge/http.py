@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -34,6 +34,8 @@ from computemesh.config import ConfigError, ServiceConfig
 from computemesh.contracts.base import (
     MESSAGE_BYTES_MAX,
     AnyBound,
+    AnyServed,
+    Bound,
     Http,
     Message,
     Refused,
@@ -85,12 +87,13 @@ class Doors:
     """Why it cannot serve now; empty when it can."""
 
 
-def application(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], extras: list[Extra]) -> ASGIApp:
+def application(config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed], extras: list[Extra]) -> ASGIApp:
     """The ASGI application of one service's edge."""
     routes: list[Route] = [_Extra(extra) for extra in extras]
     routes += [
         Route(route.path, _handler(bound, route), methods=[route.method])
         for bound in bounds
+        if isinstance(bound, Bound)
         for route in bound.contract.http
     ]
     routes += _common(config, doors, bounds, [extra.route for extra in extras if extra.route])
@@ -127,7 +130,9 @@ class _Extra(Route):
         return match, found
 
 
-def _common(config: ServiceConfig, doors: Doors, bounds: list[AnyBound], declared: list[RouteContract]) -> list[Route]:
+def _common(
+    config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed], declared: list[RouteContract]
+) -> list[Route]:
     @cache
     def described() -> dict[str, Any]:
         return document(doors.card, [bound.contract for bound in bounds], declared)

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from computemesh import log
 from computemesh.answers import AnswerFailed
 from computemesh.bus import Bus
-from computemesh.contracts.base import AnyBound, AnyInParts, Refused, SendPart, serve, serve_parts
+from computemesh.contracts.base import AnyServed, Refused, SendPart, serve, serve_parts
 from computemesh.contracts.infer import (
     ASK,
     CONTROL,
@@ -53,10 +53,11 @@ class Door:
         """When each session that has streams was last heard of."""
         self._ending = False
 
-    def endpoints(self) -> list[AnyBound | AnyInParts]:
+    def endpoints(self) -> list[AnyServed]:
+        """While this agent drains, answers go on and new requests are refused with a reason."""
         return [
-            serve_parts(ASK, self.on_ask, target=self._node_id),
-            serve(CONTROL, self.on_control, target=self._node_id),
+            serve_parts(ASK, self.on_ask, target=self._node_id, acting=True, lasting=True),
+            serve(CONTROL, self.on_control, target=self._node_id, acting=True, lasting=True),
         ]
 
     @property
