@@ -508,10 +508,10 @@ class EnginePool:
 
     async def _replace(self, at: _Station, model: str) -> None:
         """The memory of the old server is free before the new one begins."""
-        old, at.server = at.server, None
-        if old:
-            at.restarts += old.restarts
-            await old.stop()
+        if at.server:
+            await at.server.stop()
+            at.restarts += at.server.restarts
+            at.server = None
         try:
             if model and not self._closed:
                 at.server = self._new_server(at, model)
@@ -586,7 +586,7 @@ def _state(at: _Station) -> EngineState:
     if at.changing and at.model:
         return EngineState.STARTING
     if at.server:
-        return at.server.state
+        return EngineState.DRAINING if at.changing and at.server.state is EngineState.READY else at.server.state
     now_s = asyncio.get_running_loop().time()
     return EngineState.FAILED if any(bar.until_s > now_s for bar in at.bars.values()) else EngineState.IDLE
 
