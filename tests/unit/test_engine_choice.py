@@ -69,6 +69,7 @@ class TestDevices:
     def test_an_empty_one_comes_before_one_that_must_drop_its_model(self) -> None:
         """Models stay warm where they are."""
         assert chosen("a", device("0", "b", free_mb=60_000), device("1", free_mb=8000)) == "1"
+        assert chosen("a", device("0", "b"), device("1")) == "1"
 
     def test_the_model_used_longest_ago_is_dropped(self) -> None:
         """Free memory is no reason there: how much there will be shows only afterwards."""
@@ -78,6 +79,8 @@ class TestDevices:
         """Into what is free, or into all there is where another model goes."""
         assert chosen("a", device("0", free_mb=8000), device("1", "b", pending=1, total_mb=24_000), size_mb=9000) == "1"
         assert chosen("a", device("0", free_mb=8000), size_mb=9000) == "0"
+        occupied = device("0", "b", total_mb=24_000, free_mb=100)
+        assert chosen("a", occupied, replace(occupied, id="1", pending=1, free_mb=20_000), size_mb=9000) == "0"
 
     def test_a_wish_is_granted_where_the_model_is_or_nothing_is(self) -> None:
         """Whoever wishes knows that its conversation was there."""
