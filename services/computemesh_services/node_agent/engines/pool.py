@@ -44,10 +44,9 @@ class _Waiter:
         self.model = model
         self.work = work
         self.since_s = since_s
+        self.view = Waiting(model=model, since_s=since_s, work=work)
+        """It, as the decisions see it."""
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def view(self) -> Waiting:
-        return Waiting(model=self.model, since_s=self.since_s, work=self.work)
 
 
 class _Bar:
@@ -448,7 +447,7 @@ class EnginePool:
         while not (self._closed or at.changing):
             move = choice.next_move(
                 self._engine_view(at),
-                [one.view() for one in at.line],
+                [one.view for one in at.line],
                 now_s=loop.time(),
                 patience_s=self._patience_s,
             )
