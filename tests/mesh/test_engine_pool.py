@@ -26,7 +26,7 @@ from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import EngineState, EngineUse, NodeList, NodesQuery, NodeView
 from computemesh.models import find_models
 from computemesh.testing import running_mesh
-from computemesh_services.node_agent.engines import rate, server
+from computemesh_services.node_agent.engines import server
 from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions
 from computemesh_services.node_agent.engines.orphans import MARK, Marks
 from computemesh_services.node_agent.engines.place import EngineError, Place
@@ -223,17 +223,13 @@ async def test_an_engine_that_nobody_uses_is_ended_after_its_time(new_pool: NewP
 
 
 async def test_an_engine_at_work_tells_how_much_it_puts_out(new_pool: NewPool) -> None:
-    """By its own count, while it goes on; and by that of whoever passes tokens on."""
+    """By its own count, also while a work item has it."""
     pool = new_pool()
     assert use_of(pool).tokens_per_s == 0
-    pool.note_tokens("cpu:0", 50)
-    noted = use_of(pool).tokens_per_s or 0
-    assert noted == 50 / rate.WINDOW_S
-    pool.note_tokens("gpu:9", 50)  # There is no such device, and nothing happens.
-    async with pool.admit("a") as place:
-        async with asyncio.timeout(WAIT_S):
-            while (use_of(pool).tokens_per_s or 0) <= noted:
-                await complete(place, tokens=60)
+    async with pool.use("a") as engine, asyncio.timeout(WAIT_S):
+        place = Place(base_url=engine.base_url, model="a", device="cpu:0")
+        while not use_of(pool).tokens_per_s:
+            await complete(place, tokens=60)
 
 
 async def test_a_model_for_embeddings_gives_embeddings(new_pool: NewPool, models: dict[str, Path]) -> None:

@@ -434,6 +434,20 @@ class TestPlaces:
         await asyncio.wait(tasks)
         assert begun == [1, 3, 4]
 
+    async def test_who_gives_up_in_the_moment_in_which_its_turn_comes_gives_its_place_on(
+        self, fake: Callable[[str], Path], new_pool: Callable[..., EnginePool]
+    ) -> None:
+        """It has left the line, and does not know it yet."""
+        pool = new_pool({"m": fake("works")}, options=replace(QUICK, parallel=1))
+        async with pool.admit("m"):
+            waiter = asyncio.create_task(hold(pool, "m"))
+            await until(lambda: use_of(pool).pending == 2)
+        waiter.cancel()
+        await asyncio.wait({waiter})
+        assert waiter.cancelled()
+        assert use_of(pool).pending == 0
+        await hold(pool, "m")
+
     async def test_devices_serve_models_side_by_side_and_the_one_used_longest_ago_makes_room(
         self, fake: Callable[[str], Path], new_pool: Callable[..., EnginePool]
     ) -> None:

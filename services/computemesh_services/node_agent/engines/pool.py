@@ -88,8 +88,7 @@ class _Station:
         self.bars: dict[str, _Bar] = {}
         self.restarts = 0
         """Of servers that are gone."""
-        self.noted = rate.Rate()
-        self.metered = rate.Rate()
+        self.rate = rate.Rate()
         self.meter: asyncio.Task[None] | None = None
 
     @property
@@ -218,7 +217,7 @@ class EnginePool:
                 state=_state(at),
                 model=at.model[:200],
                 pending=at.pending,
-                tokens_per_s=round(max(at.noted.per_s(now_s), at.metered.per_s(now_s)), 1),
+                tokens_per_s=round(at.rate.per_s(now_s), 1),
                 restarts=at.restarts + (at.server.restarts if at.server else 0),
             )
             for at in self._stations.values()
@@ -232,11 +231,6 @@ class EnginePool:
         """The processes of the servers that run, by device."""
         found = {name: at.server.pid for name, at in self._stations.items() if at.server}
         return {name: pid for name, pid in found.items() if pid is not None}
-
-    def note_tokens(self, device: str, tokens: int) -> None:
-        """An engine has put out so many tokens more, as seen by who passes them on."""
-        if at := self._stations.get(device):
-            at.noted.add(tokens, asyncio.get_running_loop().time())
 
     # --- places --------------------------------------------------------------------------------------------------
 
@@ -574,7 +568,7 @@ class EnginePool:
             if server is not None and at.ready:
                 tokens = await asyncio.to_thread(rate.read_tokens, server.base_url)
                 if tokens is not None and before is not None and pid == server.pid and tokens > before:
-                    at.metered.add(tokens - before, loop.time())
+                    at.rate.add(tokens - before, loop.time())
                 before, pid = tokens, server.pid
             await asyncio.sleep(METER_S)
 

@@ -15,6 +15,7 @@ GRAIN_S: Final = 0.5
 
 DECODES: Final = "llamacpp:n_decode_total"
 BUSY: Final = "llamacpp:n_busy_slots_per_decode"
+TOKENS: Final = "llamacpp:tokens_predicted_total"
 
 READ_TIMEOUT_S: Final = 2.0
 
@@ -48,18 +49,18 @@ class Rate:
 def tokens_of(metrics: str) -> float | None:
     """The tokens that llama.cpp's server has computed since it began, as its ``/metrics`` tell; None if they do not.
 
-    Its own count of tokens grows only when a request ends. Decodes, and how many requests shared each in the mean, are
-    told as it goes; a decode that reads a prompt counts as one token.
+    Its own count of tokens grows only when a request ends. Newer ones tell decodes, and how many requests shared each
+    in the mean, as they go; a decode that reads a prompt then counts as one token.
     """
     found: dict[str, float] = {}
     for line in metrics.splitlines():
         name, _, value = line.partition(" ")
-        if name in (DECODES, BUSY):
+        if name in (DECODES, BUSY, TOKENS):
             try:
                 found[name] = float(value)
             except ValueError:
                 return None
-    return found[DECODES] * found[BUSY] if len(found) == 2 else None
+    return found[DECODES] * found[BUSY] if DECODES in found and BUSY in found else found.get(TOKENS)
 
 
 def read_tokens(base_url: str) -> float | None:
