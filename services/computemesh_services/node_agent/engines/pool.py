@@ -506,7 +506,7 @@ class EnginePool:
             at.restarts += at.server.restarts
             at.server = None
         try:
-            if model and not self._closed:
+            if model:
                 at.server = self._new_server(at, model)
                 at.server.start()
         except EngineError as error:
