@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import deque
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final, Protocol
@@ -23,6 +24,9 @@ CONNECT_S: Final = 10.0
 
 READ_BYTES: Final = 32 * 1024
 """Of an answer that nobody takes, about twice as much is read; then the engine has to wait."""
+
+SOCKET_BYTES: Final = 128 * 1024
+"""As much lies in the kernel meanwhile, and as much again where the engine writes."""
 
 OPEN = Gauge("computemesh_agent_answers_open", "Answers of engines that are being waited for or given.")
 ENDED = Counter(
@@ -161,11 +165,19 @@ class Inference:
 def _new_session() -> aiohttp.ClientSession:
     # An engine gives each connection a thread and closes an idle one when it likes, so each request has its own.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_socket),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=READ_BYTES,
     )
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    # By itself the kernel would take in megabytes of an answer that nobody takes.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BYTES)
+    return made
 
 
 def engine_body(ask: InferAsk, model: str) -> dict[str, Any]:
