@@ -182,6 +182,7 @@ async def running_mesh(
     environment: Mapping[str, str] | None = None,
     clustered: bool = False,
     agents: Sequence[str] = (),
+    nats_host: str = "127.0.0.1",
 ) -> AsyncGenerator[RunningMesh]:
     """The named services on a server of their own, ready, with all files under *folder*.
 
@@ -189,6 +190,7 @@ async def running_mesh(
         clustered: there are three servers, which keep everything three times.
         agents: further nodes that are node agents, in a cluster, by node id; their services are called
             ``node-agent-<node id>``.
+        nats_host: the address at which the server listens, if there is only one.
     """
     assert clustered or not agents, "the address of a server of the mesh's own is known too late for them"
     home = Home(folder / "mesh")
@@ -212,6 +214,7 @@ async def running_mesh(
             specs,
             token=credentials.token,
             node_id=NODE_ID,
+            nats_host=nats_host,
             nats_urls=_urls(cluster) if cluster is not None else None,
             on_line=lambda name, line: lines.append(f"{name} {line.decode('utf-8', 'replace').rstrip()}"),
         )
