@@ -252,3 +252,28 @@ async def test_the_agent_is_told_to_end(tmp_path: Path) -> None:
             assert tokens_of(await read(short)) == numbered("short", 20)
             [failure] = await broken_off([long], 15)
             assert (failure.code, failure.retry) == ("unavailable", "elsewhere")
+
+
+# --- the example ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_plain_program_of_the_page_prints_an_answer(agent: Agent) -> None:
+    """And says so when it is refused, or nobody is there."""
+    await agent.serving()
+    program = Path(__file__).parents[2] / "docs/examples/streams/ask.py"
+
+    async def run(*words: str) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, program, *words),
+            env=agent.mesh.environment(Role.CLIENT),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+        return process.returncode or 0, out.decode(), err.decode()
+
+    assert await run(NODE_ID, MODEL, "id=a tokens=5") == (0, "a:0 a:1 a:2 a:3 a:4 \n", "")
+    assert await run("nowhere", MODEL, "x") == (1, "", "node nowhere is not there\n")
+    status, _, complaint = await run(NODE_ID, "no-such-model", "x")
+    assert status == 1
+    assert complaint.startswith("refused: ")
