@@ -682,7 +682,7 @@ class NodeAgent:
             ),
             cards=self._engines.cards(),
             uses=self._engines.uses(),
-            metrics={},
+            metrics=self._engines.metrics(),
             models=self._engines.model_cards(),
         )
 

@@ -178,6 +178,10 @@ class EnginePool:
     def devices(self) -> list[DeviceRef]:
         return [at.device for at in self._stations.values()]
 
+    def metrics(self) -> Mapping[str, DeviceMetrics]:
+        """How the devices are doing, by their ids, as far as that is known."""
+        return self._metrics()
+
     def loaded(self) -> list[str]:
         """Names of the models that an engine serves now."""
         served = {at.model for at in self._stations.values() if at.ready}
