@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -25,6 +26,9 @@ from computemesh.ids import new_id
 
 BODY_BYTES_MAX: Final = 8 * 1024 * 1024
 """Of a request: as much as a message of the mesh's own NATS server holds, and so as much as the gateway takes."""
+
+AGAIN_S: Final = (0.1, 0.5)
+"""Pauses before a request is given again to an engine that was lost before it answered."""
 
 _BROKE_OFF: Final = Refused(
     code="engine_failed", reason="the engine's answer ended before its end mark", status=502, retry="later"
@@ -136,9 +140,18 @@ class OpenAiDoor:
         response.headers.update(named)
         return response
 
+    async def _open(self, ask: InferAsk) -> Answer | Refused:
+        """The answer, also when the engine that was to give it dies before it begins: the next one may."""
+        for pause_s in AGAIN_S:
+            answer = await self._inference.open(ask)
+            if not (isinstance(answer, Refused) and answer.code == "engine_lost"):
+                return answer
+            await asyncio.sleep(pause_s)  # By then it is known that the engine is gone, and the next try waits for it.
+        return await self._inference.open(ask)
+
     async def _begin(self, ask: InferAsk, question: openai.Question) -> Answer | _Whole | Refused:
         """The answer once it has begun, if it streams, else all of it."""
-        answer = await self._inference.open(ask)
+        answer = await self._open(ask)
         if isinstance(answer, Refused):
             return answer
         if answer.status == 200 and question.stream:
