@@ -381,7 +381,7 @@ async def test_when_all_engines_fail_the_client_is_told_after_a_bounded_number_o
         one.refuses = two.refuses = UNAVAILABLE
         answer = await http.post(CHAT, json=chat("m-none"))
         assert error(answer, 503, "unavailable")["message"] == UNAVAILABLE.reason
-        assert len(one.asked) + len(two.asked) == 4
+        assert len(one.asked) + len(two.asked) == 5
 
 
 # --- when engines are full ---------------------------------------------------------------------------------------

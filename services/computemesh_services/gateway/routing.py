@@ -165,8 +165,8 @@ def _short(prefix: bytes) -> bytes:
 
 # --- when it fails -----------------------------------------------------------------------------------------------
 
-TRIES_MAX: Final = 4
-"""Engines that one request may fail on."""
+TRIES_MAX: Final = 5
+"""Engines that one request may fail on. Where there is but one, that takes six seconds: its agent may start again."""
 
 PAUSE_S: Final = 0.4
 """Before an engine is asked again that failed a request, doubled each time."""
