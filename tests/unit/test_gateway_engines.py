@@ -194,18 +194,32 @@ def test_an_engine_has_a_model_when_it_says_so_or_we_have_just_asked_for_it() ->
 
 
 def test_an_engine_that_ails_is_known_to() -> None:
-    """It failed, restarts, was not heard, or failed a request of ours lately."""
+    """It failed, restarts, or failed a request of ours lately."""
     for state in (EngineState.FAILED, EngineState.RESTARTING):
         engines = known()
         engines.beat(beat(model="m", state=state), now=1)
         assert not only(engines, now=1).sound
     engines = known()
-    engines.unanswered("a")
-    assert not only(engines).sound
-    engines.beat(beat(), now=1)
-    assert only(engines, now=1).sound
     engines.was_faulty("a", until=3)
     assert [only(engines, now=at).sound for at in (2.9, 3.0)] == [False, True]
+
+
+def test_a_node_that_did_not_answer_is_given_nothing_until_it_is_heard() -> None:
+    """By a heartbeat or an announcement; while no other has the model, that is known of it."""
+    for said in (node(session="2"), beat()):
+        engines = known()
+        engines.unanswered("a")
+        assert only(engines, now=999).full
+        assert engines.standing("m", now=1) == "silent"
+        if isinstance(said, NodeAnnouncement):
+            engines.announced(said, now=1)
+        else:
+            engines.beat(said, now=1)
+        assert not only(engines, now=1).full
+        assert engines.standing("m", now=1) == "here"
+    engines = known(node(), node("b"))
+    engines.unanswered("a")
+    assert engines.standing("m", now=1) == "here"
 
 
 def test_a_model_that_is_not_on_the_node_yet_is_marked() -> None:

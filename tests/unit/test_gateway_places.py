@@ -140,3 +140,17 @@ async def test_those_that_wait_are_told_when_their_last_node_goes() -> None:
     refused = waiting.result()
     assert isinstance(refused, Refused)
     assert refused.code == "unavailable"
+
+
+async def test_requests_wait_for_a_node_that_did_not_answer() -> None:
+    """Until it is heard; one that waits in vain is told that, and not that engines are busy."""
+    places, engines = desk()
+    engines.unanswered("a")
+    waiting = waits(places)
+    late = places.in_vain("m", 30.0)
+    assert (late.code, late.status) == ("unavailable", 503)
+    engines.beat(NodeHeartbeat(node_id="a", session="1"), now=0)
+    places.serve()
+    assert isinstance(waiting.result(), Choice)
+    late = places.in_vain("m", 30.0)
+    assert (late.code, late.status) == ("too_many_requests", 429)

@@ -48,7 +48,7 @@ class Candidate:
     slots: int
     """Requests it works on at the same time."""
     full: bool
-    """It takes no more."""
+    """It takes no more for the moment, or does not answer."""
     loaded: bool
     """The model is in its memory, or on the way there."""
     free: bool
@@ -84,7 +84,7 @@ class _Node:
     faulty_until: float = 0.0
 
 
-Standing = Literal["here", "away", "unknown", "unsure"]
+Standing = Literal["here", "silent", "away", "unknown", "unsure"]
 
 
 class Engines:
@@ -181,7 +181,7 @@ class Engines:
             node.full_until = 0.0
 
     def unanswered(self, node_id: str) -> None:
-        """A node did not answer; until it is heard of, others go before."""
+        """A node did not answer; until it is heard of it is given nothing more."""
         if node := self._nodes.get(node_id):
             node.silent = True
 
@@ -207,11 +207,15 @@ class Engines:
         return found
 
     def standing(self, model: str, *, now: float) -> Standing:
-        """Whether a model can be had now, is on nodes that are away, or on none; which is not sure at the beginning."""
+        """Whether a model can be had now, is on nodes that did not answer or are away, or on none; which is not sure at
+        the beginning."""
         nodes = [self._nodes[node_id] for node_id in self._by_model.get(model, ())]
         if not nodes:
             return "unknown" if self.complete else "unsure"
-        return "here" if any(self._takes(node, now) for node in nodes) else "away"
+        taking = [node for node in nodes if self._takes(node, now)]
+        if not taking:
+            return "away"
+        return "silent" if all(node.silent for node in taking) else "here"
 
     def models(self, *, now: float) -> tuple[list[Model], list[str]]:
         """The models that can be asked, and those that are known but out of reach, by name."""
@@ -288,11 +292,9 @@ class Engines:
             spot=spot,
             load=load,
             slots=card.slots,
-            full=now < node.full_until or (load if fresh else mine) >= card.pending_max,
+            full=node.silent or now < node.full_until or (load if fresh else mine) >= card.pending_max,
             loaded=(holds == model and state is not EngineState.DRAINING) or on_the_way,
             free=not holds or holds == model,
             present=node.cards[model].present if model in node.cards else True,
-            sound=not node.silent
-            and now >= node.faulty_until
-            and state not in (EngineState.FAILED, EngineState.RESTARTING),
+            sound=now >= node.faulty_until and state not in (EngineState.FAILED, EngineState.RESTARTING),
         )

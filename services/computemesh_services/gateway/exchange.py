@@ -158,12 +158,11 @@ class Exchange(Response):
         engines, node_id, now = self._mesh.engines, choice.spot.node_id, time.monotonic()
         if told.code == "too_many_requests":
             engines.was_full(node_id, until=now + REPORT_S)
+        elif told.code == "node_lost":
+            engines.unanswered(node_id)
         else:
             self._wish.failed.add(choice.spot)
-            if told.code == "node_lost":
-                engines.unanswered(node_id)
-            elif told.code != "duplicate_stream":
-                engines.was_faulty(node_id, until=now + FAULTY_S)
+            engines.was_faulty(node_id, until=now + FAULTY_S)
         measures.RETRIES.labels(told.code).inc()
         facts = {"request_id": self._request_id, "node": node_id, "code": told.code, "reason": told.reason}
         _log.info("asking another engine", **facts)
@@ -185,8 +184,7 @@ class Exchange(Response):
         finally:
             self._waited_s += time.monotonic() - began_s
         if given.cancel():
-            reason = f"every engine for model {model!r} is busy, and none fell free in {self._waited_s:.0f} s"
-            return Refused(code="too_many_requests", reason=reason, status=429, retry="later")
+            return places.in_vain(model, self._waited_s)
         return given.result()
 
     async def _patiently(self, awaited: asyncio.Future[Any], deadline_s: float = float("inf")) -> None:

@@ -83,6 +83,14 @@ class Places:
         self._engines.ended(choice.spot, model)
         self.serve()
 
+    def in_vain(self, model: str, waited_s: float) -> Refused:
+        """What is said to a request that has waited long enough."""
+        if self._engines.standing(model, now=self._clock()) == "silent":
+            reason = f"the nodes that serve model {model!r} do not answer, and were not heard of in {waited_s:.0f} s"
+            return Refused(code="unavailable", reason=reason, status=503, retry="later")
+        reason = f"every engine for model {model!r} is busy, and none fell free in {waited_s:.0f} s"
+        return Refused(code="too_many_requests", reason=reason, status=429, retry="later")
+
     def serve(self) -> None:
         """Gives those that wait what there is now. Called whenever that may have changed."""
         for model, line in list(self._waiting.items()):

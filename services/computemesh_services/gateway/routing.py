@@ -44,7 +44,7 @@ class Rank(IntEnum):
     FETCHES = 4
     """The model's file is not there yet."""
     AILS = 5
-    """It failed lately, or was not heard."""
+    """It failed lately."""
     FAILED_IT = 6
     """It failed this very request."""
 
@@ -166,7 +166,7 @@ def _short(prefix: bytes) -> bytes:
 # --- when it fails -----------------------------------------------------------------------------------------------
 
 TRIES_MAX: Final = 5
-"""Engines that one request may fail on. Where there is but one, that takes six seconds: its agent may start again."""
+"""Engines that one request may fail on."""
 
 PAUSE_S: Final = 0.4
 """Before an engine is asked again that failed a request, doubled each time."""
