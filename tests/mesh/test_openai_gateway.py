@@ -505,3 +505,26 @@ async def test_a_gateway_that_is_told_to_end_finishes_its_streams(mesh: RunningM
             text += "".join([part async for part in lines])
         assert events(text)[-1] == "[DONE]"
         assert len(events(text)) == 4 + 2
+
+
+async def test_a_stream_that_outlasts_the_drain_ends_with_an_error(tmp_path: Path) -> None:
+    """And does not just break off."""
+    services = ("node-registry", "gateway")
+    async with running_mesh(tmp_path, services, environment={"COMPUTEMESH_DRAIN_TIMEOUT_S": "2"}) as mesh:
+        node = EngineNode(await mesh.bus(Role.NODE, "e1"), "e1", ["m"])
+        await node.join()
+        node.stops_at = 2
+        node.go.clear()
+        async with httpx.AsyncClient(base_url=mesh.http("gateway"), timeout=30) as client:
+            async with asyncio.timeout(30):
+                while not await serving(client, "m"):
+                    await asyncio.sleep(0.02)
+            async with client.stream("POST", CHAT, json=chat("m", stream=True)) as answer:
+                texts = answer.aiter_text()
+                text = await anext(texts)
+                (name,) = node.open
+                mesh.kill("gateway", signal.SIGTERM)
+                text += "".join([part async for part in texts])
+        assert events(text)[-1]["error"]["code"] == "unavailable"
+        await until(lambda: name in node.cancelled, what="the node to be told")
+        await node.leave()
