@@ -147,6 +147,10 @@ def _type(status: int) -> str:
             return "invalid_request_error" if status < 500 else "server_error"
 
 
+class _Complaint(msgspec.Struct):
+    error: dict[str, Any] | str | None = None
+
+
 def complaint(status: int, text: str) -> Refused:
     """What an engine complained of, as a refusal of ours.
 
@@ -156,17 +160,16 @@ def complaint(status: int, text: str) -> Refused:
     """
     message, code, param = text.strip()[:500], "", ""
     try:
-        error = msgspec.json.decode(text, type=dict[str, Any]).get("error")
+        error = msgspec.json.decode(text, type=_Complaint).error
     except (ValueError, RecursionError):
         error = None
-    if isinstance(error, dict):
-        said: dict[str, Any] = error
-        message = str(said.get("message") or message)
-        # llama.cpp has the status there.
-        code = said["code"] if isinstance(said.get("code"), str) else str(said.get("type") or "")
-        param = str(said.get("param") or "")
-    elif isinstance(error, str):
+    if isinstance(error, str):
         message = error
+    elif error is not None:
+        message = str(error.get("message") or message)
+        # llama.cpp has the status there.
+        code = error["code"] if isinstance(error.get("code"), str) else str(error.get("type") or "")
+        param = str(error.get("param") or "")
     retry: Literal["never", "later"] = "later" if status in (429, 503) else "never"
     return Refused(
         code=code or ("bad_message" if status < 500 else "engine_failed"),

@@ -166,7 +166,9 @@ class EngineNode:
         deltas = [{"delta": {"content": token}} if chat else {"text": token} for token in made]
         chunks = [{"index": 0, "finish_reason": None, **delta} for delta in deltas]
         chunks.append({"index": 0, "finish_reason": "stop", **({"delta": {}} if chat else {"text": ""})})
-        events = [{**head, "object": "chat.completion.chunk", "choices": [chunk]} for chunk in chunks]
+        events: list[dict[str, Any]] = [
+            {**head, "object": "chat.completion.chunk", "choices": [chunk]} for chunk in chunks
+        ]
         # As the node agent sees to it that engines tell, whatever the client asked.
         events.append({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
         return [*(f"data: {json.dumps(event)}\n\n" for event in events), DONE]

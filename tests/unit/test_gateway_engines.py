@@ -31,7 +31,8 @@ def node(node_id: str = "a", session: str = "1", *, models: tuple[str, ...] = ("
 
 def view(node_id: str = "a", session: str = "1", **more: Any) -> NodeView:
     card = EngineCard(device="gpu:0", slots=1, pending_max=2)
-    return NodeView(**{"node_id": node_id, "session": session, "models": ["m"], "engines": [card], **more})
+    fields: dict[str, Any] = {"models": ["m"], "engines": [card], **more}
+    return NodeView(node_id=node_id, session=session, **fields)
 
 
 def beat(node_id: str = "a", session: str = "1", *, pending: int = 0, model: str = "", **more: Any) -> NodeHeartbeat:

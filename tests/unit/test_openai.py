@@ -100,7 +100,9 @@ def test_the_bound_on_tokens_has_two_names_and_the_newer_one_counts() -> None:
 def test_the_length_of_a_prompt_is_told_whatever_its_form() -> None:
     """Texts, parts of texts and tokens; four characters stand for a token."""
     assert openai.prompt_chars(question(model="m", messages=[*MESSAGES, *MESSAGES])) == 12
-    parts = [{"role": "user", "content": [{"type": "text", "text": "abc"}, {"type": "image_url", "image_url": {}}]}]
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "abc"}, {"type": "image_url", "image_url": {}}]}
+    ]
     assert openai.prompt_chars(question(model="m", messages=parts)) == 3
     assert openai.prompt_chars(question("/v1/completions", model="m", prompt=["ab", "c"])) == 3
     assert openai.prompt_chars(question("/v1/completions", model="m", prompt=[1, 2])) == 8
