@@ -138,7 +138,6 @@ def test_a_full_engine_gets_nothing() -> None:
     """When all are, none is chosen."""
     assert choose([engine("a", full=True)], b"") is None
     assert choose([], b"") is None
-    assert chosen([engine("a", full=True), engine("b", sound=False)]) == "b"
 
 
 def test_an_engine_that_failed_a_request_gets_it_again_only_when_there_is_no_other() -> None:
@@ -147,9 +146,15 @@ def test_an_engine_that_failed_a_request_gets_it_again_only_when_there_is_no_oth
     found = choose([engine("a"), engine("b", sound=False)], b"", failed)
     assert found is not None
     assert found.spot.node_id == "b"
-    found = choose([engine("a"), engine("b", full=True)], b"", failed)
+    found = choose([engine("a"), engine("b", full=True, sound=False)], b"", failed)
     assert found is not None
     assert (found.spot.node_id, found.rank) == ("a", Rank.FAILED_IT)
+
+
+def test_a_request_waits_for_a_full_engine_rather_than_go_to_one_that_has_just_failed() -> None:
+    """The full one will answer; of the other that is not so sure."""
+    assert choose([engine("a", sound=False), engine("b", full=True)], b"") is None
+    assert choose([engine("a"), engine("b", full=True)], b"", {Spot("a", "gpu:0")}) is None
 
 
 # --- the prefix --------------------------------------------------------------------------------------------------

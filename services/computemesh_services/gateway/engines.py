@@ -296,5 +296,7 @@ class Engines:
             loaded=(holds == model and state is not EngineState.DRAINING) or on_the_way,
             free=not holds or holds == model,
             present=node.cards[model].present if model in node.cards else True,
-            sound=now >= node.faulty_until and state not in (EngineState.FAILED, EngineState.RESTARTING),
+            sound=not node.silent
+            and now >= node.faulty_until
+            and state not in (EngineState.FAILED, EngineState.RESTARTING),
         )

@@ -107,7 +107,7 @@ def _opening(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def choose(candidates: Collection[Candidate], prefix: bytes, failed: Collection[Spot] = ()) -> Choice | None:
-    """The engine for a request; None when each has all it takes.
+    """The engine for a request; None when each has all it takes, but for some that have just failed.
 
     Args:
         candidates: every engine that could answer for the model.
@@ -119,6 +119,8 @@ def choose(candidates: Collection[Candidate], prefix: bytes, failed: Collection[
         return None
     ranks = {each.spot: Rank.FAILED_IT if each.spot in failed else rank_of(each) for each in open_}
     rank = min(ranks.values())
+    if rank >= Rank.AILS and any(each.full and each.sound and each.spot not in failed for each in candidates):
+        return None
     here = sorted((each for each in open_ if ranks[each.spot] is rank), key=lambda each: -score(prefix, each))
     chosen = _within_bound(here, candidates) if rank <= Rank.QUEUES else _least(here)
     return Choice(spot=chosen.spot, rank=rank, first=chosen is here[0], load=chosen.load, among=len(candidates))
