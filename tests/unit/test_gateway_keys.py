@@ -165,8 +165,8 @@ async def test_without_keys_loopback_is_open_and_other_addresses_are_not() -> No
     """Nor loopback where a token is demanded there. Programs that show any key all the same are let in."""
     for request in (showing(), showing(authorization="Bearer none")):
         assert isinstance(await doorkeeper().enter(request), Anyone)
-        for config in ({"http_host": "10.0.0.1"}, {"orchestrator_token": "t"}):
-            told = await doorkeeper(**config).enter(request)
+        for door in (doorkeeper(http_host="10.0.0.1"), doorkeeper(orchestrator_token="t")):
+            told = await door.enter(request)
             assert isinstance(told, Denied)
             assert told.refused.status == 401
     assert isinstance(await doorkeeper(orchestrator_token="t").enter(showing(authorization="Bearer t")), Anyone)

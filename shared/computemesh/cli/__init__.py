@@ -8,6 +8,7 @@ from computemesh import __version__
 from computemesh.cli import (
     access,
     call,
+    chat,
     completion,
     doctor,
     engines,
@@ -50,6 +51,7 @@ for _command in (
     gpus.gpus_group,
     engines.engines,
     models.models_group,
+    chat.chat,
     keys.keys_group,
     work.submit,
     work.work_group,
