@@ -47,6 +47,8 @@ class Hub:
     """A download breaks off after so many bytes; 0 = never."""
     breaks: int = 0
     """How many downloads still break off."""
+    piece: int = 4096
+    """Bytes that are sent at a time."""
     pause_s: float = 0.0
     """Between two pieces of a download."""
     down: int = 0
@@ -146,8 +148,8 @@ def running_hub(hub: Hub) -> Generator[Hub, None, None]:
             if hub.breaks:
                 hub.breaks -= 1
                 end = min(end, begin + hub.break_after)
-            for at in range(begin, end, 4096):
-                self.wfile.write(data[at : min(end, at + 4096)])
+            for at in range(begin, end, hub.piece):
+                self.wfile.write(data[at : min(end, at + hub.piece)])
                 self.wfile.flush()
                 time.sleep(hub.pause_s)
             self.close_connection = end < len(data)

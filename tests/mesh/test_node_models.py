@@ -25,7 +25,8 @@ SERVICES = ("node-registry", "work-marshaller", "node-agent")
 def hub() -> Generator[Hub, None, None]:
     """Has the real model, and gives nothing yet."""
     (path,) = embedded_files()
-    with running_hub(Hub(repos={"org/small-GGUF": {"small-Q4_1.gguf": path.read_bytes()}}, down=503)) as hub:
+    repos = {"org/small-GGUF": {"small-Q4_1.gguf": path.read_bytes()}}
+    with running_hub(Hub(repos=repos, piece=2**20, down=503)) as hub:
         yield hub
 
 
@@ -58,7 +59,6 @@ async def test_work_for_a_model_that_is_not_there_waits_until_it_is_fetched(hub:
         assert view.models == ["small"]
         assert [(card.name, card.present) for card in view.model_cards] == [("small", False)]
         assert f"{hub.url} answers 503" in view.fetches[0].problem
-        hub.pause_s = 0.0002
         hub.down = 0
         item = work.WorkItem(work_type="inference", payload={"prompt": "Name a colour.", "max_tokens": 4})
         sent = await mesh.submit(item)
