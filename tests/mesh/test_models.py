@@ -25,7 +25,11 @@ from computemesh.contracts.base import Refused
 from computemesh.contracts.nodes import ModelFetch
 from computemesh.modelsource import parse
 from computemesh.testing.ggufs import a_gguf
+from computemesh_services.node_agent.engines.orphans import Marks
+from computemesh_services.node_agent.engines.place import EngineError
+from computemesh_services.node_agent.engines.pool import EnginePool
 from computemesh_services.node_agent.models import fetching, progress
+from computemesh_services.node_agent.models.serving import options
 from computemesh_services.node_agent.models.source import FetchError, Progress, SourceFile
 from computemesh_services.node_agent.models.store import ModelStore, source_of
 from tests.mesh.hub import COMMIT, Hub, running_hub
@@ -556,3 +560,38 @@ def test_progress_says_how_much_how_fast_and_how_long() -> None:
     meter.note(0, 600 * 2**20, 30.0)
     assert meter.bytes_per_s(30.1) is None
     assert ModelFetch(model="m").total_mb is None
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_for_a_model_that_is_not_here_has_it_fetched_and_is_refused_until_it_is(
+    hub: Hub, opened: Opened, tmp_path: Path
+) -> None:
+    """With 503, how far it is, and when to ask again."""
+    store = opened("hf:org/tiny-GGUF", fetch_at="first_use")
+
+    def missing(name: str) -> float:
+        store.want(name)
+        return store.retry_after_s(name)
+
+    pool = EnginePool(
+        options(store, {}, context_tokens=4096),
+        log_dir=tmp_path,
+        marks=Marks(tmp_path / "marks"),
+        locate=lambda model: store.path(model.name),
+        missing=missing,
+    )
+    assert [(card.name, card.present) for card in pool.model_cards()] == [("tiny", False)]
+    assert hub.seen == [], "to tell of a model is no use of it"
+    with pytest.raises(EngineError) as caught:
+        async with pool.admit("tiny"):
+            pass
+    assert (caught.value.code, caught.value.status) == ("unavailable", 503)
+    assert "'tiny' is not on this node yet" in caught.value.reason
+    assert caught.value.retry_after_s is not None
+    await until(lambda: here(store, "tiny"))
+    pool.offer(options(store, {}, context_tokens=4096))
+    (card,) = pool.model_cards()
+    assert (card.present, card.context_tokens) == (True, 2048)
+    await pool.close()

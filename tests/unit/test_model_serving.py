@@ -16,11 +16,11 @@ SUM = "ab" * 32
 
 
 def test_a_model_of_the_file_is_served_from_its_path_or_else_fetched_from_its_source(tmp_path: Path) -> None:
-    """A path that is there counts; without a source it counts anyway, and its absence is told when it is used."""
+    """A path that is there counts; one that is not is waited for, unless there is a source."""
     here, nowhere = tmp_path / "m.gguf", tmp_path / "n.gguf"
     here.write_bytes(a_gguf())
     assert named("big", path=here, source="hf:org/repo").models == {"big": here}
-    assert named("big", path=nowhere).models == {"big": nowhere}
+    assert [source.path for source in named("big", path=nowhere).wanted] == [nowhere]
     (source,) = named("big", path=nowhere, source="hf:org/repo:Q8_0").wanted
     assert (source.model, source.location) == ("big", "hf:org/repo:Q8_0")
 

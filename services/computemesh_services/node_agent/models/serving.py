@@ -25,11 +25,13 @@ def named(model: str, *, path: Path | None = None, source: str = "", sha256: str
     """
     sha256 = checksum(sha256) if sha256 else ""
     if path is not None and not (source and not path.exists()):
-        if not sha256:
+        if path.exists() and not sha256:
             return Found({model: path})
+        # One that is not there yet may lie on a share that is mounted later.
         at = ModelSource(kind="path", location=str(path), path=path, name=model, sha256=sha256)
         return Found({}, wanted=(at,))
-    found = parse(f"{source}#sha256={sha256}" if sha256 and "#" not in source else source)
+    # A path has a field of its own, so `org/repo` is nothing else.
+    found = parse(f"{source}#sha256={sha256}" if sha256 and "#" not in source else source, exists=lambda _: False)
     if sha256 and found.sha256 != sha256:
         raise SourceError(f"{model}: its source names another checksum than sha256")
     return Found({}, wanted=(replace(found, name=model),))
