@@ -253,6 +253,8 @@ def tables(cases: Mapping[str, Mapping[str, Row]], *, per: Mapping[str, str]) ->
                 f"| {door} | {row.ttft_p50_ms:.2f} | {row.ttft_p99_ms:.2f} | {added} | {row.gap_p50_ms:.2f} "
                 f"| {row.gap_p99_ms:.2f} | {row.tokens_per_s:,.0f} | {row.tokens_to_direct:.3f} | {bad} | {parts} |"
             )
+        memory = rows[MESH].rss_mb
+        text += ["", "Memory: " + ", ".join(f"{part} {size:.0f} MB" for part, size in memory.items())]
         text += [f"{door}: {reason}" for door, row in rows.items() for reason in row.reasons]
     return text
 
