@@ -115,6 +115,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All that was measured, and with what."""
 
     repetitions: int
+    peer_repetitions: int
     cores: int
     load_before: float
     """Processes that ran or wanted to, of all the machine, over the last minute."""
@@ -197,8 +198,15 @@ def median(rows: Sequence[Row]) -> Row:
     )
 
 
-async def compare(cases: Mapping[str, Case], *, fake: bool, reps: int, peer: Path | None) -> dict[str, dict[str, Row]]:
-    """All cases at all doors, in turns; tells on standard error where it is."""
+async def compare(
+    cases: Mapping[str, Case], *, fake: bool, reps: int, peer: Path | None, peer_reps: int = 1
+) -> dict[str, dict[str, Row]]:
+    """All cases at all doors, in turns; tells on standard error where it is.
+
+    Args:
+        peer: the Python that has LiteLLM.
+        peer_reps: turns in which it takes part.
+    """
     found: dict[str, dict[str, Row]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -215,7 +223,8 @@ async def compare(cases: Mapping[str, Case], *, fake: bool, reps: int, peer: Pat
                 for rep in range(reps):
                     rows: dict[str, Row] = {}
                     # The engine alone comes first in the first turn, because its texts are the measure.
-                    order = list(doors)[rep % len(doors) :] + list(doors)[: rep % len(doors)]
+                    here = [door for door in doors if door in OURS or rep < peer_reps]
+                    order = here[rep % len(here) :] + here[: rep % len(here)]
                     for door in order:
                         tell(f"{case_name}, {rep + 1}/{reps}, {door}")
                         rows[door] = await measure(case, doors[door], asker, texts, fake=fake)
@@ -276,11 +285,13 @@ async def bench(options: argparse.Namespace, peer: Path | None) -> Report:
     reps = 1 if options.quick else options.reps
     before = os.getloadavg()[0]
     wanted: set[str] = set(options.only.split(","))
-    fake = await compare(FAKE_CASES, fake=True, reps=reps, peer=peer) if "fake" in wanted else {}
-    llama = await compare(LLAMA_CASES, fake=False, reps=reps, peer=peer) if "llama" in wanted else {}
+    turns = {"reps": reps, "peer_reps": min(reps, options.peer_reps)}
+    fake = await compare(FAKE_CASES, fake=True, peer=peer, **turns) if "fake" in wanted else {}
+    llama = await compare(LLAMA_CASES, fake=False, peer=peer, **turns) if "llama" in wanted else {}
     over = await failover.bench(reps=2 if options.quick else 5, tell=tell) if "failover" in wanted else {}
     return Report(
         repetitions=reps,
+        peer_repetitions=turns["peer_reps"],
         cores=os.cpu_count() or 0,
         load_before=before,
         load_after=os.getloadavg()[0],
@@ -327,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What it costs to reach an engine through the mesh.")
     parser.add_argument("--only", default="fake,llama,failover", help="parts of it, separated by commas")
     parser.add_argument("--reps", type=int, default=3, help="turns; the medians count")
+    parser.add_argument("--peer-reps", type=int, default=1, help="turns of LiteLLM, which take minutes each")
     parser.add_argument("--quick", action="store_true", help="one turn")
     parser.add_argument("--peers", type=Path, default=DEFAULT_PLACE, help=f"LiteLLM's environment; {DEFAULT_PLACE}")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
