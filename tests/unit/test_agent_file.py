@@ -168,6 +168,13 @@ def test_a_file_that_names_no_models_leaves_them_to_the_environment() -> None:
             "models: [a.gguf]\n",
             "models[0]: Expected a model, such as `model_id: tiny` with a path (line 1, column 10)",
         ),
+        (
+            "models: [{model_id: a, source: 'ftp://x/y.gguf'}]\n",
+            (
+                "models[0].source: ftp://x/y.gguf: models come from paths, hf:, file: and https:, not from ftp: "
+                "(line 1, column 24)"
+            ),
+        ),
         ("slots: '2'\n", "slots: Expected 'int', got 'str' (line 1, column 1)"),
         ("slots: 0\n", "slots: Expected 'int' >= 1 (line 1, column 1)"),
         ("backend: gpu\n", "backend: 'gpu' is none of auto, cpu, cuda, metal, rocm, sycl, vulkan (line 1, column 1)"),

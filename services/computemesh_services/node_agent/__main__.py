@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,9 @@ from computemesh.paths import home
 from computemesh_services.node_agent import config_file
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.config_file import ConfigFile
+from computemesh_services.node_agent.engines.backends.machine import devices_here
+from computemesh_services.node_agent.engines.place import EngineError
+from computemesh_services.node_agent.engines.server import launcher
 from computemesh_services.node_agent.service import NodeAgent
 
 SECRETS: Final = ("NATS_URL", "COMPUTEMESH_TOKEN", "ORCHESTRATOR_TOKEN", "_API_KEYS", "DISPATCHER_KEY")
@@ -44,9 +49,17 @@ def main() -> None:
                 _log.info("the environment counts before the file", setting=setting, variable=variable)
         for name in [name for name in os.environ if any(part in name for part in SECRETS)]:
             del os.environ[name]
-        return NodeAgent(bus, config, home(), http_url)
+        find = partial(devices_here, config.backend, cpu_plan=config.cpu_plan(), launcher=_launcher(config))
+        return NodeAgent(bus, config, home(), http_url, told=told, find_devices=find)
 
     run(NODE_AGENT, AgentConfig, make, told=told.settings)
+
+
+def _launcher(config: AgentConfig) -> list[str]:
+    """The command that starts a llama.cpp server; empty when there is none, which the agent says by itself."""
+    with contextlib.suppress(EngineError):
+        return launcher(config.llama_server)
+    return []
 
 
 def _told() -> ConfigFile:

@@ -19,9 +19,12 @@ from computemesh import yamltext
 from computemesh.config import ConfigError
 from computemesh.contracts.base import Refused, refused
 from computemesh.contracts.nodes import Name
+from computemesh.models import Found
+from computemesh.modelsource import SourceError
 from computemesh.yamltext import Document, is_list, is_mapping
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.engines.options import ModelOptions
+from computemesh_services.node_agent.models import serving
 
 VARIABLE: Final = "COMPUTEMESH_CONFIG"
 """Names the file where ``--config`` does not."""
@@ -87,6 +90,18 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     server_args: dict[Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]*$")], str | int | float | bool] = {}
     """Further arguments of llama-server by name, without dashes in front."""
 
+    def found(self, folder: Path) -> Found:
+        """Where it is, or comes from.
+
+        Args:
+            folder: where relative paths start.
+
+        Raises:
+            SourceError: its source names none.
+        """
+        path = _from(folder, self.path) if self.path else None
+        return serving.named(self.model_id, path=path, source=self.source, sha256=self.sha256)
+
     def options(self, folder: Path) -> ModelOptions:
         """How its server is started.
 
@@ -127,6 +142,14 @@ class ConfigFile:
     folder: Path = Path()
     """Where its relative paths start."""
     warnings: Sequence[str] = ()
+
+    def found(self) -> Found:
+        """Where the models are, or come from.
+
+        Raises:
+            SourceError: a source names none. A file with such a source is refused when it is read.
+        """
+        return serving.joined(entry.found(self.folder) for entry in self.models or ())
 
     def model_options(self) -> list[ModelOptions]:
         return [entry.options(self.folder) for entry in self.models or ()]
@@ -229,6 +252,10 @@ class _Reader:
                 _split(entry.tensor_split)
             except ValueError:
                 raise _Bad(f"{at}.tensor_split", f"{entry.tensor_split!r} is no list of numbers") from None
+            try:
+                entry.found(self._folder)
+            except SourceError as error:
+                raise _Bad(f"{at}.source", str(error)) from None
             for key, name in (("model_id", entry.model_id), ("alias", entry.alias)):
                 if name and name in names:
                     raise _Bad(f"{at}.{key}", f"'{name}' is already {names[name]}")

@@ -41,14 +41,18 @@ from computemesh.ids import new_id
 from computemesh.lifecycle import Spawn
 from computemesh.logtext import Part
 from computemesh.machine import machine_id
-from computemesh.models import find_models
+from computemesh.models import Found, find_models
 from computemesh.objects import put_on
 from computemesh.paths import Home
 from computemesh_services.node_agent import folders, inventory, logs, reports
 from computemesh_services.node_agent.config import HAND_BACK_S, TOPIC, AgentConfig
+from computemesh_services.node_agent.config_file import ConfigFile
 from computemesh_services.node_agent.desk import Desk, Verdict
 from computemesh_services.node_agent.dispatcher import Dispatcher, checked
 from computemesh_services.node_agent.engine_logs import EngineLogs
+from computemesh_services.node_agent.engines.backends.choice import Chosen
+from computemesh_services.node_agent.engines.backends.readings import Readings
+from computemesh_services.node_agent.engines.device import DeviceMetrics
 from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions, default_threads
 from computemesh_services.node_agent.engines.orphans import Marks
 from computemesh_services.node_agent.engines.place import EngineError
@@ -105,7 +109,22 @@ class NodeAgent:
     new session.
     """
 
-    def __init__(self, bus: Bus, config: AgentConfig, home: Home, http_url: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        config: AgentConfig,
+        home: Home,
+        http_url: Callable[[], str],
+        *,
+        told: ConfigFile | None = None,
+        find_devices: Callable[[], Chosen] | None = None,
+    ) -> None:
+        """
+        Args:
+            told: the configuration file, for the models in it.
+            find_devices: finds what engines run on, and blocks for as long as that takes; left out, they run on the
+                CPUs.
+        """
         self._bus = bus
         self._config = config
         self._home = home
@@ -119,7 +138,7 @@ class NodeAgent:
         self._wanted, self._kept_back = offers(installed, self._topics, allow_commands=config.allow_commands)
         self._offered: dict[str, bool] = {}
         """Work types this node runs, and whether each needs an engine."""
-        found = find_models(config.models)
+        found, self._told_models = _models(config, told or ConfigFile())
         for warning in found.warnings:
             _log.warning("model", reason=warning)
         self._models = ModelStore(
@@ -130,11 +149,15 @@ class NodeAgent:
             bytes_max=int(config.models_max_gb * 2**30),
             on_change=self._models_changed,
         )
+        self._find_devices = find_devices
+        self._readings: Readings | None = None
+        """How the devices are doing; None before they were found."""
         self._marks = Marks(home.run / "engines")
         self._engines = EnginePool(
             self._model_options(),
             log_dir=home.logs,
             marks=self._marks,
+            metrics=self._device_metrics,
             options=_engine_options(config),
             pending_max=config.max_pending_requests_per_device,
             idle_s=config.engine_idle_s,
@@ -206,6 +229,8 @@ class NodeAgent:
         await self._bus.subscribe(nodes.REFUSED, self._on_refused)
         for orphan in await asyncio.to_thread(self._marks.reap):
             _log.warning("ended what an engine of an earlier life had left running", orphan=orphan)
+        if self._find_devices is not None:
+            await self._equip(self._find_devices, spawn)
         await self._models.start()
         self._engines.offer(self._model_options())
         await self._find_executors()
@@ -255,6 +280,21 @@ class NodeAgent:
 
     # --- what this node offers ---------------------------------------------------------------------------------
 
+    async def _equip(self, find: Callable[[], Chosen], spawn: Spawn) -> None:
+        """Finds the devices of this machine. Its tools may take their time, so that is done in a thread."""
+        chosen = await asyncio.to_thread(find)
+        for warning in chosen.found.warnings:
+            _log.warning("devices", reason=warning)
+        for device in chosen.found.devices:
+            _log.info("device", device=device.id, backend=device.backend, name=device.name)
+        self._engines.equip(chosen.found.devices)
+        self._why_no_engine = _why_no_engine(self._engines, self._config)
+        self._readings = Readings(chosen.backend)
+        spawn(self._readings.keep())
+
+    def _device_metrics(self) -> Mapping[str, DeviceMetrics]:
+        return self._readings.latest() if self._readings else {}
+
     async def _find_executors(self) -> None:
         _log.info(f"TASK_TOPICS environment variable: {self._config.topics or None}")
         _log.info(f"Using topics: {_topics(self._wanted if self._topics is None else self._topics)}")
@@ -275,7 +315,7 @@ class NodeAgent:
             _log.error("this node can run nothing, so it announces no slots")
 
     def _model_options(self) -> list[ModelOptions]:
-        return serving.options(self._models, {}, context_tokens=self._config.context_tokens)
+        return serving.options(self._models, self._told_models, context_tokens=self._config.context_tokens)
 
     def _model_missing(self, name: str) -> float:
         self._models.want(name)
@@ -759,6 +799,13 @@ def _engine_options(config: AgentConfig) -> EngineOptions:
     )
 
 
+def _models(config: AgentConfig, told: ConfigFile) -> tuple[Found, dict[str, ModelOptions]]:
+    """The models, and how they are told to be started. Those of the environment take the place of those in the file."""
+    if config.models or told.models is None:
+        return find_models(config.models), {}
+    return told.found(), {model.name: model for model in told.model_options()}
+
+
 def _why_no_engine(engines: EnginePool, config: AgentConfig) -> str:
     if not engines.models:
         return "no model: name files or sources in COMPUTEMESH_MODELS, or install the embedded one"
@@ -766,7 +813,7 @@ def _why_no_engine(engines: EnginePool, config: AgentConfig) -> str:
         launcher(config.llama_server)
     except EngineError as error:
         return str(error)
-    return ""
+    return "" if engines.devices else "no device for engines; the log says why"
 
 
 def _present(said: NodeAnnouncement) -> dict[str, bool]:

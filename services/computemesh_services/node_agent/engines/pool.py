@@ -174,6 +174,11 @@ class EnginePool:
                     _log.warning("model", reason=f"two models are called '{name}'; {found[name].name} is used")
         self.models = found
 
+    def equip(self, devices: Iterable[DeviceRef]) -> None:
+        """Has these devices, and no others. Before anybody asks for a place."""
+        assert all(at.quiet and at.server is None for at in self._stations.values()), "nobody has a place yet"
+        self._stations = {device.id: _Station(device) for device in devices}
+
     @property
     def devices(self) -> list[DeviceRef]:
         return [at.device for at in self._stations.values()]

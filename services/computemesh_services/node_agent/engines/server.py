@@ -93,7 +93,8 @@ def arguments(
         "-tb": model.threads_batch,
         "-b": model.batch_size,
         "-ub": model.ubatch_size,
-        "-ngl": model.gpu_layers,
+        # Metal, for one, cannot be hidden from an engine that is to stay on CPUs.
+        "-ngl": 0 if device and device.backend == "cpu" else model.gpu_layers,
         "-mg": model.main_gpu,
         "-ts": ",".join(f"{part:g}" for part in model.tensor_split) or None,
         "-fa": model.flash_attn,

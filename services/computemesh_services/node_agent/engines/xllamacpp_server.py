@@ -22,6 +22,9 @@ _FLASH_ATTN: Final = {
 
 
 def main() -> None:
+    if "--list-devices" in sys.argv[1:]:
+        _list_devices()
+        return
     options = _parser().parse_args()
     # Both end this process at once, also while it loads a model. The server's own way to end waits for
     # requests in hand; the agent has waited for those it cares about.
@@ -31,6 +34,16 @@ def main() -> None:
     sys.stderr.write(f"listening on {server.listening_address}\n")
     while True:
         signal.pause()
+
+
+def _list_devices() -> None:
+    """Prints the GPUs as llama-server does."""
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+    sys.stdout.write("Available devices:\n")
+    for device in xllamacpp.get_device_info():
+        if not device["type"].name.endswith("_CPU"):
+            total, free = (device[key] // 2**20 for key in ("memory_total", "memory_free"))
+            sys.stdout.write(f"  {device['name']}: {device['description']} ({total} MiB, {free} MiB free)\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,6 +51,8 @@ def served_by(launcher: Sequence[str], run: Run) -> set[BackendName]:
     Raises:
         ToolError: it does not tell.
     """
+    if not launcher:
+        raise ToolError("none is installed")
     said = run([*launcher, "--list-devices"])
     return parse_served(said.checked() + "\n" + said.error)
 
