@@ -264,7 +264,7 @@ async def test_the_plain_program_of_the_page_prints_an_answer(agent: Agent) -> N
 
     async def run(*words: str) -> tuple[int, str, str]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, program, *words),
+            *(sys.executable, str(program), *words),
             env=agent.mesh.environment(Role.CLIENT),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

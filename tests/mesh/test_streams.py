@@ -79,7 +79,7 @@ class Node:
 
     async def open(self) -> None:
         for bound in self.door.endpoints():
-            await self.micro.add(bound, lasting=True)
+            await self.micro.add(bound)
         await self.micro.start([])
         await self.bus.flush()
         self._watching = asyncio.create_task(self.door.watch())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from computemesh.contracts.infer import PART_MAX
 from computemesh_services.node_agent.infer.pieces import Cutter, EventCutter, TextCutter, TooLong
 
-LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=("Cs",)), min_size=1, max_size=40)
+LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), min_size=1, max_size=40)
 
 
 def fed(cutter: Cutter, data: bytes, cuts: list[int]) -> list[str]:
@@ -51,8 +51,7 @@ def test_an_engine_that_never_ends_an_event_does_not_fill_the_memory() -> None:
     """It is known while it comes."""
     cutter = EventCutter()
     with pytest.raises(TooLong):
-        for _ in range(100):
-            cutter.feed(b"x" * PART_MAX)
+        _ = [cutter.feed(b"x" * PART_MAX) for _ in range(100)]
 
 
 def test_a_stream_that_ends_within_an_event_gives_what_there_was() -> None:
