@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import psutil
 import pytest
 
@@ -166,6 +167,41 @@ async def test_a_thousand_answers_at_once_lose_and_mix_nothing_and_take_bounded_
     assert state["served"] == STREAMS + 1
     grown_mb = [after - before for after, before in zip(after_mb, before_mb, strict=True)]
     assert max(grown_mb) < 150, grown_mb
+
+
+async def test_a_thousand_answers_at_once_through_the_gateway_lose_and_mix_nothing(tmp_path: Path) -> None:
+    """The same over HTTP, through the front door: no answer is refused, none waits for another."""
+    environment = {
+        "COMPUTEMESH_LLAMA_SERVER": str(install(tmp_path)),
+        "COMPUTEMESH_ENGINE_SLOTS": str(STREAMS),
+        "COMPUTEMESH_MAX_PENDING_REQUESTS_PER_DEVICE": str(2 * STREAMS),
+        # As in a real mesh: a machine that is busy is not away.
+        "COMPUTEMESH_SUSPECT_AFTER_S": "25",
+        "COMPUTEMESH_LOST_AFTER_S": "45",
+    }
+    services = ("node-registry", "node-agent", "gateway")
+    async with running_mesh(tmp_path, services, environment=environment) as mesh:
+        engine = await Agent(mesh).serving()
+        door = mesh.http("gateway")
+        async with aiohttp.ClientSession(door, connector=aiohttp.TCPConnector(limit=0)) as http:
+
+            async def chat(name: str, words: str, expected: int) -> int:
+                body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": f"id={name} {words}"}]}
+                async with http.post("/v1/chat/completions", json=body) as answer:
+                    text = await answer.text()
+                    if answer.status == 200:
+                        assert tokens_of(text) == numbered(name, expected)
+                        assert text.endswith("data: [DONE]\n\n")
+                    return answer.status
+
+            deadline_s = asyncio.get_running_loop().time() + 60
+            while await chat("first", "tokens=1", 1) != 200:
+                assert asyncio.get_running_loop().time() < deadline_s, "the gateway does not find the node"
+                await asyncio.sleep(0.2)
+            chats = [asyncio.create_task(chat(f"g{number}", "tokens=80 rate=2", 80)) for number in range(STREAMS)]
+            await engine.until(within_s=120, running=STREAMS)
+            assert set(await asyncio.gather(*chats)) == {200}
+        assert (await engine.until(running=0))["cancelled"] == 0
 
 
 # --- those who go ---------------------------------------------------------------------------------------------------
