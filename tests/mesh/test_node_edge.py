@@ -387,6 +387,24 @@ async def test_how_the_node_is_can_be_asked_as_at_rolemesh(fake: Node) -> None:
     assert (await fake.http.get("/ready")).json() == {"status": "ready"}
 
 
+@needs_model[0]
+@needs_model[1]
+async def test_the_real_model_gives_embeddings_where_it_is_started_for_them(tmp_path: Path) -> None:
+    """Vectors of one length, a different one for each text."""
+    path = find_models(None).models[MODEL]
+    said = [{"model_id": "vectors", "path": str(path), "embeddings": True, "server_args": {"pooling": "mean"}}]
+    (tmp_path / "agent.yaml").write_text(json.dumps({"models": said}))  # JSON is YAML.
+    async with node_of(tmp_path, COMPUTEMESH_CONFIG=str(tmp_path / "agent.yaml")) as node:
+        async with client_of(node) as client:
+            texts = ["a colour", "a river"]
+            found = await client.embeddings.create(model="vectors", input=texts, encoding_format="float")
+        first, second = (each.embedding for each in found.data)
+        assert len(first) == len(second) > 100
+        assert first != second
+        (model,) = (await node.http.get("/v1/node/inventory")).json()["models"]
+        assert (model["model_id"], model["embeddings"]) == ("vectors", True)
+
+
 # --- nodes that are set up in other ways ------------------------------------------------------------------------------
 
 
