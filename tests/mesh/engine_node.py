@@ -54,6 +54,8 @@ class EngineNode:
         self.status = 200
         self.complaint = ""
         """With another status: the body."""
+        self.device = DEVICE
+        """What its answers say they come from."""
         self.go = asyncio.Event()
         """While it is not set, answers stop before the token :attr:`stops_at`."""
         self.go.set()
@@ -142,7 +144,9 @@ class EngineNode:
                     return self.breaks[1]
                 await send(InferPart(seq=at, last=True, failed=self.breaks[1]))
                 return None
-            first: dict[str, Any] = {"status": self.status, "content_type": kind, "device": DEVICE} if not at else {}
+            first: dict[str, Any] = (
+                {"status": self.status, "content_type": kind, "device": self.device} if not at else {}
+            )
             await send(InferPart(seq=at, text=text, last=at == len(texts) - 1, **first))
         return None
 

@@ -243,6 +243,20 @@ async def test_what_an_engine_complains_of_is_passed_on(mesh: RunningMesh, http:
         assert len(one.asked) + len(two.asked) == 2
 
 
+async def test_what_a_node_says_does_not_become_part_of_the_protocol(
+    mesh: RunningMesh, http: httpx.AsyncClient
+) -> None:
+    """A name with line ends is no header, and a status that there is not is none of ours."""
+    async with engines(mesh, "m-odd", "odd1") as (node,):
+        node.device = "gpu:0\r\nx-evil: 1\u20ac"
+        answer = await http.post(CHAT, json=chat("m-odd"))
+        assert (answer.status_code, answer.headers["x-computemesh-device"]) == (200, "gpu:0??x-evil: 1?")
+        assert "x-evil" not in answer.headers
+        for status in (7, 204, 302, 999):
+            node.status, node.complaint = status, "odd"
+            assert error(await http.post(CHAT, json=chat("m-odd")), 500, "engine_failed")["message"] == "odd"
+
+
 async def test_a_model_whose_nodes_are_away_is_unavailable(mesh: RunningMesh, http: httpx.AsyncClient) -> None:
     """For the moment, which is not the same as not found; and it is told among the models as well."""
     async with engines(mesh, "m-away", "a1") as (node,):

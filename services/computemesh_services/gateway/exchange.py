@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Coroutine
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from msgspec.structs import replace
 from starlette.responses import Response
@@ -37,7 +38,7 @@ FAULTY_S: Final = 2.0
 
 COMPLAINT_CHARS_MAX: Final = 64 * 1024
 
-T = TypeVar("T")
+_UNPRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
 
 _log = log.get("openai")
 
@@ -163,7 +164,7 @@ class Exchange(Response):
         else:
             self._wish.failed.add(choice.spot)
             engines.was_faulty(node_id, until=now + FAULTY_S)
-        measures.RETRIES.labels(told.code).inc()
+        measures.RETRIES.labels(measures.error_type(told.code)).inc()
         facts = {"request_id": self._request_id, "node": node_id, "code": told.code, "reason": told.reason}
         _log.info("asking another engine", **facts)
 
@@ -254,6 +255,8 @@ class Exchange(Response):
         await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
     async def _refuse(self, told: Refused) -> None:
+        if not 400 <= told.status <= 599:  # A node may say anything.
+            told = replace(told, status=502)
         self._error = told.code
         if self._started:
             _log.warning("an answer broke off", request_id=self._request_id, code=told.code, reason=told.reason)
@@ -268,7 +271,8 @@ class Exchange(Response):
         if self._choice is not None:
             headers["x-computemesh-node"] = self._choice.spot.node_id
             headers["x-computemesh-device"] = self._device or self._choice.spot.device
-        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        # Names of devices, and media types, are what a node says: they must not become headers of their own.
+        raw = [(name.lower().encode(), _UNPRINTABLE.sub("?", value).encode()) for name, value in headers.items()]
         self._started, self._status = True, status
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
@@ -286,7 +290,7 @@ class Exchange(Response):
         error = self._error or ("" if self._finished else "cancelled")
         duration_s = ended_s - self._began_s
         facts: dict[str, Any] = {"key": self._permit.key} if self._permit.key else {}
-        measures.DURATION.labels(*labels, error).observe(duration_s)
+        measures.DURATION.labels(*labels, measures.error_type(error)).observe(duration_s)
         if self._first_s:
             facts["ttft_ms"] = round((self._first_s - self._began_s) * 1e3, 1)
             measures.FIRST_TOKEN.labels(*labels).observe(self._first_s - self._began_s)
@@ -327,7 +331,7 @@ async def _complaint(answer: Answer) -> Refused:
     async for piece in answer:
         if len(text) < COMPLAINT_CHARS_MAX:
             text += piece
-    told = openai.complaint(answer.status, text)
+    told = openai.complaint(answer.status if 400 <= answer.status <= 599 else 500, text)
     match answer.status:
         case 429:
             return replace(told, code="too_many_requests")

@@ -47,3 +47,16 @@ OPERATIONS: Final = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
+
+_ERRORS: Final = frozenset(
+    {
+        "", "bad_message", "cancelled", "draining", "duplicate_stream", "engine_failed", "engine_lost", "internal",
+        "model_not_found", "no_engine", "node_lost", "stream_broken", "too_large", "too_many_requests", "unavailable",
+        "unknown_model",
+    }
+)  # fmt: skip
+
+
+def error_type(code: str) -> str:
+    """A code as a label: nodes and engines may say anything, and each word would be a series for ever."""
+    return code if code in _ERRORS else "other"
