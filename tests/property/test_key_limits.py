@@ -152,6 +152,15 @@ def test_what_an_answer_used_beyond_the_estimate_is_owed_and_what_it_did_not_is_
     assert (told.limit, round(told.wait_s)) == ("tokens_per_minute", 60)
 
 
+def test_what_is_given_back_late_does_not_fill_a_budget_beyond_a_minute() -> None:
+    """It had filled by itself meanwhile."""
+    meter = Meter(KeyLimits(tokens_per_minute=600), 0.0)
+    booking = meter.admit(500, 0.0)
+    assert isinstance(booking, Booking)
+    booking.end(0, 60.0)
+    assert meter.headers(60.0)["x-ratelimit-remaining-tokens"] == "600"
+
+
 def test_a_bound_beyond_the_budget_books_no_more_than_the_budget() -> None:
     """A client that asks for far more than it will use keeps its others waiting for a minute at most."""
     meter = Meter(KeyLimits(tokens_per_minute=100), 0.0)

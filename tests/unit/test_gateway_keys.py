@@ -87,9 +87,13 @@ def test_a_key_keeps_what_it_has_spent_until_it_changes() -> None:
     denied(holder(ring, mine), question())
     ring.replace([record("b")])
     assert ring.find("key of a") is None
+    ring.replace([mine])
+    permitted(holder(ring, mine), question())
     anew = record("a", requests_per_minute=2)
     ring.replace([anew])
-    permitted(holder(ring, anew), question())
+    for _ in range(2):
+        permitted(holder(ring, anew), question())
+    denied(holder(ring, anew), question())
 
 
 def test_a_key_for_some_models_sees_no_others() -> None:
