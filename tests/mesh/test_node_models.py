@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,9 @@ from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import NodeGet, NodeView
 from computemesh.models import embedded_files
 from computemesh.testing import RunningMesh, running_mesh
+from computemesh.testing.cli import Cli
+from computemesh.testing.cli import until as wait_until
+from computemesh.testing.ggufs import a_gguf
 from tests.mesh.hub import Hub, running_hub
 
 SERVICES = ("node-registry", "work-marshaller", "node-agent")
@@ -74,3 +78,37 @@ async def test_work_for_a_model_that_is_not_there_waits_until_it_is_fetched(hub:
     async with running_mesh(tmp_path, SERVICES, environment=settings(hub, tmp_path)) as mesh:
         done = await mesh.record((await mesh.submit(item)).work_id)
         assert done.state is work.WorkState.COMPLETED, done.error
+
+
+def test_a_mesh_whose_model_cannot_be_had_starts_and_says_why(tmp_path: Path) -> None:
+    """On the command line: `up` does not wait for it, and `models` tells the reason. A wrong source is refused."""
+    cli = Cli(tmp_path / "home")
+    try:
+        told = cli.refuses(2, "up", "--detach", "--models", "https://h/m.gguf")
+        assert "needs its checksum" in told["error"]
+        assert told["field"] == "--models"
+        up = ("up", "--detach", "--ports", "any", "--nats-port", "0", "--models", "org/none")
+        assert "No model is here yet" in cli.ok(*up, HF_ENDPOINT="http://127.0.0.1:1", HF_HOME=str(tmp_path / "hf"))
+        listed: list[Any] = []
+
+        def problem() -> str:
+            listed[:] = cli.json("models")["models"]
+            return ((listed and listed[0]["places"][0]["fetch"]) or {}).get("problem", "")
+
+        wait_until(problem, what="the reason in a heartbeat")
+        assert [model["name"] for model in listed] == ["none"]
+        assert "http://127.0.0.1:1 cannot be reached" in problem()
+        assert "none" in cli.ok("models")
+    finally:
+        cli.end()
+
+
+def test_a_file_is_inspected_without_a_mesh(tmp_path: Path) -> None:
+    """And what is none is refused with the reason."""
+    cli = Cli(tmp_path / "home")
+    (tmp_path / "m-Q4_0.gguf").write_bytes(a_gguf())
+    (tmp_path / "no.gguf").write_text("no")
+    found = cli.json("models", "inspect", str(tmp_path / "m-Q4_0.gguf"))
+    assert (found["served_as"], found["parameters"], found["context_tokens"]) == ("m", 1024, 2048)
+    assert "context        2,048 tokens" in cli.ok("models", "inspect", str(tmp_path / "m-Q4_0.gguf"))
+    assert "not a GGUF file" in cli.refuses(2, "models", "inspect", str(tmp_path / "no.gguf"))["error"]

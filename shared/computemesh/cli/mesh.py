@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ from computemesh.config import nats_urls, node_of, told_node_id
 from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
+from computemesh.contracts.nodes import NodeView
 from computemesh.ids import token_from
 from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, add_node
 from computemesh.paths import Home, home, private_folder, write_private
@@ -219,6 +220,11 @@ async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRe
         if model is None:
             tell("\nNo node serves a model: see `computemesh doctor`, or try `computemesh up --models FILE.gguf`.\n")
             return None
+        if not model:
+            tell(
+                "\nNo model is here yet: `computemesh models --watch` shows how far those are that are being fetched.\n"
+            )
+            return None
         tell(f"\n[bold]The first work item[/], published to {work_contracts.SUBMIT.subject}:\n")
         tell(f"  model   {model}\n  prompt  {PROMPT}")
         item = work_contracts.WorkItem(
@@ -234,16 +240,23 @@ async def _demo(*, live: bool = True, say: bool = True) -> work_contracts.WorkRe
 
 
 async def _first_model(bus: Bus) -> str | None:
-    """The first model a direct node offers; waits for a node."""
+    """The first model that a direct node has and that writes texts; waits for a node, but for no model: then it is
+    empty. None when no node offers any."""
     deadline_s = time.monotonic() + SEEN_S
     while time.monotonic() < deadline_s:
         with contextlib.suppress(BusError):
             found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(online_only=True, work_type="inference"))
             ready = [node for node in found.nodes if node.delivery == "direct"]
             if ready:
-                return next((model for node in ready for model in node.models), None)
+                return next(_ready_models(ready), "" if any(node.models for node in ready) else None)
         await asyncio.sleep(0.1)
     return None
+
+
+def _ready_models(found: Iterable[NodeView]) -> Iterator[str]:
+    for node in found:
+        not_now = {card.name for card in node.model_cards if card.embeddings or not card.present}
+        yield from (model for model in node.models if model not in not_now)
 
 
 def document(status: MeshStatus, place: Home) -> dict[str, Any]:
