@@ -22,9 +22,6 @@ from computemesh_services.node_agent.infer.pieces import Cutter, EventCutter, Te
 CONNECT_S: Final = 10.0
 """How long an engine that serves may take to accept a connection: it is on this machine."""
 
-IDLE_S: Final = 2.0
-"""How long a connection to an engine is kept for the next request. llama.cpp closes it after 5."""
-
 READ_BYTES: Final = 32 * 1024
 """Of an answer that nobody takes, about twice as much is read; then the engine has to wait."""
 
@@ -166,10 +163,10 @@ class Inference:
 
 
 def _new_session() -> aiohttp.ClientSession:
-    # A new connection costs as much time as all else that the agent does for a request. llama.cpp gives each one a
-    # thread, and has more of these than slots; no more than slots are ever idle.
+    # Each request has a connection of its own: llama.cpp closes one between two requests when it likes, and what was
+    # asked on it then is lost.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, socket_factory=_socket),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_socket),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=READ_BYTES,
