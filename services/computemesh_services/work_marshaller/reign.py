@@ -419,12 +419,12 @@ class Reign:
         for work_id in work_ids:
             while True:
                 try:
-                    entry = await self._bucket.get(work_id)
+                    found = await self.stored(work_id)
                     break
                 except BusError as error:
                     _log.warning("cannot read an item that others wait for", work_id=work_id, reason=str(error))
                     await asyncio.sleep(LOOK_UP_AGAIN_S)
-            self.scheduler.looked_up(work_id, entry.value if entry else None, time.time())
+            self.scheduler.looked_up(work_id, found, time.time())
         await self._advance(time.time())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -472,6 +472,16 @@ class Reign:
         record = self.scheduler.cancel(work_id, reason, now)
         await self._advance(now)
         return await self.settled(record) if record else None
+
+    async def stored(self, work_id: str) -> WorkRecord | None:
+        """An item that is not in memory. One that has just ended may have left memory before that was stored.
+
+        Raises:
+            BusError: it cannot be read.
+        """
+        await self._journal.stored(work_id)
+        entry = await self._bucket.get(work_id)
+        return entry.value if entry else None
 
     async def settled(self, record: WorkRecord) -> WorkRecord | None:
         """The record, once nobody can have to take it back: an outcome only when it is stored. None when that showed it

@@ -350,8 +350,7 @@ class WorkMarshaller:
     async def _find(self, reign: Reign, work_id: str) -> WorkRecord | None:
         if (record := reign.scheduler.records.get(work_id)) and (settled := await reign.settled(record)):
             return settled
-        entry = await self._bucket.get(work_id)
-        return entry.value if entry else None
+        return await reign.stored(work_id)
 
 
 def _unknown(work_id: str) -> Refused:
