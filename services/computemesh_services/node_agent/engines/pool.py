@@ -21,7 +21,7 @@ from computemesh_services.node_agent.engines.device import DeviceMetrics, Device
 from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions
 from computemesh_services.node_agent.engines.orphans import Marks
 from computemesh_services.node_agent.engines.place import EngineError, Place
-from computemesh_services.node_agent.engines.server import LlamaServer, log_path, restart_delay_s
+from computemesh_services.node_agent.engines.server import LlamaServer, listens, log_path, restart_delay_s
 
 PENDING_MAX: Final = 2
 
@@ -30,6 +30,9 @@ METER_S: Final = 2.0
 
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 30.0
+
+LOOK_S: Final = 0.05
+"""Until it is seen again whether a server that closed its port is dead."""
 
 LATER_S: Final = 5.0
 """When to ask again for a model that is being loaded or fetched."""
@@ -46,6 +49,8 @@ class _Waiter:
         self.since_s = since_s
         self.view = Waiting(model=model, since_s=since_s, work=work)
         """It, as the decisions see it."""
+        self.new = True
+        """It has not waited yet."""
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -431,6 +436,7 @@ class EnginePool:
             at.idle = None
         self._on_pending()
         self._advance(at)
+        waiter.new = False
 
     def _leave(self, at: _Station, *, work: bool) -> None:
         if work:
@@ -456,6 +462,10 @@ class EnginePool:
             )
             match move:
                 case Run(index):
+                    if not (at.line[index].new or listens(_port(at))):
+                        # Whoever was before it broke off because the server died; that will be known in a moment.
+                        at.alarm = loop.call_later(LOOK_S, self._advance, at)
+                        return
                     self._run(at, at.line.pop(index))
                 case Load(model):
                     self._change(at, model)
@@ -596,6 +606,11 @@ def _state(at: _Station) -> EngineState:
 def _url(at: _Station) -> str:
     assert at.server is not None, "a turn comes only when a server is ready"
     return at.server.base_url
+
+
+def _port(at: _Station) -> int:
+    assert at.server is not None, "a turn comes only when a server is ready"
+    return at.server.port
 
 
 def _own_path(model: ModelOptions) -> Path | Refused:

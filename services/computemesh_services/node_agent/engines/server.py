@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import os
 import random
@@ -43,6 +44,9 @@ PROBE_FIRST_S: Final = 0.05
 """Between the first two looks at a server that starts; the interval grows from there."""
 
 PROBE_TIMEOUT_S: Final = 2.0
+
+LISTENS_S: Final = 0.02
+"""The event loop stands still for so long, at most; on this machine a connection takes a fraction of a millisecond."""
 
 LOG_BYTES_MAX: Final = 16 * 1024 * 1024
 """A log longer than this is set aside when its server starts, in place of the one set aside before."""
@@ -333,6 +337,14 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def listens(port: int) -> bool:
+    """Whether somebody accepts connections there, as far as that shows within ``LISTENS_S``. A server that dies closes
+    its port and its connections before anybody is told that it is dead."""
+    with socket.socket() as probe:
+        probe.settimeout(LISTENS_S)
+        return probe.connect_ex((HOST, port)) not in (errno.ECONNREFUSED, errno.ECONNRESET)
 
 
 class _Card(msgspec.Struct):
