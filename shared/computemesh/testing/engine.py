@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import urllib3
 
-from computemesh.process import end
+from computemesh.process import dies_with_parent, end
 from computemesh.testing.fake_engine import install
 
 _http = urllib3.PoolManager(retries=False, timeout=10.0)
@@ -62,6 +62,7 @@ async def running_fake_engine(
         *(install(folder), "--port", "0", "-np", str(slots)),
         stderr=PIPE,
         start_new_session=True,
+        preexec_fn=dies_with_parent(signal.SIGKILL),
         env={**os.environ, **(environment or {})},
     )
     try:
