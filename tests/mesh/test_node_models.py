@@ -93,7 +93,8 @@ def test_a_mesh_whose_model_cannot_be_had_starts_and_says_why(tmp_path: Path) ->
 
         def problem() -> str:
             listed[:] = cli.json("models")["models"]
-            return ((listed and listed[0]["places"][0]["fetch"]) or {}).get("problem", "")
+            fetch = listed[0]["places"][0]["fetch"] if listed else None
+            return str(fetch["problem"]) if fetch else ""
 
         wait_until(problem, what="the reason in a heartbeat")
         assert [model["name"] for model in listed] == ["none"]

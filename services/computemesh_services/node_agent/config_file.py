@@ -47,7 +47,7 @@ SEPARATORS: Final = {
 }
 """Settings that are several things in one text: in the file they may be a list, ``labels`` a mapping."""
 
-PATHS: Final = frozenset({"results_dir", "llama_server"})
+PATHS: Final = frozenset({"results_dir", "models_dir", "llama_server"})
 """Settings that are paths; those of the file start at its folder."""
 
 SECRETS: Final = frozenset({"nats_url", "token", "client_api_keys", "node_api_keys", "dispatcher_key"})
