@@ -78,13 +78,18 @@ class Node:
                 return dict((await http.get(f"{self.engine}/fake/state")).json())
         return {}
 
-    async def becomes(self, what: str, count: int, within_s: float = 30) -> float:
-        """Waits for a count of the fake engine, and says how long."""
-        began_s = time.monotonic()
-        while (await self.counts()).get(what) != count:
-            assert time.monotonic() - began_s < within_s, f"{what} is not {count}: {await self.counts()}"
+    async def becomes(self, what: str, count: int, within_s: float = 30) -> None:
+        """Waits for a count of the fake engine, for so long and for what asking for it takes on this machine."""
+        began_s, asking_s = time.monotonic(), 0.0
+        while True:
+            asked_s = time.monotonic()
+            found = (await self.counts()).get(what)
+            asking_s = max(asking_s, time.monotonic() - asked_s)
+            if found == count:
+                return
+            took_s = time.monotonic() - began_s
+            assert took_s < within_s + 3 * asking_s, f"{what} is {found} and not {count} after {took_s:.2f} s"
             await asyncio.sleep(0.01)
-        return time.monotonic() - began_s
 
 
 @asynccontextmanager
@@ -278,14 +283,11 @@ async def test_a_stream_ends_with_its_mark_and_tells_the_usage_only_when_asked(f
 
 
 async def test_each_part_of_a_stream_comes_when_it_is_made(fake: Node) -> None:
-    """Also the first one, long before the last."""
-    began_s, seen_s = time.monotonic(), list[float]()
-    async with fake.http.stream("POST", CHAT, json=chat("tokens=6 rate=10", stream=True)) as answer:
-        async for line in answer.aiter_lines():
-            if '"content"' in line:
-                seen_s.append(time.monotonic() - began_s)
-    assert len(seen_s) == 6
-    assert seen_s[0] < seen_s[-1] / 2
+    """The first one while the engine is still at the others."""
+    async with fake.http.stream("POST", CHAT, json=chat("tokens=20 rate=4", stream=True)) as answer:
+        lines = answer.aiter_lines()
+        assert '"content"' in await anext(lines)
+        assert (await fake.counts())["running"] == 1
 
 
 async def test_a_client_that_goes_away_frees_the_place_within_a_second(fake: Node) -> None:
@@ -294,11 +296,11 @@ async def test_a_client_that_goes_away_frees_the_place_within_a_second(fake: Nod
     cancelled = (await fake.counts())["cancelled"]
     async with fake.http.stream("POST", CHAT, json=chat(slow, stream=True)) as answer:
         await anext(answer.aiter_lines())
-    assert await fake.becomes("running", 0) < 1
+    await fake.becomes("running", 0, within_s=1)
     whole = asyncio.create_task(fake.http.post(CHAT, json=chat(slow)))
     await fake.becomes("running", 1)
     whole.cancel()
-    assert await fake.becomes("running", 0) < 1
+    await fake.becomes("running", 0, within_s=1)
     assert (await fake.counts())["cancelled"] == cancelled + 2
 
 
