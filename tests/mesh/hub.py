@@ -51,6 +51,8 @@ class Hub:
     """Bytes that are sent at a time."""
     pause_s: float = 0.0
     """Between two pieces of a download."""
+    ranges: bool = True
+    """Whether downloads may begin in the middle."""
     down: int = 0
     """The status that answers everything; 0 = the server is well."""
     seen: list[Seen] = field(default_factory=list[Seen])
@@ -135,6 +137,8 @@ def running_hub(hub: Hub) -> Generator[Hub, None, None]:
                 self.answer(302, {**told, "Location": f"http://localhost:{hub.port}/cdn/{repo}/{name}"}, b"")
 
         def send(self, data: bytes, headers: Mapping[str, str]) -> None:
+            if not hub.ranges:
+                headers = {name: value for name, value in headers.items() if name != "range"}
             begin = Seen("", headers).begin
             if begin >= len(data):
                 self.answer(416, {}, b"")

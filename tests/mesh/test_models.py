@@ -198,6 +198,16 @@ async def test_a_download_that_breaks_over_and_over_comes_to_its_end(hub: Hub, o
     assert begins == sorted(set(begins)), "nothing is fetched twice"
 
 
+async def test_a_server_that_always_begins_at_the_beginning_does_no_harm(hub: Hub, opened: Opened) -> None:
+    """What it sends takes the place of what was there."""
+    hub.break_after, hub.breaks, hub.ranges = 100_000, 1, False
+    store = opened("hf:org/tiny-GGUF")
+    await store.start()
+    await until(lambda: here(store, "tiny"))
+    assert (await brought(store, "tiny")).read_bytes() == LARGE
+    assert len(hub.downloads()) == 2, "a wrong file would have been fetched once more"
+
+
 async def test_while_it_is_fetched_requests_are_told_how_far_it_is(hub: Hub, opened: Opened) -> None:
     """And the mesh too."""
     hub.pause_s = 0.03
