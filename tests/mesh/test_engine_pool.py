@@ -281,7 +281,9 @@ async def test_what_outlives_a_killed_agent_is_ended_by_its_next_life(tmp_path: 
         await until(lambda: not psutil.pid_exists(orphan), "the next life of the agent ends it")
         await until(lambda: any("had left running" in line for line in mesh.lines), "and says so")
         await until(lambda: marked(mesh.home.run / "engines") - first, "it has a server of its own")
+        (second,) = marked(mesh.home.run / "engines") - first
     assert not [*(mesh.home.run / "engines").glob("*.json")], "an agent that ends in good order leaves no mark"
+    await until(lambda: not psutil.pid_exists(second), "nor the server that had left the wrapper's session")
 
 
 async def test_the_engines_of_an_agent_that_lives_are_nobody_elses_orphans(new_pool: NewPool, tmp_path: Path) -> None:

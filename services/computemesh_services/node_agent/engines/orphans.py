@@ -52,7 +52,11 @@ class Marks:
         return mark
 
     def drop(self, mark: str) -> None:
-        """The engine with this mark has ended."""
+        """The engine with this mark has ended; so does what it has started and left. Blocks for a bounded time."""
+        for process in psutil.process_iter():
+            if _mark_of(process) == mark:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         with contextlib.suppress(OSError):
             (self._folder / f"{mark}.json").unlink()
 

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -250,7 +250,7 @@ class LlamaServer:
             *launcher(self._options.program),
             *arguments(self.model, self._path, self.port, device=self._device, options=self._options),
         ]
-        with self._marked() as mark:
+        async with self._marked() as mark:
             try:
                 process = await self._spawn(command, mark)
             except OSError as error:
@@ -262,8 +262,8 @@ class LlamaServer:
                 await end(process, grace_s=self._options.stop_grace_s)
                 self._process = None
 
-    @contextlib.contextmanager
-    def _marked(self) -> Generator[str, None, None]:
+    @contextlib.asynccontextmanager
+    async def _marked(self) -> AsyncGenerator[str, None]:
         try:
             mark = self._marks.new(self._device.id)
         except OSError as error:
@@ -271,7 +271,7 @@ class LlamaServer:
         try:
             yield mark
         finally:
-            self._marks.drop(mark)
+            await asyncio.to_thread(self._marks.drop, mark)
 
     async def _spawn(self, command: list[str], mark: str) -> Process:
         log = _open_log(self._log_path)
