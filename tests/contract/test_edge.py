@@ -400,7 +400,15 @@ async def test_the_document_that_a_service_serves_is_the_one_in_the_reference(
     assert served == json.loads((ROOT / "docs/reference/openapi" / f"{name}.json").read_text())
 
 
-OF_NO_RUN: Final = {"not_finished", "no_result", "no_log", "not_blacklisted", "model_not_found", "unavailable"}
+OF_NO_RUN: Final = {
+    "not_finished",
+    "no_result",
+    "no_log",
+    "not_blacklisted",
+    "model_not_found",
+    "not_ready",
+    "unavailable",
+}
 """What an example may be refused for that asks what came of an item, or of its node, or asks a model: in this mesh
 nothing runs."""
 
