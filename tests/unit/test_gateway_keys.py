@@ -115,7 +115,7 @@ def test_a_limit_that_is_reached_is_told_with_when_to_ask_again() -> None:
     assert permitted(mine, question()).headers["x-ratelimit-remaining-tokens"] == "600"
     told = denied(mine, question())
     assert (told.refused.code, told.refused.status, told.refused.retry) == ("rate_limit_exceeded", 429, "later")
-    assert told.retry_after_s == 30.0
+    assert told.refused.retry_after_s == 30.0
     assert told.headers["x-ratelimit-remaining-requests"] == "0"
 
 
@@ -142,7 +142,7 @@ def test_requests_at_the_same_time_are_counted_until_they_end() -> None:
     """However they end."""
     mine = holder(KeyRing(), record("a", concurrent=2))
     first, _second = permitted(mine, question()), permitted(mine, question())
-    assert denied(mine, question()).retry_after_s == 1.0
+    assert denied(mine, question()).refused.retry_after_s == 1.0
     first.end(None, answered=False)
     permitted(mine, question())
     denied(mine, question())

@@ -17,8 +17,6 @@ class Denied:
     """Somebody who is not let in."""
 
     refused: Refused
-    retry_after_s: float = 1.0
-    """When asking again may help, where it may."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """For the answer: what is left of the caller's limits."""
 

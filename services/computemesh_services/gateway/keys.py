@@ -86,8 +86,14 @@ class KeyHolder:
         told = self._meter.admit(estimate(prompt_chars(asked), asked.tokens_max, asked.answers), now_s)
         headers = self._meter.headers(now_s)
         if isinstance(told, Over):
-            refused = Refused(code="rate_limit_exceeded", reason=told.reason, status=429, retry="later")
-            return Denied(refused, retry_after_s=told.wait_s, headers=headers)
+            refused = Refused(
+                code="rate_limit_exceeded",
+                reason=told.reason,
+                status=429,
+                retry="later",
+                retry_after_s=told.wait_s,
+            )
+            return Denied(refused, headers=headers)
         return KeyPermit(told, self._record.name, headers, self._clock)
 
 

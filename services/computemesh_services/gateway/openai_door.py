@@ -119,7 +119,7 @@ class OpenAIDoor:
 
 
 def _denied(denied: Denied, request_id: str = "") -> Response:
-    answer = api_error(denied.refused, retry_after_s=denied.retry_after_s)
+    answer = api_error(denied.refused)
     answer.headers.update(denied.headers)
     if request_id:
         answer.headers["x-request-id"] = request_id

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -52,6 +52,8 @@ class Refused(Message, frozen=True, kw_only=True):
     status: int = 400
     """The HTTP status that says the same."""
     retry: Literal["never", "later", "elsewhere"] = "never"
+    retry_after_s: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Seconds after which asking again may help, where that is known."""
 
 
 class Role(StrEnum):

@@ -286,24 +286,25 @@ def problem(answer: Refused) -> Response:
     """A refusal as RFC 9457 problem details."""
     here = trace.current()
     body = encode(problem_of(answer, here.trace_id if here else ""))
-    headers = {"Retry-After": "1"} if answer.retry == "later" else {}
+    headers = {"Retry-After": _wait_s(answer)} if answer.retry == "later" else {}
     if answer.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(body, answer.status, headers, media_type="application/problem+json")
 
 
-def api_error(answer: Refused, *, retry_after_s: float = 1.0) -> Response:
-    """A refusal in OpenAI's shape.
-
-    Args:
-        retry_after_s: what the caller is told to wait, if asking again helps.
-    """
+def api_error(answer: Refused) -> Response:
+    """A refusal in OpenAI's shape."""
     answer = openai.in_its_words(answer)
     # OpenAI's clients ask again by themselves after a 429, a 409 and a 5xx, unless they are told not to.
-    headers = {"x-should-retry": "false"} if answer.retry == "never" else {"Retry-After": str(ceil(retry_after_s))}
+    headers = {"x-should-retry": "false"} if answer.retry == "never" else {"Retry-After": _wait_s(answer)}
     if answer.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(encode(openai.error_of(answer)), answer.status, headers, media_type="application/json")
+
+
+def _wait_s(answer: Refused) -> str:
+    """What a caller is told to wait, in whole seconds as HTTP has it."""
+    return str(max(1, ceil(answer.retry_after_s or 0.0)))
 
 
 Say = Callable[[str, Refused], Response]

@@ -197,7 +197,13 @@ def _headers() -> dict[str, str]:
 
 
 def _refused(error: EngineError) -> Refused:
-    return Refused(code=error.code, reason=error.reason, status=error.status, retry="elsewhere")
+    return Refused(
+        code=error.code,
+        reason=error.reason,
+        status=error.status,
+        retry="elsewhere",
+        retry_after_s=error.retry_after_s,
+    )
 
 
 def engine_lost(device: str, error: Exception) -> Refused:
