@@ -125,6 +125,13 @@ def test_a_heartbeat_of_another_life_says_nothing() -> None:
     assert engines.standing("m", now=1) == "here"
 
 
+def test_engines_that_nobody_announced_are_a_reason_to_ask() -> None:
+    """A node may have registered anew where this gateway did not hear it."""
+    engines = known(node(engines=[]))
+    assert engines.beat(beat(), now=1) is False
+    assert engines.beat(NodeHeartbeat(node_id="a", session="1"), now=1) is True
+
+
 def test_a_new_life_has_nothing_of_the_old_one() -> None:
     """No load, no loaded model, and it takes requests again."""
     engines = known()

@@ -117,9 +117,12 @@ class Engines:
         return new
 
     def beat(self, said: NodeHeartbeat, *, now: float) -> bool:
-        """A sign of life. False, and nothing is taken of it, when that node, or that life of it, was not announced."""
+        """A sign of life. False, and nothing is taken of it, when that node, or that life of it, or that it has engines,
+        was not announced."""
         node = self._nodes.get(said.node_id)
         if node is None or (said.session and node.session and said.session != node.session):
+            return False
+        if said.engines and not node.engines:
             return False
         node.heard_at, node.monitored, node.silent = now, True, False
         node.lost = said.leaving
