@@ -423,7 +423,7 @@ async def test_every_example_of_the_page_works_over_http(edges: Mapping[str, htt
     for command in commands:
         method, url, headers, body = read_curl(command)
         answer = await edges[name].request(method, url, headers=headers, content=body)
-        said = answer.json() if not answer.is_success else {}
+        said: dict[str, Any] = answer.json() if not answer.is_success else {}
         code = said["error"]["code"] if "error" in said else said.get("code")
         assert answer.is_success or code in OF_NO_RUN, f"{command}: {answer.text}"
 
