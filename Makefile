@@ -26,7 +26,7 @@ status: $(VENV)/.run ## Show what runs
 
 test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes and a real model
 	$(SAY) "Running the tests"
-	@$(BIN)/python -m pytest -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --ignore tests/chaos
+	@$(BIN)/python -m pytest -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/chaos
 	@$(BIN)/python -m pytest tests/chaos
 
 test-fast: $(VENV)/.dev ## Run the tests that need no server
