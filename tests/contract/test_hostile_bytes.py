@@ -24,7 +24,7 @@ from msgspec import inspect
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from computemesh.contracts import catalog, nodes, resources, services, storage, work
+from computemesh.contracts import catalog, keys, nodes, resources, services, storage, work
 from computemesh.contracts.base import Event, Message, Refused, Request, Role, decode
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.ids import ID_PATTERN
@@ -41,8 +41,10 @@ NODE_ID: Final = "n1"
 """The node of the mesh under test, whose agent and detector answer on subjects of their own."""
 
 READERS: Final[dict[str, int]] = {
-    nodes.ANNOUNCE.subject: 1,  # node-registry
-    nodes.HEARTBEAT.subject: 3,  # node-registry, work-marshaller, gpu-orchestrator
+    nodes.ANNOUNCE.subject: 2,  # node-registry, gateway
+    nodes.HEARTBEAT.subject: 4,  # node-registry, work-marshaller, gpu-orchestrator, gateway
+    nodes.LOST.subject: 2,  # node-registry, gateway
+    keys.CHANGED.subject: 1,  # gateway
     nodes.DISCOVER.subject: 1,  # node-agent
     resources.CHANGED.at(NODE_ID): 1,  # node-agent
     resources.LOAD.at(NODE_ID): 1,  # node-agent

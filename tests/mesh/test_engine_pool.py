@@ -176,14 +176,16 @@ async def test_a_start_that_is_late_is_answered_in_time_and_goes_on(
 async def test_beyond_its_limit_a_device_refuses_requests(new_pool: NewPool) -> None:
     """Two at a time, one of which waits; both are answered, one after the other."""
     pool = new_pool()
-    await ask(pool, "a")
-    both = [asyncio.create_task(ask(pool, "a")) for _ in range(2)]
-    await until(lambda: use_of(pool).pending == 2, "both have joined the line")
-    for model in ("a", "b"):
-        with pytest.raises(EngineError) as caught:
-            await ask(pool, model)
-        assert (caught.value.code, caught.value.status) == ("too_many_requests", 429)
-    assert all("Paris" in text for text in await asyncio.gather(*both))
+    async with pool.admit("a") as place:
+        waiting = asyncio.create_task(ask(pool, "a"))
+        await until(lambda: use_of(pool).pending == 2, "the second has joined the line")
+        for model in ("a", "b"):
+            with pytest.raises(EngineError) as caught:
+                await ask(pool, model)
+            assert (caught.value.code, caught.value.status) == ("too_many_requests", 429)
+        assert "Paris" in await complete(place)
+        assert not waiting.done()
+    assert "Paris" in await waiting
     assert use_of(pool).pending == 0
 
 

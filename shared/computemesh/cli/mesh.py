@@ -32,6 +32,7 @@ from computemesh.cli.common import (
     table,
 )
 from computemesh.cli.engine_views import EngineRow
+from computemesh.cli.nodes import every_node
 from computemesh.cli.services import SERVICES
 from computemesh.config import nats_urls, node_of, told_node_id
 from computemesh.contracts import nodes
@@ -430,7 +431,7 @@ async def _counts() -> tuple[dict[str, Any], list[EngineRow], NoMesh | None]:
     """How many nodes, engines and unfinished items there are, and the engines; or why that is not known."""
     try:
         async with common.connected() as bus:
-            found = await common.ask(bus, nodes.QUERY, nodes.NodesQuery(), timeout_s=COUNTS_S)
+            found = await every_node(bus, nodes.NodesQuery(), timeout_s=COUNTS_S)
             questions = [work_contracts.WorkList(status=state, limit=1) for state in IN_HAND]
             listed = [await common.ask(bus, work_contracts.LIST, ask, timeout_s=COUNTS_S) for ask in questions]
     except NoMesh as failure:

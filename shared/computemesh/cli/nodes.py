@@ -150,13 +150,16 @@ def _query(filters: dict[str, Any]) -> NodesQuery:
     return query
 
 
-async def every_node(bus: Bus, query: NodesQuery, limit: int = 1 << 62) -> NodeList:
-    """All the nodes that match, or the first *limit*, page by page."""
-    found = await common.ask(bus, nodes.QUERY, msgspec.structs.replace(query, limit=min(limit, PAGE)))
+async def every_node(
+    bus: Bus, query: NodesQuery, limit: int = 1 << 62, *, timeout_s: float = common.ANSWER_S
+) -> NodeList:
+    """All the nodes that match, or the first *limit*, page by page, for each of which *timeout_s* is waited."""
+    first = msgspec.structs.replace(query, limit=min(limit, PAGE))
+    found = await common.ask(bus, nodes.QUERY, first, timeout_s=timeout_s)
     listed = list(found.nodes)
     while found.next and len(listed) < limit:
         page = msgspec.structs.replace(query, limit=min(limit - len(listed), PAGE), after=found.next)
-        found = await common.ask(bus, nodes.QUERY, page)
+        found = await common.ask(bus, nodes.QUERY, page, timeout_s=timeout_s)
         listed += found.nodes
     return NodeList(nodes=listed, count=max(found.count, len(listed)))
 
