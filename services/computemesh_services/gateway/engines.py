@@ -117,8 +117,8 @@ class Engines:
         return new
 
     def beat(self, said: NodeHeartbeat, *, now: float) -> bool:
-        """A sign of life. False, and nothing is taken of it, when that node, or that life of it, or that it has engines,
-        was not announced."""
+        """A sign of life. False, and nothing is taken of it, when what it speaks of was not announced: that node, that life
+        of it, or that it has engines."""
         node = self._nodes.get(said.node_id)
         if node is None or (said.session and node.session and said.session != node.session):
             return False
