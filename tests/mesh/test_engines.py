@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -257,6 +258,14 @@ class TestRealEngine:
         with pytest.raises(EngineError, match=r"before it served; last lines of its log: .*bad\.gguf"):
             await server.ready()
         await server.stop()
+
+
+def test_the_packages_server_takes_no_name_that_is_cut_short() -> None:
+    """What stands for an argument of the agent has one spelling, which the agent knows."""
+    command = [sys.executable, "-m", "computemesh_services.node_agent.engines.xllamacpp_server"]
+    told = [*command, "-m", "nowhere.gguf", "--alias", "m", "--port", "1", "--ho", "0.0.0.0"]
+    ended = subprocess.run(told, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert (ended.returncode, "unrecognized arguments: --ho" in ended.stderr) == (2, True), ended.stderr
 
 
 async def test_a_server_that_never_serves_is_given_up_in_the_end(

@@ -17,7 +17,9 @@ from computemesh.config import load as load_settings
 from computemesh.contracts.base import Refused
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.config_file import ConfigFile, ModelEntry, load, parse
-from computemesh_services.node_agent.engines.options import ModelOptions
+from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions
+from computemesh_services.node_agent.engines.place import EngineError
+from computemesh_services.node_agent.engines.server import arguments
 
 EXAMPLE: Final = Path(__file__).parents[2] / "docs" / "examples" / "agent" / "node-agent.yaml"
 FOLDER: Final = Path("/etc/mesh")
@@ -150,6 +152,21 @@ def test_a_file_that_names_no_models_leaves_them_to_the_environment() -> None:
             "models:\n- model_id: a\n  path: a\n  server_args: {mlock: [1]}\n",
             "models[0].server_args[...]: Expected 'bool | int | float | str', got 'array' (line 4, column 3)",
         ),
+        (
+            "models:\n- model_id: a\n  path: a\n  server_args:\n    mlock: true\n    host: 0.0.0.0\n",
+            "models[0].server_args.host: server_args do not take host, which is up to the agent (line 6, column 5)",
+        ),
+        (
+            "models: [{model_id: a, path: a, server_args: {--ctx_size: 9}}]\n",
+            (
+                "models[0].server_args.--ctx_size: server_args do not take ctx-size; "
+                "a model has the key ctx_size for it (line 1, column 47)"
+            ),
+        ),
+        (
+            "models: [{model_id: a, path: a, server_args: {mlock: --host=0.0.0.0}}]\n",
+            "models[0].server_args.mlock: '--host=0.0.0.0' would be an argument of its own (line 1, column 47)",
+        ),
         ("models:\n- path: a\n", "models[0].model_id: Object missing required field 'model_id' (line 2, column 3)"),
         ("models:\n- model_id: a\n", "models[0]: a has neither a path nor a source (line 2, column 3)"),
         (
@@ -192,6 +209,36 @@ def test_a_file_that_names_no_models_leaves_them_to_the_environment() -> None:
 )
 def test_what_is_wrong_is_said_with_its_key_and_its_place(text: str, said: str) -> None:
     assert reason(text) == said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("host", "--host", "port", "reuse-port", "reuse_port", "m", "-m", "model", "--model", "a", "alias", "hf-repo"),
+        *("api-key", "--api_key", "api-key-file", "ssl-key-file", "ssl-cert-file", "path", "media-path", "tools"),
+        *("slot-save-path", "log-file", "log_file", "ngl", "np", "parallel", "models-dir", "fim-qwen-7b-spec"),
+        *("gpt-oss-20b-default", "host=0.0.0.0"),
+    ],
+)
+def test_arguments_that_are_the_agents_are_refused_however_they_are_spelled(name: str) -> None:
+    """By the file and, where it was passed by, before a server is started."""
+    place = "(line 1, column 47)"
+    said = reason(f"models: [{{model_id: a, path: a, server_args: {{'{name}': false}}}}]\n")
+    assert said.startswith(f"models[0].server_args.{name}: server_args do not take "), said
+    assert said.endswith(place)
+    model = ModelOptions(name="a", server_args={name: "x"})
+    with pytest.raises(EngineError, match="the engine for 'a' is not started: server_args do not take "):
+        arguments(model, Path("a.gguf"), 1, options=EngineOptions())
+
+
+def test_other_arguments_are_passed_on() -> None:
+    """Numbers below 0 as well."""
+    told = read(
+        "models: [{model_id: a, path: a, server_args: {mlock: true, n-predict: -1, keep: '-1', pooling: mean}}]\n"
+    )
+    (model,) = told.model_options()
+    line = " ".join(arguments(model, Path("a.gguf"), 1, options=EngineOptions()))
+    assert line.endswith("--metrics --mlock --n-predict -1 --keep -1 --pooling mean")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

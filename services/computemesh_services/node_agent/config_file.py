@@ -23,7 +23,7 @@ from computemesh.models import Found
 from computemesh.modelsource import SourceError
 from computemesh.yamltext import Document, is_list, is_mapping
 from computemesh_services.node_agent.config import AgentConfig
-from computemesh_services.node_agent.engines.options import ModelOptions
+from computemesh_services.node_agent.engines.options import ModelOptions, why_refused
 from computemesh_services.node_agent.models import serving
 
 VARIABLE: Final = "COMPUTEMESH_CONFIG"
@@ -88,7 +88,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     alias: Annotated[str, msgspec.Meta(max_length=200)] = ""
     """Another name that requests may use."""
     server_args: dict[Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]*$")], str | int | float | bool] = {}
-    """Further arguments of llama-server by name, without dashes in front."""
+    """Further arguments of llama-server by name, without dashes in front; not those of other keys, or of the agent."""
 
     def found(self, folder: Path) -> Found:
         """Where it is, or comes from.
@@ -245,6 +245,10 @@ class _Reader:
             if not is_mapping(fields):
                 raise _Bad(at, "Expected a model, such as `model_id: tiny` with a path")
             _known(fields, ModelEntry.__struct_fields__, at)
+            arguments = fields.get("server_args")
+            for name, value in arguments.items() if is_mapping(arguments) else ():
+                if bad := why_refused(name, value):
+                    raise _Bad(f"{at}.server_args.{name}", bad)
             entry: ModelEntry = _converted(fields, ModelEntry, at)
             if not entry.path and not entry.source:
                 raise _Bad(at, f"{entry.model_id} has neither a path nor a source")

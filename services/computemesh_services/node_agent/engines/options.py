@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import psutil
+
+_KEYS: Final = {
+    **dict.fromkeys(("model", "m"), "path"),
+    **dict.fromkeys(("model-url", "mu", "docker-repo", "dr"), "source"),
+    **dict.fromkeys(("hf-repo", "hf", "hfr", "hf-file", "hff"), "source"),
+    **dict.fromkeys(("alias", "a"), "alias"),
+    **dict.fromkeys(("ctx-size", "c"), "ctx_size"),
+    **dict.fromkeys(("threads", "t"), "threads"),
+    **dict.fromkeys(("threads-batch", "tb"), "threads_batch"),
+    **dict.fromkeys(("batch-size", "b"), "batch_size"),
+    **dict.fromkeys(("ubatch-size", "ub"), "ubatch_size"),
+    **dict.fromkeys(("gpu-layers", "n-gpu-layers", "ngl"), "gpu_layers"),
+    **dict.fromkeys(("main-gpu", "mg"), "main_gpu"),
+    **dict.fromkeys(("tensor-split", "ts"), "tensor_split"),
+    **dict.fromkeys(("flash-attn", "fa"), "flash_attn"),
+    **dict.fromkeys(("embeddings", "embedding"), "embeddings"),
+}
+"""Arguments of llama-server for which a model has a key, by all their names."""
+
+_AGENTS: Final = frozenset(
+    {
+        # Where it listens, and what the agent asks it for.
+        *("host", "port", "reuse-port", "api-prefix", "parallel", "np", "metrics"),
+        # Who may ask it.
+        *("api-key", "api-key-file", "ssl-key-file", "ssl-cert-file"),
+        *("cors-origins", "cors-methods", "cors-headers", "cors-credentials"),
+        # Files, programs and other machines, for whoever asks it.
+        *("path", "media-path", "slot-save-path", "slots", "props", "agent", "ag", "tools", "tools-runtime"),
+        *("ui-mcp-proxy", "webui-mcp-proxy", "mcp-servers-config", "mcp-servers-json"),
+        *("ui-config-file", "webui-config-file"),
+        # Other models than the one it is there for.
+        *("models-dir", "models-preset", "models-max", "models-autoload", "hf-token", "hft"),
+        # What it prints is kept, and shown, by the agent.
+        *("log-file", "log-prompts-dir"),
+    }
+)
+"""Arguments that are the agent's alone: they lead around it, or open what it keeps shut."""
+
+_PRESET: Final = re.compile(r"(gpt-oss|embd|fim|vision|tts)-.*-(default|spec)")
+"""Arguments that stand for a model, and some for a port."""
+
+_ARGUMENT: Final = re.compile(r"-[^0-9.]")
+
+
+def why_refused(name: str, value: object) -> str:
+    """Why an argument may not be one of :attr:`ModelOptions.server_args`, or nothing.
+
+    Args:
+        name: short or long, with or without dashes in front; llama-server takes ``_`` for ``-``.
+    """
+    plain = name.lstrip("-_").replace("_", "-").partition("=")[0]
+    if plain in _KEYS:
+        return f"server_args do not take {plain}; a model has the key {_KEYS[plain]} for it"
+    if plain in _AGENTS or _PRESET.fullmatch(plain):
+        return f"server_args do not take {plain}, which is up to the agent"
+    if isinstance(value, str) and _ARGUMENT.match(value):
+        return f"{value!r} would be an argument of its own"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)

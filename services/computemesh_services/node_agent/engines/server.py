@@ -34,7 +34,7 @@ from computemesh.contracts.nodes import EngineState
 from computemesh.ids import token_from
 from computemesh.process import dies_with_parent, end
 from computemesh_services.node_agent.engines.device import DeviceRef
-from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions
+from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions, why_refused
 from computemesh_services.node_agent.engines.orphans import MARK, Marks
 from computemesh_services.node_agent.engines.place import EngineError
 
@@ -85,7 +85,11 @@ def launcher(program: str = "") -> list[str]:
 def arguments(
     model: ModelOptions, path: Path, port: int, *, device: DeviceRef | None = None, options: EngineOptions
 ) -> list[str]:
-    """What a server is started with; both kinds understand it."""
+    """What a server is started with; both kinds understand it.
+
+    Raises:
+        EngineError: one of the model's own arguments is up to the agent.
+    """
     context_tokens = model.ctx_size or options.context_tokens
     threads = model.threads or (device.threads if device else 0) or options.threads
     words = [
@@ -109,6 +113,8 @@ def arguments(
     if model.embeddings:
         words.append("--embeddings")
     for name, given in model.server_args.items():
+        if refused := why_refused(name, given):
+            raise EngineError(f"the engine for '{model.name}' is not started: {refused}")
         if given is not False:
             words += [f"--{name}"] if given is True else [f"--{name}", str(given)]
     return words

@@ -47,7 +47,7 @@ def _list_devices() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xllamacpp_server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="xllamacpp_server", description=__doc__, allow_abbrev=False)
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
