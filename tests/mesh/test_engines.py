@@ -248,6 +248,30 @@ class TestRealEngine:
         with pytest.raises(EngineError, match="stopped"):
             await server.ready()
 
+    async def test_one_that_is_stopped_while_it_works_is_killed_and_its_requests_end(
+        self, serve: Callable[..., LlamaServer]
+    ) -> None:
+        """It takes connections all the while, and lets them hang; then a new one serves at the same address."""
+        ((name, path),) = find_models(None).models.items()
+        server = serve(name, path, replace(OPTIONS, hung_s=1.0))
+        try:
+            await server.ready()
+            address, first = server.base_url, server.pid
+            assert first is not None
+            ask = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+            url = f"{address}/v1/completions"
+            answer = await asyncio.to_thread(urllib3.request, "POST", url, json=ask, preload_content=False)
+            os.kill(first, signal.SIGSTOP)
+            assert server.state is EngineState.READY
+            with pytest.raises(urllib3.exceptions.HTTPError):
+                async with asyncio.timeout(WAIT_S):
+                    await asyncio.to_thread(answer.read)
+            await until(lambda: server.state is not EngineState.READY)
+            await server.ready()
+            assert (server.base_url, server.pid != first, server.restarts) == (address, True, 1)
+        finally:
+            await server.stop()
+
     async def test_an_unreadable_model_fails_with_the_engines_own_words(
         self, serve: Callable[..., LlamaServer], tmp_path: Path
     ) -> None:
@@ -276,6 +300,40 @@ async def test_a_server_that_never_serves_is_given_up_in_the_end(
     with pytest.raises(EngineError, match=r"did not serve within 0\.5 s"):
         await server.ready()
     assert server.pid is None
+    await server.stop()
+
+
+async def test_a_server_that_hangs_is_killed_unless_it_is_to_be_left_alone(
+    fake: Callable[[str], Path], serve: Callable[..., LlamaServer]
+) -> None:
+    """Two that stand still for the same time: one is started again, the other is the same process afterwards."""
+    watched, left = (serve("m", fake("works"), replace(QUICK, hung_s=hung_s)) for hung_s in (0.5, 0.0))
+    await asyncio.gather(watched.ready(), left.ready())
+    pids = [server.pid or 0 for server in (watched, left)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    await until(lambda: watched.restarts == 1)
+    assert not psutil.pid_exists(pids[0])
+    assert (left.pid, left.state, left.restarts) == (pids[1], EngineState.READY, 0)
+    await watched.ready()
+    os.kill(pids[1], signal.SIGCONT)
+    await asyncio.gather(watched.stop(), left.stop())
+
+
+async def test_a_server_that_stands_still_for_a_while_is_left_alone(
+    fake: Callable[[str], Path], serve: Callable[..., LlamaServer]
+) -> None:
+    """Again and again, each time for longer than a look lasts, and together for longer than is allowed at once."""
+    server = serve("m", fake("works"), replace(QUICK, hung_s=3.0))
+    await server.ready()
+    pid = server.pid
+    assert pid is not None
+    for _ in range(3):
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(1.2)
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(1.0)
+    assert (server.pid, server.state, server.restarts) == (pid, EngineState.READY, 0)
     await server.stop()
 
 

@@ -47,6 +47,8 @@ class AgentConfig(ServiceConfig, frozen=True, kw_only=True):
     """Between two looks at a server that starts, at most."""
     engine_start_max_s: Seconds = 600.0
     """A server that does not serve after so long is given up."""
+    engine_hung_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    """An engine that has not answered for so long is killed and started again; 0 = never."""
     engine_slots: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
     """Requests that an engine works on at the same time; 0 = as many as `slots`."""
     max_pending_requests_per_device: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 2

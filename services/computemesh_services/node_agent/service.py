@@ -796,6 +796,7 @@ def _engine_options(config: AgentConfig) -> EngineOptions:
         startup_timeout_s=config.llama_server_startup_timeout_s,
         start_max_s=config.engine_start_max_s,
         probe_interval_s=config.llama_server_probe_interval_s,
+        hung_s=config.engine_hung_s,
     )
 
 

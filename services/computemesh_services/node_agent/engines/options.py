@@ -132,6 +132,8 @@ class EngineOptions:
     """After so long without an answer a start is given up. Large models load for minutes."""
     probe_interval_s: float = 0.5
     """Between two looks at a server that starts, at most."""
+    hung_s: float = 30.0
+    """A server that serves, and has not answered for so long, hangs: it is killed and started again; 0 = never."""
     restarts_max: int = 5
     """Crashes in a row, each within :attr:`stable_s` of serving, before a server counts as failed."""
     restart_delay_s: float = 0.5

@@ -1,6 +1,6 @@
 """A llama.cpp server as a supervised child process.
 
-    starting --> ready --> restarting --> ready ...      it crashed after it had served
+    starting --> ready --> restarting --> ready ...      it crashed after it had served, or hung and was killed
         |                      |
         +------> failed <------+                         it never served, or crashes over and over
     and idle, from every state, by ``stop``
@@ -32,7 +32,7 @@ import urllib3
 from computemesh import log as logs
 from computemesh.contracts.nodes import EngineState
 from computemesh.ids import token_from
-from computemesh.process import dies_with_parent, end
+from computemesh.process import dies_with_parent, end, signal_group
 from computemesh_services.node_agent.engines.device import DeviceRef
 from computemesh_services.node_agent.engines.options import EngineOptions, ModelOptions, why_refused
 from computemesh_services.node_agent.engines.orphans import MARK, Marks
@@ -44,6 +44,13 @@ PROBE_FIRST_S: Final = 0.05
 """Between the first two looks at a server that starts; the interval grows from there."""
 
 PROBE_TIMEOUT_S: Final = 2.0
+
+LOOK_TIMEOUT_S: Final = 5.0
+LOOK_INTERVAL_S: Final = 5.0
+"""Bounds on a look at a server that serves, and on the time between two."""
+
+LOOKS_MISSED_MIN: Final = 3
+"""A server that hangs has left so many looks in a row unanswered, however short the time it is given."""
 
 LISTENS_S: Final = 0.02
 """The event loop stands still for so long, at most; on this machine a connection takes a fraction of a millisecond."""
@@ -217,18 +224,18 @@ class LlamaServer:
         loop = asyncio.get_running_loop()
         crashes = 0
         while True:
-            served_at: float | None = None
+            served_s = 0.0
             async with self._running() as process:
                 try:
                     await self._until_serving(process)
                     served_at = loop.time()
                     self._enter(EngineState.READY)
-                    await process.wait()
+                    served_s = await self._until_ended(process) - served_at
                 except EngineError:
                     if self.state is EngineState.STARTING or crashes >= self._options.restarts_max:
                         raise
                     self.port = 0  # Perhaps somebody else has it now.
-            if served_at is not None and loop.time() - served_at >= self._options.stable_s:
+            if served_s >= self._options.stable_s:
                 crashes = 0
             crashes += 1
             self._enter(EngineState.RESTARTING)
@@ -311,6 +318,40 @@ class LlamaServer:
         finally:
             exited.cancel()
 
+    async def _until_ended(self, process: Process) -> float:
+        """Waits for the end of a server that serves; one that hangs is killed. Gives the time until which it was well,
+        on the loop's clock."""
+        watch = asyncio.create_task(self._kill_when_hung(process), name=f"watch of engine {self._device.id}")
+        try:
+            await process.wait()
+            return watch.result() if watch.done() else asyncio.get_running_loop().time()
+        finally:
+            watch.cancel()
+
+    async def _kill_when_hung(self, process: Process) -> float:
+        """Gives the time of the first of the looks that stayed without an answer, on the loop's clock."""
+        hung_s = self._options.hung_s
+        if not hung_s:
+            await asyncio.Future[None]()  # Until it is cancelled.
+        loop = asyncio.get_running_loop()
+        timeout_s = min(LOOK_TIMEOUT_S, max(0.5, hung_s / 6))
+        well_until = loop.time()
+        missed = 0
+        while missed < LOOKS_MISSED_MIN or loop.time() - well_until < hung_s:
+            await asyncio.sleep(min(LOOK_INTERVAL_S, hung_s / 10))
+            if not missed:
+                well_until = loop.time()
+            missed = 0 if await asyncio.to_thread(answers, self.base_url, timeout_s) else missed + 1
+        _log.error(
+            "engine hangs, and is killed",
+            device=self._device.id,
+            model=self.model.name,
+            unanswered_s=round(loop.time() - well_until, 1),
+        )
+        if process.returncode is None:
+            signal_group(process.pid, signal.SIGKILL)
+        return well_until
+
     def _failure(self, what: str) -> EngineError:
         lines = _last_lines(self._log_path, self._log_from)
         return EngineError(f"the engine for '{self.model.name}' {what}; last lines of its log: {lines or 'none'}")
@@ -371,6 +412,15 @@ def serves(base_url: str, name: str) -> bool:
     except (urllib3.exceptions.HTTPError, ValueError):
         return False
     return answer.status == 200 and any(card.id == name for card in cards)
+
+
+def answers(base_url: str, timeout_s: float) -> bool:
+    """Whether a server at *base_url* gives any answer at all within *timeout_s*. Blocks for so long."""
+    try:
+        _http.request("GET", f"{base_url}/health", timeout=urllib3.Timeout(total=timeout_s))
+    except urllib3.exceptions.HTTPError:
+        return False
+    return True
 
 
 def _open_log(path: Path) -> int:
