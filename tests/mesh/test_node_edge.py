@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import AsyncGenerator
@@ -417,6 +418,23 @@ async def test_an_engine_that_dies_in_the_middle_ends_the_stream_cleanly_and_the
         events = await node.stream("id=d tokens=9 rate=50 crash=2")
         assert "[DONE]" not in events
         assert json.loads(events[-1])["error"]["code"] == "engine_lost"
+        assert (await node.stream("id=e tokens=1"))[-1] == "[DONE]"
+
+
+async def test_an_engine_that_hangs_in_the_middle_is_killed_and_ends_the_stream_and_the_next_one_is_served(
+    tmp_path: Path,
+) -> None:
+    """As when it dies; the agent's log says that it hung."""
+    async with fake_node(tmp_path, COMPUTEMESH_ENGINE_HUNG_S="1") as node:
+        stream = asyncio.create_task(node.stream("id=d tokens=1000 rate=20"))
+        await node.becomes("running", 1)
+        os.kill((await node.counts())["pid"], signal.SIGSTOP)
+        events = await stream
+        assert "[DONE]" not in events
+        assert json.loads(events[-1])["error"]["code"] == "engine_lost"
+        await until(
+            lambda: any("engine hangs, and is killed" in line for line in node.mesh.lines), what="a line of its log"
+        )
         assert (await node.stream("id=e tokens=1"))[-1] == "[DONE]"
 
 
