@@ -29,6 +29,7 @@ from computemesh.contracts.nodes import NodeDrain, NodeUndrain
 from computemesh.testing import RunningMesh, running_mesh, until
 from computemesh_services.gateway import routing
 from computemesh_services.gateway.engines import Candidate, Spot
+from computemesh_services.gateway.following import LIST_EVERY_S
 from tests.mesh.engine_node import DEVICE, EngineNode
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -277,10 +278,19 @@ async def test_a_model_whose_nodes_are_away_is_unavailable(mesh: RunningMesh, ht
 
 
 async def test_a_node_that_an_operator_drains_gets_nothing_new(mesh: RunningMesh, http: httpx.AsyncClient) -> None:
-    """Within the time in which the registry is asked; a gateway that starts knows at once."""
+    """Long before the registry is asked again, and by a gateway that starts; given work again it is asked at once."""
     async with engines(mesh, "m-drained", "d1", "d2") as (one, two):
         operator = await mesh.bus(Role.SERVICES)
-        assert not isinstance(await operator.ask(nodes.DRAIN, NodeDrain(node_id="d1")), Refused)
+        for names, drained in ((["d2"], True), (["d1", "d2"], False), (["d2"], True)):
+            told = await (
+                operator.ask(nodes.DRAIN, NodeDrain(node_id="d1"))
+                if drained
+                else operator.ask(nodes.UNDRAIN, NodeUndrain(node_id="d1"))
+            )
+            assert not isinstance(told, Refused)
+            async with asyncio.timeout(LIST_EVERY_S / 3):
+                while await serving(http, "m-drained") != names:
+                    await asyncio.sleep(0.02)
         mesh.kill("gateway-2")
         await until(lambda: mesh.service("gateway-2").status.restarts > 0, what="another life of the gateway")
         await until(lambda: mesh.service("gateway-2").status.state == "ready", what="the gateway to be back")

@@ -16,6 +16,7 @@ from computemesh.contracts.nodes import (
     NodeAnnouncement,
     NodeHeartbeat,
     NodeLost,
+    NodeMarked,
     NodeState,
     NodeView,
 )
@@ -74,6 +75,19 @@ def test_a_node_whose_announcement_changes_offers_what_the_new_one_says() -> Non
     engines.announced(node(models=("k",)), now=1)
     assert nobody(engines, "m")
     assert only(engines, "k").spot == SPOT
+
+
+def test_what_an_operator_says_of_a_node_holds_at_once() -> None:
+    """A list that was asked for before does not undo it; one asked for later does."""
+    engines = known()
+    for drained in (True, False):
+        engines.marked(NodeMarked(node_id="a", drained=drained), now=2)
+        assert nobody(engines, now=2) is drained
+        engines.listed([view(drained=not drained)], asked_at=1, now=3)
+        assert nobody(engines, now=3) is drained
+    engines.listed([view(drained=True)], asked_at=4, now=5)
+    assert nobody(engines, now=5)
+    engines.marked(NodeMarked(node_id="other", drained=True), now=6)
 
 
 def test_a_node_that_may_take_nothing_new_gets_nothing() -> None:

@@ -1,7 +1,7 @@
 """Which engines there are, how busy they are, and what this gateway has given them. Pure.
 
-What nodes say themselves is heard as it is said; the registry's list, asked for now and then, says the rest: who is
-drained, who is suspect, and whatever was missed.
+What nodes say themselves is heard as it is said, and so is whom an operator drained. The registry's list, asked for now
+and then, says the rest: who is suspect, and whatever was missed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from computemesh.contracts.nodes import (
     NodeAnnouncement,
     NodeHeartbeat,
     NodeLost,
+    NodeMarked,
     NodeState,
     NodeView,
 )
@@ -77,6 +78,8 @@ class _Node:
     monitored: bool = False
     accepting: bool = True
     drained: bool = False
+    marked_at: float = 0.0
+    """When it was heard that it is drained, or no more."""
     lost: bool = False
     silent: bool = False
     """It did not answer, and has not been heard of since."""
@@ -117,8 +120,8 @@ class Engines:
         return new
 
     def beat(self, said: NodeHeartbeat, *, now: float) -> bool:
-        """A sign of life. False, and nothing is taken of it, when what it speaks of was not announced: that node, that life
-        of it, or that it has engines."""
+        """A sign of life. False, and nothing is taken of it, when that node, that life of it or that it has engines
+        was not announced."""
         node = self._nodes.get(said.node_id)
         if node is None or (said.session and node.session and said.session != node.session):
             return False
@@ -137,6 +140,11 @@ class Engines:
         if node := self._nodes.get(said.node_id):
             node.lost, node.heard_at = True, now
 
+    def marked(self, said: NodeMarked, *, now: float) -> None:
+        """An operator drained a node, or gave it work again."""
+        if node := self._nodes.get(said.node_id):
+            node.drained, node.marked_at = said.drained, now
+
     def listed(self, views: Iterable[NodeView], *, asked_at: float, now: float) -> None:
         """The registry's whole list, asked for at *asked_at*. What was heard of a node since is newer than the list."""
         self.complete = True
@@ -144,7 +152,9 @@ class Engines:
         for view in views:
             found.add(view.node_id)
             node = self._known(view.node_id)
-            node.drained, node.created_at = view.drained, view.registered_at
+            node.created_at = view.registered_at
+            if node.marked_at <= asked_at:
+                node.drained = view.drained
             if node.heard_at > asked_at:
                 continue
             if view.session != node.session:

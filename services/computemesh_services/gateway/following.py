@@ -11,12 +11,12 @@ from computemesh import log
 from computemesh.bus import Bus, BusError
 from computemesh.contracts import nodes
 from computemesh.contracts.base import Refused
-from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeLost, NodesQuery, NodeView
+from computemesh.contracts.nodes import NodeAnnouncement, NodeHeartbeat, NodeLost, NodeMarked, NodesQuery, NodeView
 from computemesh.lifecycle import Spawn
 from computemesh_services.gateway.engines import Engines
 
 LIST_EVERY_S: Final = 30.0
-"""How often the registry is asked, to learn of drained and suspect nodes and of what was missed."""
+"""How often the registry is asked, to learn of suspect nodes and of what was missed."""
 
 LIST_AGAIN_S: Final = 1.0
 """The pause when it did not answer, or a new node was heard of."""
@@ -41,6 +41,7 @@ class Following:
         await self._bus.subscribe(nodes.ANNOUNCE, self._on_announce)
         await self._bus.subscribe(nodes.HEARTBEAT, self._on_beat)
         await self._bus.subscribe(nodes.LOST, self._on_lost)
+        await self._bus.subscribe(nodes.MARKED, self._on_marked)
         spawn(self._list_forever())
 
     async def _on_announce(self, said: NodeAnnouncement) -> None:
@@ -56,6 +57,10 @@ class Following:
 
     async def _on_lost(self, said: NodeLost) -> None:
         self._engines.lost(said, now=time.monotonic())
+        self._changed()
+
+    async def _on_marked(self, said: NodeMarked) -> None:
+        self._engines.marked(said, now=time.monotonic())
         self._changed()
 
     async def _list_forever(self) -> None:

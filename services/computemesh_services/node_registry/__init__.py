@@ -4,8 +4,8 @@ Owns       the bucket ``compute-nodes``: a record for each node, and up to where
 Answers    ``compute.nodes.{register,alive,query,list,get,drain,undrain,forget,cleanup,stats}.v1`` and their routes;
            ``POST /v1/nodes/register`` and ``/v1/nodes/heartbeat`` as RoleMesh's node agents post them;
            ``compute.keys.{create,list,revoke}.v1``, on the bus alone
-Publishes  ``compute.nodes.{discover,lost,refused}.v1``; ``compute.nodes.heartbeat.v1`` for those that come as requests;
-           ``compute.keys.changed.v1``
+Publishes  ``compute.nodes.{discover,lost,marked,refused}.v1``; ``compute.keys.changed.v1``;
+           ``compute.nodes.heartbeat.v1`` for those that come as requests
 Promises   - Any replica answers. Whoever writes answers with what is then recorded; a node that another replica wrote
              is found at once, and what another changed is seen milliseconds later.
            - A node is never called suspect or lost because a registry, or the bus, was away, halted or behind, or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +29,7 @@ from computemesh.contracts.nodes import (
     NodeGet,
     NodeHeartbeat,
     NodeList,
+    NodeMarked,
     NodeRecord,
     NodeRefused,
     NodesCleaned,
@@ -382,6 +384,9 @@ class NodeRegistry:
         if after is None:
             return _no_node(node_id)
         _log.info("drained" if after.drained else "undrained", node=node_id, reason=after.drain_reason, changed=changed)
+        # Also when nothing changed: who asks again may do so because somebody did not hear it.
+        with contextlib.suppress(BusError):  # It is stored; who does not hear it finds it in the list.
+            await self._bus.publish(nodes.MARKED, NodeMarked(node_id=node_id, drained=after.drained))
         return NodeDrained(node=self._view(after), changed=changed)
 
     async def _reread(self, node_id: str) -> bool:

@@ -272,6 +272,13 @@ class NodeLost(Message, frozen=True, kw_only=True):
     """It said that it ends."""
 
 
+class NodeMarked(Message, frozen=True, kw_only=True):
+    """An operator drained a node, or gave it work again."""
+
+    node_id: Id
+    drained: bool
+
+
 class NodeRefused(Message, frozen=True, kw_only=True):
     """An announcement that does not count: its node id belongs to another agent, it cannot be stored, or it is none."""
 
@@ -490,6 +497,13 @@ LOST: Final = Event(
     sent_by=_SERVICES,
     read_by=_EVERYONE,
     about="A node went silent; its work is given to others.",
+)
+MARKED: Final = Event(
+    subject="compute.nodes.marked.v1",
+    payload=NodeMarked,
+    sent_by=_SERVICES,
+    read_by=_EVERYONE,
+    about="An operator drained a node, or gave it work again.",
 )
 REFUSED: Final = Event(
     subject="compute.nodes.refused.v1",
