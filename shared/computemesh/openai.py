@@ -51,7 +51,7 @@ class Question:
     tokens_max: int | None
     """Bound on each answer; None when the client set none."""
     answers: int = 1
-    """How many it asked for: ``n``."""
+    """How many it asks for: ``n`` for each of its prompts."""
 
 
 # --- requests ----------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def read(path: Path, data: bytes) -> Question | Refused:
         stream=stream,
         include_usage=bool(asked.stream_options and asked.stream_options.include_usage),
         tokens_max=_tokens_max(asked),
-        answers=asked.n or 1,
+        answers=_prompts(asked) * (asked.n or 1),
     )
 
 
@@ -94,6 +94,14 @@ def _tokens_max(asked: Generation) -> int | None:
     elif isinstance(asked, CompletionRequest):
         bounds = [asked.max_tokens]
     return next((bound for bound in bounds if bound is not None and bound >= 0), None)
+
+
+def _prompts(asked: Generation) -> int:
+    """How many prompts a request has. Tokens, and tokens among texts, are one."""
+    prompt = asked.prompt if isinstance(asked, CompletionRequest) else ""
+    if isinstance(prompt, str) or any(isinstance(part, int) for part in prompt):
+        return 1
+    return max(1, len(prompt))
 
 
 def prompt_chars(question: Question) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.requests import Request
 
+from computemesh import openai
 from computemesh.bus import Bus, Where
 from computemesh.contracts import keys
 from computemesh.contracts.base import Role
@@ -15,6 +17,7 @@ from computemesh.openai import Question, Usage
 from computemesh_services.gateway.admission import Anyone, Denied, Permit
 from computemesh_services.gateway.config import GatewayConfig
 from computemesh_services.gateway.keys import Doorkeeper, KeyHolder, KeyRing
+from computemesh_services.gateway.limits import Over
 
 TOKEN = "the-token-of-the-mesh"
 
@@ -75,6 +78,35 @@ def test_keys_are_random_and_recognisable() -> None:
     assert all(keys.is_digest(keys.digest(key)) for key in made)
     assert keys.digest("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert not any(keys.is_digest(text) for text in ("", "x" * 64, "A" * 64, "a" * 63, "a" * 65, "a" * 63 + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "answers"),
+    [
+        (["a"] * 40, 2, 80),
+        ("aaaa", 3, 3),
+        ([[1], [2]], 1, 2),
+        ([1, 2, 3], 2, 2),
+        (["a", 7], 1, 1),
+        ("a", 1, 1),
+    ],
+)
+@pytest.mark.parametrize("usage", [Usage(prompt_tokens=1, completion_tokens=1), None])
+def test_a_key_pays_for_every_answer_it_asks_for(usage: Usage | None, prompt: Any, n: int, answers: int) -> None:
+    """An engine counts one of them; more than a minute's worth is owed. Of one answer its count holds."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": 8, "n": n}
+    asked = openai.read("/v1/completions", msgspec.json.encode(body))
+    assert isinstance(asked, Question)
+    assert asked.answers == answers
+    mine = record("a", tokens_per_minute=60)
+    meter = KeyRing().meter(mine, 0.0)
+    permit = permitted(KeyHolder(mine, meter, lambda: 0.0), asked)
+    permit.end(usage, answered=True)
+    several = -(-openai.prompt_chars(asked) // 4) + 8 * answers
+    spent = several if answers > 1 or usage is None else 2
+    over = meter.admit(60, 0.0)
+    assert isinstance(over, Over)
+    assert over.wait_s == pytest.approx(spent)
 
 
 def test_a_key_keeps_what_it_has_spent_until_it_changes() -> None:

@@ -83,7 +83,8 @@ class KeyHolder:
         if not self.sees(asked.model):
             return Denied(model_denied(asked.model))
         now_s = self._clock()
-        told = self._meter.admit(estimate(prompt_chars(asked), asked.tokens_max, asked.answers), now_s)
+        tokens = estimate(prompt_chars(asked), asked.tokens_max, asked.answers)
+        told = self._meter.admit(tokens, now_s)
         headers = self._meter.headers(now_s)
         if isinstance(told, Over):
             refused = Refused(
@@ -94,20 +95,36 @@ class KeyHolder:
                 retry_after_s=told.wait_s,
             )
             return Denied(refused, headers=headers)
-        return KeyPermit(told, self._record.name, headers, self._clock)
+        least = tokens if asked.answers > 1 else None
+        return KeyPermit(told, self._record.name, headers, self._clock, least=least)
 
 
 class KeyPermit:
-    """A request that is booked on a key."""
+    """A request that is booked on a key.
 
-    def __init__(self, booking: Booking, key: str, headers: Mapping[str, str], clock: Callable[[], float]) -> None:
+    Args:
+        least: tokens that it costs whatever its engine counted. Engines tell the usage of one of several answers.
+    """
+
+    def __init__(
+        self,
+        booking: Booking,
+        key: str,
+        headers: Mapping[str, str],
+        clock: Callable[[], float],
+        *,
+        least: int | None = None,
+    ) -> None:
         self.key = key
         self.headers = headers
         self._booking = booking
         self._clock = clock
+        self._least = least
 
     def end(self, usage: Usage | None, *, answered: bool) -> None:
         told = usage.prompt_tokens + usage.completion_tokens if usage else None
+        if self._least is not None:
+            told = max(told or 0, self._least)
         self._booking.end(told if answered else 0, self._clock())
 
 
