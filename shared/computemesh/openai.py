@@ -134,8 +134,15 @@ def in_its_words(told: Refused) -> Refused:
 def error_of(told: Refused) -> ApiRefusal:
     """A refusal in OpenAI's shape. Its status is that of :func:`in_its_words`."""
     told = in_its_words(told)
-    error = ApiError(message=told.reason, type=_type(told.status), param=told.field or None, code=told.code)
+    error = ApiError(message=_message(told), type=_type(told.status), param=told.field or None, code=told.code)
     return ApiRefusal(error=error)
+
+
+def _message(told: Refused) -> str:
+    """The reason, with the field before it where it does not name it: OpenAI's clients print the message alone."""
+    if not told.field or re.search(rf"(?<!\w){re.escape(told.field)}(?!\w)", told.reason):
+        return told.reason
+    return f"{told.field}: {told.reason}"
 
 
 def error_event(told: Refused) -> str:

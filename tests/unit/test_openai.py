@@ -128,7 +128,23 @@ def test_a_refusal_has_the_words_that_clients_know(told: Refused, status: int, k
     """Its status, type and code."""
     error = openai.error_of(told).error
     assert (openai.in_its_words(told).status, error.type, error.code) == (status, kind, code)
-    assert error.message == told.reason
+    assert error.message == (f"{told.field}: {told.reason}" if told.field else told.reason)
+
+
+@pytest.mark.parametrize(
+    ("field", "reason", "message"),
+    [
+        ("stream", "Expected `bool | null`, got `int`", "stream: Expected `bool | null`, got `int`"),
+        ("n", "Expected `int <= 128`", "n: Expected `int <= 128`"),
+        ("messages[0].role", "Object missing required field", "messages[0].role: Object missing required field"),
+        ("model", "no node serves model 'x'", "no node serves model 'x'"),
+        ("", "nested too deep", "nested too deep"),
+    ],
+)
+def test_a_refusal_names_its_field_in_the_message_too(field: str, reason: str, message: str) -> None:
+    """Once: clients print the message, and nothing else."""
+    error = openai.error_of(Refused(code="bad_message", reason=reason, field=field)).error
+    assert (error.message, error.param) == (message, field or None)
 
 
 @pytest.mark.parametrize(
