@@ -6,6 +6,7 @@ The gateway and the edge of each node agent speak it; the routes are declared in
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -52,6 +53,11 @@ class Question:
     """Bound on each answer; None when the client set none."""
     answers: int = 1
     """How many it asks for: ``n`` for each of its prompts."""
+
+    @property
+    def embeds(self) -> bool:
+        """It asks for embeddings, not texts."""
+        return self.path == "/v1/embeddings"
 
 
 # --- requests ----------------------------------------------------------------------------------------------------
@@ -129,6 +135,18 @@ def in_its_words(told: Refused) -> Refused:
     """A refusal with the code, and the status, that OpenAI's clients know it by."""
     status = 401 if told.code == "bad_token" else told.status
     return replace(told, code=_CODES.get(told.code, told.code), status=status)
+
+
+def wrong_kind(asked: Question, others: Iterable[str]) -> Refused:
+    """What is said when a model gives embeddings and was asked for texts, or the other way round.
+
+    Args:
+        others: models that give what is asked for.
+    """
+    wants, gives = ("embeddings", "texts") if asked.embeds else ("texts", "embeddings")
+    there = ", ".join(sorted(others)) or "none"
+    reason = f"model {asked.model!r} gives {gives}, not {wants}; models that give {wants}: {there}"
+    return Refused(code="unsupported_model", field="model", reason=reason, status=400)
 
 
 def error_of(told: Refused) -> ApiRefusal:

@@ -17,6 +17,7 @@ from computemesh.contracts.nodes import (
     EngineCard,
     EngineState,
     EngineUse,
+    ModelCard,
     NodeAnnouncement,
     NodeHeartbeat,
 )
@@ -33,10 +34,18 @@ class EngineNode:
 
     Args:
         bus: connected as this node.
+        embeddings: whether it says that its models give them; None to say nothing.
     """
 
     def __init__(
-        self, bus: Bus, node_id: str, models: Collection[str], *, slots: int = 64, pending_max: int = 1000
+        self,
+        bus: Bus,
+        node_id: str,
+        models: Collection[str],
+        *,
+        slots: int = 64,
+        pending_max: int = 1000,
+        embeddings: bool | None = None,
     ) -> None:
         self.node_id: Final = node_id
         self.session = new_id("s")
@@ -65,6 +74,7 @@ class EngineNode:
         """It tells that its engine has all it takes."""
         self._bus = bus
         self._models = models
+        self._cards = [] if embeddings is None else [ModelCard(name=name, embeddings=embeddings) for name in models]
         self._card = EngineCard(device=DEVICE, slots=slots, pending_max=pending_max)
         self._micro: MicroService | None = None
         self._beating: asyncio.Task[None] | None = None
@@ -77,6 +87,7 @@ class EngineNode:
             session=self.session,
             slots=0,
             models=list(self._models),
+            model_cards=self._cards,
             engines=[self._card],
         )
         answer = await self._bus.ask(nodes.REGISTER, announcement)

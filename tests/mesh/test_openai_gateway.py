@@ -39,6 +39,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT: Final = "/v1/chat/completions"
 QUEUE_TIMEOUT_S: Final = 4.0
 QUEUE_MAX: Final = 6
+WRONG_KIND: Final = ("unsupported_model", "model")
 UNAVAILABLE: Final = Refused(code="unavailable", reason="the engine does not start", status=503, retry="later")
 LOST: Final = Refused(code="engine_lost", reason="the engine ended", status=503, retry="elsewhere")
 FULL: Final = Refused(code="too_many_requests", reason="full", status=429, retry="later")
@@ -219,6 +220,25 @@ async def test_a_model_that_nobody_has_is_not_found(mesh: RunningMesh, http: htt
         assert refused.value.param == "messages"
 
 
+async def test_a_model_that_does_not_give_what_is_asked_names_those_that_do(
+    mesh: RunningMesh, http: httpx.AsyncClient
+) -> None:
+    """Embeddings of a chat model, and texts of one that embeds; no engine is asked."""
+    embed, text = {"input": "x"}, {"prompt": "x"}
+    async with engines(mesh, "m-chats", "k1", embeddings=False) as (chats,):
+        told = error(await http.post("/v1/embeddings", json={"model": "m-chats", **embed}), 400, *WRONG_KIND)
+        assert told["message"].endswith("models that give embeddings: none")
+        async with engines(mesh, "m-embeds", "k2", embeddings=True) as (embeds,):
+            told = error(await http.post("/v1/embeddings", json={"model": "m-chats", **embed}), 400, *WRONG_KIND)
+            assert told["message"].endswith("models that give embeddings: m-embeds")
+            for path, body in ((CHAT, chat("m-embeds")), ("/v1/completions", {"model": "m-embeds", **text})):
+                told = error(await http.post(path, json=body), 400, *WRONG_KIND)
+                assert told["message"].endswith("models that give texts: m-chats")
+            assert not chats.asked + embeds.asked
+            assert (await http.post("/v1/embeddings", json={"model": "m-embeds", **embed})).status_code == 200
+            assert (await http.post(CHAT, json=chat("m-chats"))).status_code == 200
+
+
 async def test_every_refusal_of_the_edge_is_in_openais_shape(http: httpx.AsyncClient) -> None:
     """On these paths; all others keep theirs."""
     error(await http.post(CHAT, content=b"{", headers={"content-type": "application/json"}), 400, "bad_message")
@@ -282,12 +302,10 @@ async def test_a_node_that_an_operator_drains_gets_nothing_new(mesh: RunningMesh
     async with engines(mesh, "m-drained", "d1", "d2") as (one, two):
         operator = await mesh.bus(Role.SERVICES)
         for names, drained in ((["d2"], True), (["d1", "d2"], False), (["d2"], True)):
-            told = await (
-                operator.ask(nodes.DRAIN, NodeDrain(node_id="d1"))
-                if drained
-                else operator.ask(nodes.UNDRAIN, NodeUndrain(node_id="d1"))
-            )
-            assert not isinstance(told, Refused)
+            if drained:
+                assert not isinstance(await operator.ask(nodes.DRAIN, NodeDrain(node_id="d1")), Refused)
+            else:
+                assert not isinstance(await operator.ask(nodes.UNDRAIN, NodeUndrain(node_id="d1")), Refused)
             async with asyncio.timeout(LIST_EVERY_S / 3):
                 while await serving(http, "m-drained") != names:
                     await asyncio.sleep(0.02)

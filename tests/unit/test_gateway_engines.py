@@ -90,6 +90,21 @@ def test_what_an_operator_says_of_a_node_holds_at_once() -> None:
     engines.marked(NodeMarked(node_id="other", drained=True), now=6)
 
 
+def test_what_a_model_gives_is_known_when_all_of_its_nodes_say_the_same() -> None:
+    """A node without a card for it does not say."""
+    chats, embeds = ModelCard(name="m"), ModelCard(name="m", embeddings=True)
+    for cards, found in (
+        ([[chats], [chats]], False),
+        ([[embeds], [embeds]], True),
+        ([[chats], [embeds]], None),
+        ([[chats], []], None),
+        ([[], []], None),
+    ):
+        first, second = (node(name, model_cards=cards[at]) for at, name in enumerate("ab"))
+        assert known(first, second).embeds("m") is found
+    assert known().embeds("other") is None
+
+
 def test_a_node_that_may_take_nothing_new_gets_nothing() -> None:
     """It drains, it leaves, it is lost, an operator drained it, or the registry suspects it."""
     for said in (beat(accepting=False), beat(leaving=True)):

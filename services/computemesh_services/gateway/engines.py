@@ -230,6 +230,12 @@ class Engines:
             return "away"
         return "silent" if all(node.silent for node in taking) else "here"
 
+    def embeds(self, model: str) -> bool | None:
+        """Whether a model gives embeddings, or texts; None when not all of its nodes say the same."""
+        nodes = [self._nodes[node_id] for node_id in self._by_model.get(model, ())]
+        said = {node.cards[model].embeddings if model in node.cards else None for node in nodes}
+        return said.pop() if len(said) == 1 else None
+
     def models(self, *, now: float) -> tuple[list[Model], list[str]]:
         """The models that can be asked, and those that are known but out of reach, by name."""
         here: list[Model] = []

@@ -109,6 +109,10 @@ class OpenAIDoor:
         asked = body if isinstance(body, Refused) else openai.read(cast("Path", request.url.path), body)
         if isinstance(asked, Refused):
             return Denied(asked)
+        if caller.sees(asked.model) and self.engines.embeds(asked.model) is (not asked.embeds):
+            here, _ = self.engines.models(now=time.monotonic())
+            able = [model.id for model in here if self.engines.embeds(model.id) is asked.embeds]
+            return Denied(openai.wrong_kind(asked, filter(caller.sees, able)))
         permit = caller.admit(asked)
         return permit if isinstance(permit, Denied) else (asked, permit)
 
