@@ -25,6 +25,8 @@ import pytest
 import pytest_asyncio
 from openapi_schema_validator import OAS31Validator
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from computemesh import __version__, openai
 from computemesh.bus import Bus, MicroService, Stored, Where
@@ -35,7 +37,7 @@ from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, S
 from computemesh.contracts.nodes import NodeAnnouncement, NodeGet, NodeRecord, NodeView
 from computemesh.contracts.permissions import inbox_prefix
 from computemesh.contracts.work import Assignment, WorkCompleted, WorkGet, WorkItem, WorkRecord
-from computemesh.edge import application
+from computemesh.edge import Extra, application
 from computemesh.edge.http import Doors, is_loopback
 from computemesh.hardware import Gpu
 from computemesh.nats_server import NatsServer
@@ -575,6 +577,36 @@ def outside(**config: Any) -> httpx.AsyncClient:
     app = application(ServiceConfig(http_host="0.0.0.0", **config), doors, BOUNDS, [])
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://mesh.example:8115")
+
+
+async def test_routes_with_one_handler_are_measured_apart() -> None:
+    """Each by its own template, whatever the path holds; a wrong method too, and what is no route as none."""
+
+    async def hear(_: HttpRequest) -> Response:
+        return Response()
+
+    paths = ("/one-handler/a", "/one-handler/b", "/one-handler/names/{name:path}")
+    extras = [Extra(method="POST", path=path, handler=hear) for path in paths]
+    doors = Doors(card=CARD, health=lambda: {"problem": ""}, unready=lambda: "")
+    app = application(ServiceConfig(), doors, BOUNDS, extras)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8115") as client:
+        for path in ("/one-handler/a", "/one-handler/b", "/one-handler/b", "/one-handler/names/x/y"):
+            assert (await client.post(path)).status_code == 200
+        assert (await client.get("/one-handler/a")).status_code == 405
+        assert (await client.get("/one-handler/none")).status_code == 404
+        text = (await client.get("/metrics")).text
+    counted = {
+        (s.labels["http_request_method"], s.labels["http_route"], s.labels["http_response_status_code"]): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+        if s.name == "http_server_request_duration_seconds_count" and "one-handler" in s.labels["http_route"]
+    }
+    assert counted == {
+        ("POST", "/one-handler/a", "200"): 1,
+        ("POST", "/one-handler/b", "200"): 2,
+        ("POST", "/one-handler/names/{name:path}", "200"): 1,
+        ("GET", "/one-handler/a", "405"): 1,
+    }
 
 
 async def test_beyond_loopback_the_token_decides() -> None:

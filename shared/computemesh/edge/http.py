@@ -48,7 +48,7 @@ from computemesh.contracts.base import (
 from computemesh.contracts.base import Route as RouteContract
 from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
-from computemesh.edge.observe import Observed
+from computemesh.edge.observe import ROUTE, Observed
 
 KEY_HEADERS: Final = (b"x-api-key", b"x-rolemesh-node-key")
 """Where a key, or the token, may stand as well; the latter is where RoleMesh's node agents show it."""
@@ -91,7 +91,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed]
     """The ASGI application of one service's edge."""
     routes: list[Route] = [_Extra(extra) for extra in extras]
     routes += [
-        Route(route.path, _handler(bound, route), methods=[route.method])
+        _Route(route.path, _handler(bound, route), methods=[route.method])
         for bound in bounds
         if isinstance(bound, Bound)
         for route in bound.contract.http
@@ -113,10 +113,18 @@ def application(config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed]
         routes=routes,
         exception_handlers={HTTPException: http_error, Exception: defect},  # type: ignore[dict-item]
     )
-    return Observed(Gate(app, config, say), {route.endpoint: route.path for route in routes})
+    return Observed(Gate(app, config, say))
 
 
-class _Extra(Route):
+class _Route(Route):
+    """A route that leaves its template in the scope of the requests it takes, for their measurement."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, ROUTE: self.path} if found else found
+
+
+class _Extra(_Route):
     """An extra's route, which matches only those it is for."""
 
     def __init__(self, extra: Extra) -> None:
@@ -161,12 +169,12 @@ def _common(
         return RedirectResponse("/docs")
 
     return [
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/metrics", metrics),
-        Route("/openapi.json", schema),
-        Route("/docs", docs),
-        Route("/", root),
+        _Route("/healthz", healthz),
+        _Route("/readyz", readyz),
+        _Route("/metrics", metrics),
+        _Route("/openapi.json", schema),
+        _Route("/docs", docs),
+        _Route("/", root),
     ]
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +17,9 @@ DURATION: Final = Histogram(
     ["http_request_method", "http_route", "http_response_status_code"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
+ROUTE: Final = "computemesh.route"
+"""Where a request's scope holds the template of its route, so that ids in paths do not make a series each."""
+
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 
@@ -25,14 +27,10 @@ class Observed:
     """Puts each request into the trace its caller named, or a new one, and measures it.
 
     The answer names the trace in ``traceresponse``, as the next level of the standard has it.
-
-    Args:
-        routes: route template by endpoint, so that ids in paths do not make a series each.
     """
 
-    def __init__(self, app: ASGIApp, routes: Mapping[Callable[..., Any], str]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,10 +51,5 @@ class Observed:
         try:
             await self._app(scope, receive, send_on)
         finally:
-            route = self._routes.get(scope.get("endpoint", _nowhere), "")
             method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
-            DURATION.labels(method, route, str(status)).observe(time.perf_counter() - started_s)
-
-
-def _nowhere() -> None:
-    """The endpoint of requests that no route takes."""
+            DURATION.labels(method, scope.get(ROUTE, ""), str(status)).observe(time.perf_counter() - started_s)
