@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import uvloop
 from nats.aio.msg import Msg
 
 from computemesh.bus import (
@@ -518,6 +519,42 @@ async def test_a_request_that_nobody_waits_for_any_more_is_not_made_when_the_ser
     await bus.call(nodes.GET.subject, b"second", timeout_s=30)
     await bus.flush()
     assert heard == [b"second"]
+
+
+@pytest.mark.parametrize("gone", ["unnoticed", "noticed", "reconnecting", "stopped", "came back"])
+def test_closing_a_connection_whose_server_is_gone_raises_nothing(tmp_path: Path, gone: str) -> None:
+    """Also with messages that were never sent, on the event loop of services. Who waits for an answer is told."""
+
+    async def close() -> None:
+        async with running_server(tmp_path) as server:
+            bus = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="test"))
+            await bus.connect(timeout_s=5)
+            await bus.listen(nodes.GET.subject, _ignore)
+            await bus.flush()
+            asked = asyncio.create_task(bus.call(nodes.GET.subject, b"", timeout_s=60))
+            await bus.flush()
+            server.kill()
+            if gone != "unnoticed":
+                await server.wait()
+                await until(lambda: not bus.connected.is_set(), what="the connection to break")
+            await bus.send(nodes.GET.subject, b"never sent")
+            if gone == "reconnecting":
+                await asyncio.sleep(0.5)
+            if gone == "came back":
+                await server.start()
+                await asyncio.wait_for(bus.connected.wait(), 30)
+                await bus.send(nodes.GET.subject, b"sent")
+                server.kill()
+            if gone == "stopped":  # It accepts, but never says a word.
+                await server.start()
+                os.kill(server.pid, signal.SIGSTOP)
+            await bus.close()
+            assert not bus.up
+            await bus.close()
+            with pytest.raises(TimedOut, match="the connection broke"):
+                await asyncio.wait_for(asked, 30)
+
+    uvloop.run(close())
 
 
 async def test_a_flush_that_was_given_up_does_not_deafen_the_connection(server: NatsServer, bus: Bus) -> None:

@@ -30,6 +30,7 @@ REPLACED: tuple[Callable[..., Any], ...] = (
     Client._send_publish,
     Client._flush_pending,
     Client._flusher,
+    Client._close,
     Client._process_msg,
     Client._process_op_err,
     Client._read_loop,
@@ -44,7 +45,7 @@ def test_what_is_replaced_of_nats_py_is_what_was_read() -> None:
     source = "".join(inspect.getsource(function) for function in REPLACED)
     assert (
         hashlib.sha256(source.encode()).hexdigest()
-        == "d111f63e71e3eecb4bd8cbce60c491b2ee243c0a1558fc810f0417bbcdb83824"
+        == "960221a50b6177073675c9e98ad1699d8525be994f3fa680e8c9e30e06a283ea"
     )
 
 

@@ -107,6 +107,17 @@ class LeanClient(Client):
             self._draining_task = None
         self._plan_write()
 
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        try:
+            await super()._close(status, do_cbs)
+        except (OSError, RuntimeError):
+            # The connection is gone, and with it what nats-py wanted to send first. It stops there, with everything
+            # still to be ended, and of one that is closed it ends nothing more.
+            self._pending = []
+            self._pending_data_size = 0
+            self._status = Client.DISCONNECTED
+            await super()._close(status, do_cbs)
+
     # --- in ----------------------------------------------------------------------------------------------------
 
     async def _process_pong(self) -> None:
