@@ -310,8 +310,11 @@ async def test_an_answer_that_breaks_off_ends_with_an_error_and_without_the_mark
     assert "[DONE]" not in events
     assert json.loads(events[-1])["error"]["code"] == "engine_lost"
     assert sum("b:" in event for event in events) == 3
-    whole = await fake.http.post(CHAT, json=chat("tokens=9 break=3"))
-    error_of(whole, 503, "engine_lost")
+    assert "ended before its answer was whole" in json.loads(events[-1])["error"]["message"]
+    for words in ("tokens=9 break=3", "tokens=9 break=0"):
+        whole = await fake.http.post(CHAT, json=chat(words))
+        said = error_of(whole, 503, "engine_lost")
+        assert said.endswith("is lost: it ended before its answer was whole")
 
 
 async def test_what_an_engine_complains_of_is_passed_on_with_its_status(fake: Node) -> None:

@@ -208,5 +208,10 @@ def _refused(error: EngineError) -> Refused:
 
 def engine_lost(device: str, error: Exception) -> Refused:
     """The engine ended, or closed the connection, before its answer was whole."""
-    reason = f"the engine on {device} is lost: {error or type(error).__name__}"
+    match error:
+        case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError() | ConnectionResetError():
+            why = "it ended before its answer was whole"  # aiohttp's own words are about chunks and encodings.
+        case _:
+            why = str(error) or type(error).__name__
+    reason = f"the engine on {device} is lost: {why}"
     return Refused(code="engine_lost", reason=reason, status=503, retry="elsewhere")
