@@ -372,6 +372,20 @@ async def test_a_body_that_is_wrong_is_refused_by_its_field(
     answer = await fake.http.post(path, content=body, headers=JSON)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
     error_of(answer, 400, "bad_message", param)
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-computemesh-node"] == "n1"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_model_that_the_node_has_not_is_refused_for_good(fake: Node, stream: bool) -> None:
+    """As the gateway says it: by its field, and asking again is in vain."""
+    answer = await fake.http.post(CHAT, json={**chat("tokens=1", stream=stream), "model": "gpt-5"})
+    assert "there is: fake" in error_of(answer, 404, "model_not_found", "model")
+    assert answer.headers["x-should-retry"] == "false"
+    assert "retry-after" not in answer.headers
+    assert answer.headers["x-computemesh-node"] == "n1"
+    assert answer.headers["x-request-id"]
 
 
 async def test_what_the_edge_itself_refuses_is_told_in_openais_shape(fake: Node) -> None:
@@ -456,7 +470,7 @@ async def test_a_node_without_a_model_says_that_it_is_not_ready(tmp_path: Path) 
         assert "COMPUTEMESH_MODELS" in answer.json()["detail"]
         assert (await node.http.get("/health")).status_code == 200
         assert (await node.http.get("/v1/models")).json()["data"] == []
-        error_of(await node.http.post(CHAT, json=chat("x")), 404, "model_not_found")
+        error_of(await node.http.post(CHAT, json=chat("x")), 404, "model_not_found", "model")
 
 
 async def test_keys_are_demanded_once_there_are_some(tmp_path: Path) -> None:

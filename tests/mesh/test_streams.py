@@ -221,7 +221,7 @@ async def test_an_engine_s_complaint_is_passed_on_as_it_is(asker: InferClient) -
 async def test_what_a_node_refuses_is_refused_at_the_asker(asker: InferClient) -> None:
     refused = await asker.open("n1", ask("", model="nowhere"))
     assert isinstance(refused, Refused)
-    assert (refused.code, refused.status) == ("unknown_model", 404)
+    assert (refused.code, refused.status, refused.retry) == ("unknown_model", 404, "elsewhere")
 
 
 @pytest.mark.usefixtures("node")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
+from msgspec.structs import replace
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -114,12 +115,15 @@ class OpenAiDoor:
     # --- requests ----------------------------------------------------------------------------------------------
 
     async def on_ask(self, path: Path, request: Request) -> Response:
+        stream = new_id("i")
+        named = {"x-request-id": stream, "x-computemesh-node": self._node_id}
         body = await read_body(request, bytes_max=BODY_BYTES_MAX)
         question = body if isinstance(body, Refused) else openai.read(path, body)
         if isinstance(question, Refused):
-            return _said(question)
-        ask = InferAsk(stream=new_id("i"), model=question.model, path=path, body=question.body)
-        named = {"x-request-id": ask.stream, "x-computemesh-node": self._node_id}
+            response = api_error(question)
+            response.headers.update(named)
+            return response
+        ask = InferAsk(stream=stream, model=question.model, path=path, body=question.body)
         try:
             begun = await while_here(request.receive, self._begin(ask, question))
         except ClientDisconnect:
@@ -127,7 +131,7 @@ class OpenAiDoor:
             return Response(status_code=499)  # Nobody reads it.
         match begun:
             case Refused():
-                response = api_error(begun)
+                response = api_error(_here(begun))
             case _Whole(status=200):
                 response = Response(begun.text, media_type="application/json")
             case _Whole():
@@ -175,6 +179,11 @@ async def _pieces(answer: Answer, question: openai.Question) -> AsyncGenerator[s
         return
     if not reader.done:
         yield openai.error_event(_BROKE_OFF)
+
+
+def _here(told: Refused) -> Refused:
+    """A refusal of the engines as this edge's own: there is no elsewhere for a model that this node does not have."""
+    return replace(told, field="model", retry="never") if told.code == "unknown_model" else told
 
 
 def _said(found: Message) -> Response:
