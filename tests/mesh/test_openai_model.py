@@ -116,6 +116,34 @@ async def test_what_the_engine_refuses_is_told_in_its_words(client: openai.Async
         assert answer.json()["error"]["code"] == "unsupported_model"
 
 
+async def test_a_schema_is_enforced_and_tools_are_left_out_as_the_docs_say(client: openai.AsyncOpenAI) -> None:
+    """The chat template of the embedded model has no place for tools; the engine takes them, and answers with text."""
+    colours: dict[str, object] = {"enum": ["mauve", "ochre"]}
+    arguments: dict[str, object] = {"type": "object", "properties": {"colour": colours}, "required": ["colour"]}
+    shaped = await client.chat.completions.create(
+        model=MODEL,
+        messages=ASKED,
+        max_tokens=40,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "colour", "schema": colours}},
+    )
+    assert json.loads(shaped.choices[0].message.content or "") in ("mauve", "ochre")
+    plain = await client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=8, temperature=0)
+    tooled = await client.chat.completions.create(
+        model=MODEL,
+        messages=ASKED,
+        max_tokens=8,
+        temperature=0,
+        tools=[{"type": "function", "function": {"name": "paint", "parameters": arguments}}],
+        tool_choice="required",
+    )
+    assert tooled.choices[0].message.content
+    assert not tooled.choices[0].message.tool_calls
+    assert plain.usage
+    assert tooled.usage
+    assert tooled.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
 async def test_a_client_that_goes_away_frees_the_slot_of_the_engine(mesh: RunningMesh) -> None:
     """Within a second, as the engine itself tells."""
     async with httpx.AsyncClient(base_url=mesh.http("gateway"), timeout=60) as plain:
