@@ -18,9 +18,10 @@ from typing import Any, Final, Literal
 import click
 import msgspec
 
-from computemesh import log, modelsource
+from computemesh import gguf, log, modelsource
 from computemesh.cli import common, log_lines
 from computemesh.cli.common import EXIT_NO_MESH, Failure, NoMesh, coloured, err, out
+from computemesh.models import find_models
 from computemesh.nats_server import LOOPBACK, ServerError
 from computemesh.paths import Home, private_folder
 from computemesh.supervisor import (
@@ -88,7 +89,10 @@ def tell_services(*, models: str, hardware: Path | None, agent_config: Path | No
     if agent_config is not None:
         os.environ["COMPUTEMESH_CONFIG"] = str(agent_config.resolve())
     if models:
-        os.environ["COMPUTEMESH_MODELS"] = ",".join(_from_anywhere(part) for part in models.split(",") if part.strip())
+        told = ",".join(_from_anywhere(part) for part in models.split(",") if part.strip())
+        os.environ["COMPUTEMESH_MODELS"] = told
+        for problem in _problems(told):
+            err.print(f"[yellow]--models:[/] {common.escape(problem)}")
     if hardware is not None:
         os.environ["COMPUTEMESH_GPU_PROVIDER"] = SCRIPTED
         os.environ["COMPUTEMESH_SCRIPTED_HARDWARE"] = str(hardware.resolve())
@@ -102,6 +106,18 @@ def _from_anywhere(source: str) -> str:
         raise Failure(str(error), field="--models") from None
     where = str(found.path.resolve()) if found.kind == "path" and found.path else found.location
     return where + modelsource.fragment(source)
+
+
+def _problems(models: str) -> list[str]:
+    """What is wrong with the files among *models*, with which the node runs all the same."""
+    found = find_models(models)
+    problems = [*found.warnings]
+    for path in found.models.values():
+        try:
+            gguf.read(path)
+        except gguf.GgufError as error:
+            problems.append(f"{path}: {error}")
+    return problems
 
 
 def say_made_up() -> None:
