@@ -93,13 +93,14 @@ def test_what_an_operator_says_of_a_node_holds_at_once() -> None:
 def test_what_a_model_gives_is_known_when_all_of_its_nodes_say_the_same() -> None:
     """A node without a card for it does not say."""
     chats, embeds = ModelCard(name="m"), ModelCard(name="m", embeddings=True)
-    for cards, found in (
+    cases: list[tuple[list[list[ModelCard]], bool | None]] = [
         ([[chats], [chats]], False),
         ([[embeds], [embeds]], True),
         ([[chats], [embeds]], None),
         ([[chats], []], None),
         ([[], []], None),
-    ):
+    ]
+    for cards, found in cases:
         first, second = (node(name, model_cards=cards[at]) for at, name in enumerate("ab"))
         assert known(first, second).embeds("m") is found
     assert known().embeds("other") is None
