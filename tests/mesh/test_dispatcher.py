@@ -192,7 +192,7 @@ async def test_a_dispatcher_that_is_not_there_or_dies_is_looked_for_without_harm
 
 async def test_a_slow_dispatcher_delays_nothing_but_its_own_news(tmp_path: Path, dispatcher: FakeDispatcher) -> None:
     """Heartbeats on the bus go on meanwhile, and the agent ends as fast as ever."""
-    dispatcher.pause_s = 60
+    dispatcher.pause_s = 15
     async with node(tmp_path, dispatcher.url) as mesh:
         await until(lambda: dispatcher.count("register") == 1, what="the registration")
         seen = [(await view(mesh, "n1")), None]
