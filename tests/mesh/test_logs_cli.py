@@ -7,6 +7,7 @@ as the contract has it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -122,7 +123,8 @@ def test_what_is_logged_is_followed_also_by_the_supervisor(mesh: Cli) -> None:
     following = Following(mesh, "logs", "-f", "-n", "0")
     status = json.loads((mesh.home / "run" / "mesh.json").read_text())
     pid = next(service["pid"] for service in status["services"] if service["name"] == "gateway")
-    until(lambda: mesh.ok("keys", "create", f"k{len(following.lines)}") and following.says("key created"), "an entry")
+    names = (f"k{number}" for number in itertools.count())
+    until(lambda: mesh.ok("keys", "create", next(names)) and following.says("key created"), "an entry")
     os.kill(pid, signal.SIGKILL)
     until(lambda: following.says("a service died"), "the supervisor to be heard")
     until(lambda: re.search(r" gateway +ready", "".join(following.lines)), "the gateway's next life")

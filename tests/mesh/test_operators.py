@@ -342,11 +342,12 @@ def test_the_doctor_finds_a_stream_that_is_not_as_it_should_be(cli: Cli, kind: s
         assert "error" not in answer
         return answer
 
-    config = ask("INFO.COMPUTE_WORK")["config"]
+    stream = ask("INFO.COMPUTE_WORK")
+    config = stream["config"]
     if kind == "drift":
         ask("UPDATE.COMPUTE_WORK", config | {"max_msg_size": 1000})
     elif kind == "full":
-        ask("UPDATE.COMPUTE_WORK", config | {"max_bytes": 1100})
+        ask("UPDATE.COMPUTE_WORK", config | {"max_bytes": stream["state"]["bytes"] + 10})
     else:
         ask("DELETE.COMPUTE_WORK")
     found = examined(cli)
