@@ -161,12 +161,9 @@ class Request(Generic[Q, R]):
         return _address(self.subject, self.target, target)
 
 
-@dataclass(frozen=True)
-class Bound(Generic[Q, R]):
-    """A request with its handler: what a service is made of."""
-
+@dataclass(frozen=True, kw_only=True)
+class _Served(Generic[Q, R]):
     contract: Request[Q, R]
-    handler: Handler[Q, R]
     target: str = ""
     acting: bool = False
     """Answered on the bus only by the replica that acts; the HTTP edges of the others pass it on."""
@@ -178,26 +175,21 @@ class Bound(Generic[Q, R]):
         return self.contract.at(self.target)
 
 
-AnyBound = Bound[Any, Any]
+@dataclass(frozen=True, kw_only=True)
+class Bound(_Served[Q, R]):
+    """A request with its handler: what a service is made of."""
+
+    handler: Handler[Q, R]
 
 
-@dataclass(frozen=True)
-class InParts(Generic[Q, R]):
+@dataclass(frozen=True, kw_only=True)
+class InParts(_Served[Q, R]):
     """A request that is answered in parts, with its handler."""
 
-    contract: Request[Q, R]
     handler: PartsHandler[Q, R]
-    target: str = ""
-    acting: bool = False
-    """As in :class:`Bound`."""
-    lasting: bool = False
-    """As in :class:`Bound`."""
-
-    @property
-    def subject(self) -> str:
-        return self.contract.at(self.target)
 
 
+AnyBound = Bound[Any, Any]
 AnyInParts = InParts[Any, Any]
 AnyServed = AnyBound | AnyInParts
 
@@ -237,7 +229,7 @@ def serve(
 ) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
     assert not contract.many, f"{contract.subject} is answered in parts"
-    return Bound(contract, handler, target, acting, lasting)
+    return Bound(contract=contract, handler=handler, target=target, acting=acting, lasting=lasting)
 
 
 def serve_parts(
@@ -250,7 +242,7 @@ def serve_parts(
 ) -> AnyInParts:
     """Pairs a request that is answered in parts with its handler."""
     assert contract.many, f"{contract.subject} has one answer"
-    return InParts(contract, handler, target, acting, lasting)
+    return InParts(contract=contract, handler=handler, target=target, acting=acting, lasting=lasting)
 
 
 def _address(subject: str, target_name: str, target: str) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-import msgspec
-
+from computemesh.cli import log_lines
 from computemesh.cli.doctor.facts import Complaint, Violation
 
-# [20889] 2026/11/21 06:50:16.852907 [ERR] 127.0.0.1:34100 - cid:30 - "v2.16.0:python3:plain" - "$G/user:client"
+# 127.0.0.1:34100 - cid:30 - "v2.16.0:python3:plain" - "$G/user:client"
 #   - Publish Violation - Subject "$KV.compute-work.x"
-_SERVER_LINE: Final = re.compile(r"\[\d+\] (?P<at>\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d+) \[ERR\] (?P<rest>.*)")
 _CLIENT: Final = re.compile(r'"v[^":]*:[^":]*:(?P<client>[^"]*)"')
 _USER: Final = re.compile(r'"[^"]*user:(?P<user>[^"]*)"')
 _DENIED: Final = re.compile(r'(?P<verb>Publish|Subscription) Violation .*?Subject "(?P<subject>[^"]*)"')
@@ -31,13 +28,12 @@ def server_violations(lines: Iterable[str], *, since: float) -> list[Violation]:
 
 
 def _server_violation(line: str) -> Violation | None:
-    read = _SERVER_LINE.match(line)
-    if read is None:
+    entry = log_lines.parse("nats-server", line)
+    if entry is None or entry.level != "error":
         return None
-    at = datetime.strptime(read["at"], "%Y/%m/%d %H:%M:%S.%f").timestamp()  # noqa: DTZ007  # local time, as logged
-    client, user = _CLIENT.search(read["rest"]), _USER.search(read["rest"])
+    at, client, user = entry.at, _CLIENT.search(entry.event), _USER.search(entry.event)
     name = client["client"] if client else ""
-    if denied := _DENIED.search(read["rest"]):
+    if denied := _DENIED.search(entry.event):
         return Violation(
             who=user["user"] if user else "somebody",
             verb=denied["verb"].lower(),
@@ -46,7 +42,7 @@ def _server_violation(line: str) -> Violation | None:
             last_at=at,
             client=name,
         )
-    if login := _LOGIN.search(read["rest"]):
+    if login := _LOGIN.search(entry.event):
         return Violation(who=login["user"] or "", verb="login", subject="", count=1, last_at=at, client=name)
     return None
 
@@ -58,11 +54,10 @@ def service_log(
     violations: list[Violation] = []
     complaints: dict[str, Complaint] = {}
     for line in lines:
-        fields = _fields(line)
-        at = _at(fields)
-        if fields.get("level") not in ("error", "critical") or at < since:
+        entry = log_lines.parse(service, line)
+        if entry is None or entry.level not in ("error", "critical") or entry.at < since:
             continue
-        event, reason = str(fields.get("event", "")), _reason(fields)
+        at, event, reason = entry.at, entry.event, _reason(entry.fields)
         if event == _NOT_PERMITTED and (denied := _SERVICE_DENIED.search(reason)):
             violations.append(
                 Violation(who=service, verb=denied["verb"], subject=denied["subject"], count=1, last_at=at)
@@ -82,21 +77,7 @@ def service_log(
     return _summed(violations), list(complaints.values())
 
 
-def _fields(line: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(line, type=dict[str, Any])
-    except (ValueError, RecursionError):
-        return {}
-
-
-def _at(fields: dict[str, Any]) -> float:
-    try:
-        return datetime.fromisoformat(str(fields["at"])).timestamp()
-    except (KeyError, ValueError):
-        return 0.0
-
-
-def _reason(fields: dict[str, Any]) -> str:
+def _reason(fields: Mapping[str, Any]) -> str:
     """The reason given, or the last line of the trace."""
     if reason := fields.get("reason"):
         return str(reason)
