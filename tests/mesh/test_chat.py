@@ -34,17 +34,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 MODEL = "tiny"
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
-    """A mesh whose own node serves nothing."""
-    shared = Cli(tmp_path_factory.mktemp("chat") / "home")
-    try:
-        shared.up()
-        yield shared
-    finally:
-        shared.end()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(mesh: Cli) -> AsyncGenerator[EngineNode]:
     """What answers ``far:0 far:1 …``, known to the gateway."""

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,26 +25,6 @@ import pytest
 from computemesh import __version__
 from computemesh.testing.cli import Cli, until
 from computemesh.testing.server import bare_server, running_server
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Generator[Cli]:
-    """A home without a mesh."""
-    fresh = Cli(tmp_path / "home")
-    yield fresh
-    fresh.end()
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
-    """A home with a mesh that the tests share."""
-    shared = Cli(tmp_path_factory.mktemp("cli") / "home")
-    try:
-        shared.up()
-        yield shared
-    finally:
-        shared.end()
-
 
 # --- a mesh that runs ---------------------------------------------------------------------------------------------
 

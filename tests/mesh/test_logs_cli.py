@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ from computemesh.contracts.base import Refused, Role, serve
 from computemesh.contracts.infer import EngineLog, EngineLogGet
 from computemesh.testing import until as awaited
 from computemesh.testing.cli import WAIT_S, Cli, until
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
-    """A mesh that the tests share."""
-    shared = Cli(tmp_path_factory.mktemp("logs") / "home")
-    try:
-        shared.up()
-        yield shared
-    finally:
-        shared.end()
 
 
 class Following:

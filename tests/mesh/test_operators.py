@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,25 +26,6 @@ from computemesh.testing import running_server
 from computemesh.testing.cli import WAIT_S, Cli, until
 
 # pyright: reportUnknownMemberType=false
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
-    """A home with a mesh that the tests share, each leaving it as it was."""
-    shared = Cli(tmp_path_factory.mktemp("operators") / "home")
-    try:
-        shared.up()
-        yield shared
-    finally:
-        shared.end()
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Generator[Cli]:
-    """A home without a mesh."""
-    fresh = Cli(tmp_path / "home")
-    yield fresh
-    fresh.end()
 
 
 def words_of(part: Any) -> str:
@@ -328,13 +308,18 @@ async def test_the_doctor_finds_denied_subjects_and_wrong_credentials_in_the_log
 
 
 @pytest.mark.parametrize(
-    ("kind", "level", "says"),
-    [("drift", "warning", "as declared: max_msg_size"), ("full", "problem", "% full"), ("gone", "problem", "missing")],
+    ("kind", "stream", "level", "says"),
+    [
+        ("drift", "COMPUTE_WORK", "warning", "as declared: max_msg_size"),
+        ("full", "KV_compute-nodes", "problem", "% full"),
+        ("gone", "COMPUTE_WORK", "problem", "missing"),
+    ],
 )
-def test_the_doctor_finds_a_stream_that_is_not_as_it_should_be(cli: Cli, kind: str, level: str, says: str) -> None:
+def test_the_doctor_finds_a_stream_that_is_not_as_it_should_be(
+    cli: Cli, kind: str, stream: str, level: str, says: str
+) -> None:
     """Changed, full or deleted. What it says to do helps."""
     cli.up()
-    cli.ok("submit", "--prompt", "x" * 1000)
 
     def ask(verb: str, body: Any = "") -> dict[str, Any]:
         question = json.dumps(body) if body else ""
@@ -342,19 +327,18 @@ def test_the_doctor_finds_a_stream_that_is_not_as_it_should_be(cli: Cli, kind: s
         assert "error" not in answer
         return answer
 
-    stream = ask("INFO.COMPUTE_WORK")
-    config = stream["config"]
+    was = ask(f"INFO.{stream}")
     if kind == "drift":
-        ask("UPDATE.COMPUTE_WORK", config | {"max_msg_size": 1000})
+        ask(f"UPDATE.{stream}", was["config"] | {"max_msg_size": 1000})
     elif kind == "full":
-        ask("UPDATE.COMPUTE_WORK", config | {"max_bytes": stream["state"]["bytes"] + 10})
+        ask(f"UPDATE.{stream}", was["config"] | {"max_bytes": was["state"]["bytes"] + 10})
     else:
-        ask("DELETE.COMPUTE_WORK")
+        ask(f"DELETE.{stream}")
     found = examined(cli)
     assert ("ok", "streams") not in found
     # A full stream differs from its declaration too, and of one level and subject the last finding is kept.
-    assert says in found[level, "COMPUTE_WORK"]["text"]
-    assert "computemesh up" in found[level, "COMPUTE_WORK"]["todo"] or kind == "full"
+    assert says in found[level, stream]["text"]
+    assert "computemesh up" in found[level, stream]["todo"] or kind == "full"
     if kind != "full":
         cli.ok("down")
         cli.up()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -45,17 +45,6 @@ from computemesh.testing.cli import WAIT_S, Cli, until
 
 MANY: Final = 1100
 """More nodes than are asked for at a time."""
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
-    """A mesh without nodes of its own: it has nothing to run."""
-    shared = Cli(tmp_path_factory.mktemp("views") / "home")
-    try:
-        shared.up()
-        yield shared
-    finally:
-        shared.end()
 
 
 @asynccontextmanager

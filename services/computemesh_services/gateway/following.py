@@ -19,7 +19,7 @@ LIST_EVERY_S: Final = 30.0
 """How often the registry is asked, to learn of suspect nodes and of what was missed."""
 
 LIST_AGAIN_S: Final = 1.0
-"""The pause when it did not answer, or a new node was heard of."""
+"""The pause when it could not answer, or a new node was heard of."""
 
 _log = log.get("engines")
 
@@ -68,10 +68,14 @@ class Following:
             interrupted = self._bus.interrupted
             pause_s = LIST_EVERY_S
             try:
-                await self._list()
+                refused = await self._list()
             except BusError as error:
                 _log.debug("the registry does not answer", reason=str(error))
                 pause_s = LIST_AGAIN_S
+            else:
+                if refused is not None:  # It has begun only just, and reads.
+                    _log.info("the registry cannot say yet", reason=refused.reason)
+                    pause_s = LIST_AGAIN_S
             self._soon.clear()
             waits = [asyncio.ensure_future(self._soon.wait()), asyncio.ensure_future(interrupted.wait())]
             try:
@@ -86,18 +90,18 @@ class Following:
                 # A whole fleet may be starting; once is enough for all of it.
                 await asyncio.sleep(LIST_AGAIN_S)
 
-    async def _list(self) -> None:
+    async def _list(self) -> Refused | None:
         found: list[NodeView] = []
         asked_at = time.monotonic()
         query = NodesQuery()
         while True:
             page = await self._bus.ask(nodes.QUERY, query)
             if isinstance(page, Refused):
-                _log.warning("the registry refuses", reason=page.reason)
-                return
+                return page
             found += page.nodes
             if not page.next:
                 break
             query = NodesQuery(after=page.next)
         self._engines.listed(found, asked_at=asked_at, now=time.monotonic())
         self._changed()
+        return None
