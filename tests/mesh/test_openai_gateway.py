@@ -59,6 +59,10 @@ async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Runni
         copies={"gateway": 2},
         environment=environment,
     ) as running:
+        for name in GATEWAYS:
+            async with httpx.AsyncClient(base_url=running.http(name)) as client, asyncio.timeout(30):
+                while (await client.post(CHAT, json=chat("unknown"))).status_code != 404:  # It says when it is sure.
+                    await asyncio.sleep(0.02)
         yield running
 
 

@@ -21,6 +21,9 @@ LIST_EVERY_S: Final = 30.0
 LIST_AGAIN_S: Final = 1.0
 """The pause when it could not answer, or a new node was heard of."""
 
+FIRST_AGAIN_S: Final = 0.2
+"""The pause when it could not answer and never has: until it does, what is not known may well be there."""
+
 _log = log.get("engines")
 
 
@@ -67,15 +70,9 @@ class Following:
         while True:
             interrupted = self._bus.interrupted
             pause_s = LIST_EVERY_S
-            try:
-                refused = await self._list()
-            except BusError as error:
-                _log.debug("the registry does not answer", reason=str(error))
-                pause_s = LIST_AGAIN_S
-            else:
-                if refused is not None:  # It has begun only just, and reads.
-                    _log.info("the registry cannot say yet", reason=refused.reason)
-                    pause_s = LIST_AGAIN_S
+            if why_not := await self._list():
+                _log.debug("the registry cannot answer", reason=why_not)
+                pause_s = LIST_AGAIN_S if self._engines.complete else FIRST_AGAIN_S
             self._soon.clear()
             waits = [asyncio.ensure_future(self._soon.wait()), asyncio.ensure_future(interrupted.wait())]
             try:
@@ -90,18 +87,22 @@ class Following:
                 # A whole fleet may be starting; once is enough for all of it.
                 await asyncio.sleep(LIST_AGAIN_S)
 
-    async def _list(self) -> Refused | None:
+    async def _list(self) -> str:
+        """Asks for all nodes; gives why that did not go."""
         found: list[NodeView] = []
         asked_at = time.monotonic()
         query = NodesQuery()
         while True:
-            page = await self._bus.ask(nodes.QUERY, query)
+            try:
+                page = await self._bus.ask(nodes.QUERY, query)
+            except BusError as error:
+                return str(error)
             if isinstance(page, Refused):
-                return page
+                return page.reason
             found += page.nodes
             if not page.next:
                 break
             query = NodesQuery(after=page.next)
         self._engines.listed(found, asked_at=asked_at, now=time.monotonic())
         self._changed()
-        return None
+        return ""
