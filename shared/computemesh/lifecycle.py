@@ -35,14 +35,11 @@ from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import AnyServed, Role, ServiceCard
 from computemesh.edge import Edge, Extra, application
 from computemesh.edge.http import Doors
+from computemesh.process import EXIT_CONFIG, EXIT_DEFECT
 from computemesh.tasks import end_all
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
 """Starts a background task of the service. If it raises, the process ends."""
-
-EXIT_DEFECT: Final = 70
-EXIT_CONFIG: Final = 78
-"""As in sysexits.h; the supervisor does not restart a service that is configured wrongly."""
 
 C = TypeVar("C", bound=ServiceConfig)
 

@@ -18,6 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+EXIT_DEFECT: Final = 70
+EXIT_CONFIG: Final = 78
+"""As in sysexits.h; the supervisor does not restart a service that is configured wrongly."""
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 

@@ -27,10 +27,9 @@ import msgspec
 from computemesh import __version__, log
 from computemesh.config import ConfigError, ServiceConfig, load
 from computemesh.contracts.base import Role
-from computemesh.lifecycle import EXIT_CONFIG
 from computemesh.nats_server import LOOPBACK, NatsServer
 from computemesh.paths import Home, private_folder, write_private
-from computemesh.process import dies_with_parent, end, exit_text
+from computemesh.process import EXIT_CONFIG, dies_with_parent, end, exit_text
 
 BACKOFF_S_MIN: Final = 0.2
 BACKOFF_S_MAX: Final = 10.0

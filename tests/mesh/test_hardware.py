@@ -30,8 +30,8 @@ from computemesh.contracts.base import Role, serve
 from computemesh.contracts.nodes import Discover, NodeAnnouncement, NodeHeartbeat, NodeList, NodesQuery
 from computemesh.contracts.resources import Inventory, InventoryGet, Load
 from computemesh.hardware import LinkKind, Platform, Tier
-from computemesh.lifecycle import EXIT_CONFIG
 from computemesh.machine import machine_id
+from computemesh.process import EXIT_CONFIG
 from computemesh.testing import RunningMesh, install_executor, running_mesh, until
 from computemesh.testing.mesh import QUICK, STRICT
 

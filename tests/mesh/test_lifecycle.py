@@ -30,10 +30,9 @@ from computemesh.cli.services import SERVICES
 from computemesh.contracts import nodes, storage
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery, NodeView
-from computemesh.lifecycle import EXIT_CONFIG, EXIT_DEFECT
 from computemesh.nats_server import NatsServer
 from computemesh.paths import Home
-from computemesh.process import exit_text
+from computemesh.process import EXIT_CONFIG, EXIT_DEFECT, exit_text
 from computemesh.supervisor import ServiceSpec, ServiceStatus, Supervisor
 from computemesh.testing import running_server, until
 

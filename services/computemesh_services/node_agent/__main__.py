@@ -15,8 +15,9 @@ from computemesh import __version__, log
 from computemesh.bus import Bus
 from computemesh.config import ConfigError, node_of, variables
 from computemesh.contracts.services import NODE_AGENT
-from computemesh.lifecycle import EXIT_CONFIG, run
+from computemesh.lifecycle import run
 from computemesh.paths import home
+from computemesh.process import EXIT_CONFIG
 from computemesh_services.node_agent import config_file
 from computemesh_services.node_agent.config import AgentConfig
 from computemesh_services.node_agent.config_file import ConfigFile
