@@ -103,7 +103,8 @@ class EngineAnswer:
             FIRST.observe(asyncio.get_running_loop().time() - self._began_s)
 
     async def aclose(self) -> None:
-        self._response.close()  # Closes the connection too, if the engine is not done: by that it knows.
+        # Else leaving it would wait until the engine has read the request to its end.
+        self._response.close()
         if not self._closed:
             self._closed = True
             OPEN.dec()
