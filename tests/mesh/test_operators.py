@@ -67,7 +67,9 @@ def test_events_tells_the_story_of_an_item_a_line_each(mesh: Cli) -> None:
     """For people readable, for programs JSON; and with --count it ends by itself."""
     people = Listening(mesh, "work", "--work-id", "told", "--count", "3")
     programs = Listening(mesh, "--work-id", "told", "--count", "3", "--json")
+    waits = Listening(mesh, "--work-id", "told", "--count", "2")  # Only what waits for a moment is told to be pending.
     mesh.ok("submit", "--prompt", "x", "--work-id", "told")
+    assert waits.end()[0] == 0
     mesh.ok("work", "cancel", "told", "--reason", "enough")
     status, text, _ = people.end()
     assert status == 0
