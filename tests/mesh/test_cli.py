@@ -256,8 +256,11 @@ def test_a_question_about_nothing_is_refused(mesh: Cli) -> None:
 
 
 def test_waiting_for_work_that_nobody_does_ends_when_told(mesh: Cli) -> None:
-    """Exit status 1; the item goes on, and how to look at it is said."""
-    said = mesh.fails(1, "submit", "--prompt", "x", "--work-id", "waits", "--wait", "--timeout", "0.3")
+    """Exit status 1; the item goes on, and how to look at it is said, after why it waits if that was heard by then."""
+    done = mesh.run("submit", "--prompt", "x", "--work-id", "waits", "--wait", "--timeout", "0.3")
+    assert (done.returncode, done.stdout) == (1, "")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: ")
     assert "computemesh work show waits" in said
     assert mesh.json("work", "show", "waits")["state"] == "pending"
 
