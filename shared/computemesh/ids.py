@@ -20,6 +20,26 @@ Id = Annotated[
     msgspec.Meta(pattern=ID_PATTERN, description="One token of letters, digits, `_` and `-`, 1 to 63 long."),
 ]
 
+ENTITY_PATTERN: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,127}$(?!\n)"
+
+EntityId = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=ENTITY_PATTERN,
+        description="1 to 128 of letters, digits and `_-.:@/+`; it begins with a letter, a digit or `_`.",
+    ),
+]
+"""What programs call their engines and peers. It is never part of a subject as it stands."""
+
+Scope = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,127})?$(?!\n)",
+        description="As the ids of engines and peers, or empty: the space of those that name none.",
+    ),
+]
+"""A space of names. What is in one is neither seen nor changed from another."""
+
 
 def is_token(text: str) -> bool:
     """Whether *text* may stand as one token of a subject."""

@@ -297,6 +297,7 @@ _NO_JSON: Final = re.compile(rb"-?(NaN|Infinity)")
 _LAST_KEY: Final = re.compile(rb'"([^"\\]*)"\s*:[\s\[]*$')
 _BACKTICK: Final = re.compile(r"`")
 _ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]
+_ENTITY_PATTERN_SHOWN: Final = "[A-Za-z0-9_.:@/+-]{0,127}"
 
 
 def refused(error: Exception, kind: Any = None, data: bytes = b"") -> Refused:
@@ -317,6 +318,8 @@ def refused(error: Exception, kind: Any = None, data: bytes = b"") -> Refused:
         text = f"{no_choice.group(1)} is none of {', '.join(choices)}"
     elif _ID_PATTERN_SHOWN in text:
         text = "an id is one token of letters, digits, '_' and '-', 1 to 63 long"
+    elif _ENTITY_PATTERN_SHOWN in text:
+        text = "an id is 1 to 128 of letters, digits and '_-.:@/+', and begins with a letter, a digit or '_'"
     elif isinstance(error, RecursionError):
         text = f"nested deeper than {DEPTH_MAX} levels"
     elif isinstance(error, UnicodeDecodeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, resources, rolemesh, tasks, work
+from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, peers, resources, rolemesh, tasks, work
 from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -16,6 +16,7 @@ CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     objects,
     infer,
     keys,
+    peers,
 )
 
 
