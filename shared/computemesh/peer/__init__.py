@@ -1,0 +1,1 @@
+"""Memory of other processes, on this machine and others: find it by name, read it, write it."""
