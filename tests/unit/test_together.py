@@ -610,6 +610,19 @@ def test_of_two_items_with_replicas_the_second_has_nodes_kept_after_the_first() 
     assert finish(scheduler, "n2", LATE + 2) == {"twin"}
 
 
+def test_an_item_that_has_nodes_kept_keeps_its_turn_when_one_of_them_is_lost() -> None:
+    """It gets others in its place, though one that came later is looked at before it."""
+    scheduler = a_stream(a_node("n1"), a_node("n2"), a_node("n3"))
+    submit(scheduler, "twin", 50, replicas=2, work_type="ppo", priority=9, now=NOW + 5)
+    assert finish(scheduler, "n1", LATE) == set()
+    advance(scheduler, LATE + 5)
+    scheduler.node_changed(a_node("n2", state=NodeState.LOST), LATE + 6)
+    scheduler.node_changed(a_node("n4", slots=1), LATE + 6)
+    advance(scheduler, LATE + 6)
+    told = scheduler.explain(scheduler.records["twin"], LATE + 6).nodes
+    assert any(reason.startswith("kept for gang") for node in told for reason in node.reasons)
+
+
 # --- what an item with replicas is told ----------------------------------------------------------------------------
 
 
