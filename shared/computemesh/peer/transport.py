@@ -112,6 +112,11 @@ DONE: Final = Outcome()
 Done = Callable[[Outcome], None]
 OnLost = Callable[[str], None]
 
+Drive = Callable[[float | None], None]
+"""Lets the thread that waits for an order see to it itself, instead of being woken by another one. It returns when the
+order has ended, after so many seconds (None: however long it takes), or earlier when there is nothing that this thread
+could do: who waits then waits for `done`. It may be called from any thread, and again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parties:
@@ -149,14 +154,15 @@ class Link(Protocol):
 
     def order(
         self, kind: Literal["read", "write"], copies: Sequence[Copy], done: Done, *, imm: int | None = None
-    ) -> None:
+    ) -> Drive | None:
         """Begins to read from the peer, or to write to it. Bounds were checked by the caller, too.
 
         A write is done when its bytes are in the peer's memory. With `imm`, the peer gets that number after them.
+        Returns what makes waiting for it faster, where there is such a thing.
         """
         ...
 
-    def send(self, data: memoryview, done: Done) -> None:
+    def send(self, data: memoryview, done: Done) -> Drive | None:
         """Sends a message; done when the peer has it in the buffer of a `recv`, or has stored it for one."""
         ...
 
