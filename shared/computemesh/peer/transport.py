@@ -71,7 +71,7 @@ class LocalRegion:
     """What each transport said of it when it was exposed."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RemoteRegion:
     """A piece of a peer's memory, as one link reaches it. Its owner checks each request again."""
 
@@ -80,7 +80,10 @@ class RemoteRegion:
     length: int
     writable: bool
     token: Mapping[str, Any]
-    """What the owner's transport said of it, and for shared memory ``fd``, which the link takes and closes."""
+    """What the owner's transport said of it; for shared memory also ``fd`` and ``epochs_fd``, its descriptor and that
+    of the peer's page of epochs, as :class:`computemesh.peer.memory.Descriptor`."""
+    state: Any = None
+    """The link's own: what it made of the token. It goes with the region."""
 
 
 @dataclass(slots=True)
