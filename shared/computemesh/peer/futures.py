@@ -1,0 +1,191 @@
+"""Futures of transfers and messages. Those of shared memory are done before they are handed out, and cost no lock."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Self, TypeVar
+
+from computemesh.peer.errors import PeerError
+from computemesh.peer.transport import Outcome
+
+logger: Final = logging.getLogger(__name__)
+
+_lock: Final = threading.Lock()
+"""For the rare moments in which somebody begins to wait for a future, or asks to be called."""
+
+F = TypeVar("F", bound="PeerFuture")
+
+
+class PeerFuture:
+    """What becomes of a read, a write, or a message. Any number of threads may wait for it.
+
+    `held` keeps buffers alive while the transport has them.
+    """
+
+    __slots__ = ("_called", "_outcome", "_waiter", "held")
+
+    def __init__(self, held: object = None) -> None:
+        self._outcome: Outcome | None = None
+        self._waiter: threading.Event | None = None
+        self._called: list[Callable[[PeerFuture], object]] | None = None
+        self.held = held
+
+    def settle(self, outcome: Outcome) -> None:
+        """Ends it; for transports. What is said after the first time is left out."""
+        if self._outcome is not None:
+            return
+        # The outcome is there before anyone is looked for who waits, and who begins to wait looks at the outcome
+        # after having said so: one of the two always sees the other.
+        self._outcome = outcome
+        self.held = None
+        if self._waiter is not None:
+            self._waiter.set()
+        if self._called is not None:
+            self._call()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._outcome is not None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Blocks until it has ended.
+
+        Args:
+            timeout: seconds; None waits for as long as it takes. A peer that dies ends it in any case.
+
+        Returns:
+            0.
+
+        Raises:
+            PeerError: it failed; a RuntimeError with a `code`.
+            TimeoutError: it has not ended in time. It goes on, and may be waited for again.
+        """
+        outcome = self._outcome
+        if outcome is None:
+            outcome = self._await(timeout)
+            if outcome is None:
+                raise TimeoutError(f"not done after {timeout} s")
+        if outcome.code:
+            raise PeerError(outcome.code, outcome.reason)
+        return 0
+
+    def wait_for(self, seconds: float) -> int | None:
+        """As `wait`, but None when it has not ended after so many seconds."""
+        outcome = self._outcome
+        if outcome is None:
+            outcome = self._await(seconds)
+        if outcome is None:
+            return None
+        if outcome.code:
+            raise PeerError(outcome.code, outcome.reason)
+        return 0
+
+    def error(self) -> PeerError | None:
+        """Why it failed; None while it is under way, and when it did not."""
+        outcome = self._outcome
+        return PeerError(outcome.code, outcome.reason) if outcome is not None and outcome.code else None
+
+    def add_done_callback(self, call: Callable[[Self], object]) -> None:
+        """Calls *call* with this future once it has ended: from the thread that ends it, or at once if it has."""
+        with _lock:
+            if self._called is None:
+                self._called = []
+            self._called.append(call)  # type: ignore[arg-type]  # they are called with this very future
+        if self._outcome is not None:
+            self._call()
+
+    def _await(self, timeout: float | None) -> Outcome | None:
+        with _lock:
+            waiter = self._waiter
+            if waiter is None:
+                waiter = self._waiter = threading.Event()
+        if self._outcome is None:
+            waiter.wait(timeout)
+        return self._outcome
+
+    def _call(self) -> None:
+        with _lock:
+            calls, self._called = self._called, None
+        for call in calls or ():
+            try:
+                call(self)
+            except Exception:
+                logger.exception("a callback of a transfer failed")
+
+
+class TransferFuture(PeerFuture):
+    """Of a read or a write."""
+
+    __slots__ = ("epochs", "transport")
+
+    def __init__(self, held: object = None) -> None:
+        super().__init__(held)
+        self.epochs: tuple[int, ...] = ()
+        """Of the peer's regions, one for each assignment."""
+        self.transport: str = ""
+        """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
+
+
+class MessageFuture(PeerFuture):
+    """Of a message that is sent or received."""
+
+    __slots__ = ()
+
+    @property
+    def received(self) -> int:
+        """Bytes that came, once it is done; 0 for a message that was sent."""
+        return self._outcome.received if self._outcome is not None else 0
+
+
+class ImmFuture(PeerFuture):
+    """Of a number that comes with a peer's write."""
+
+    __slots__ = ("received_at", "started_at")
+
+    def __init__(self, held: object = None) -> None:
+        super().__init__(held)
+        self.started_at = time.monotonic()
+        """Seconds of the monotonic clock, as `received_at`."""
+        self.received_at: float | None = None
+
+    def settle(self, outcome: Outcome) -> None:
+        self.received_at = self.received_at or time.monotonic()
+        super().settle(outcome)
+
+    def imm_data(self) -> int:
+        """The number, -2**31 to 2**31 - 1; waits for it.
+
+        Raises:
+            PeerError: none came, because the connection ended.
+        """
+        self.wait()
+        assert self._outcome is not None
+        imm = (self._outcome.imm or 0) & 0xFFFFFFFF
+        return imm - (1 << 32) if imm >= 1 << 31 else imm
+
+
+class Gathered:
+    """Counts the parts of what goes by several links; the first failure is the outcome of all.
+
+    Parts are settled by the threads of transports; `whole` is called once, by the one that settles the last of them.
+    """
+
+    __slots__ = ("_failed", "_left", "_lock", "_whole")
+
+    def __init__(self, parts: int, whole: Callable[[Outcome], None]) -> None:
+        self._left = parts
+        self._whole = whole
+        self._failed: Outcome | None = None
+        self._lock = threading.Lock()
+
+    def settle(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._left -= 1
+            if outcome.code and self._failed is None:
+                self._failed = outcome
+            last = self._left == 0
+        if last:
+            self._whole(self._failed or outcome)
