@@ -55,7 +55,12 @@ class Hello(Message, frozen=True, kw_only=True, tag_field="kind", tag="hello"):
     protocol: int = PROTOCOL
     scope: Scope = ""
     alias: EntityId | None = None
+    """Left out, the control plane finds one."""
     name_prefix: Annotated[EntityId, msgspec.Meta(max_length=64)] = "agent"
+    instance: Id | None = None
+    """Of the last welcome, when the peer-agent went away and came back: the alias is still mine."""
+    links: dict[Id, EntityId] = {}
+    """My connections that go on from then, and with whom."""
     device: str = ""
     resource: dict[str, Any] = {}
     pid: int = 0
@@ -67,6 +72,8 @@ class Hello(Message, frozen=True, kw_only=True, tag_field="kind", tag="hello"):
 class Welcome(Message, frozen=True, kw_only=True, tag_field="kind", tag="welcome"):
     alias: EntityId
     scope: Scope
+    instance: Id
+    """Shows that a process owns the alias; nobody else may know it."""
     node_id: Id
     bus: str
     """Address of the NATS server, without credentials."""
