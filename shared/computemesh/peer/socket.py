@@ -98,6 +98,7 @@ def socket_address(path: Path) -> Generator[str]:
 class _Waiting:
     """Somebody waits for an answer."""
 
+    question: Question
     done: threading.Event = field(default_factory=threading.Event)
     answer: Answer | Refused | None = None
     """None when the connection broke before it came."""
@@ -299,7 +300,7 @@ class AgentSocket:
         deadline_s = time.monotonic() + timeout_s
         self._remember(question, fds)
         while True:
-            connection, number, waiting = self._begin(deadline_s)
+            connection, number, waiting = self._begin(question, deadline_s)
             try:
                 connection.send(Frame(id=number, ask=question), fds)
             except OSError:
@@ -315,7 +316,6 @@ class AgentSocket:
             if isinstance(waiting.answer, Refused):
                 raise PeerError.of(waiting.answer)
             if waiting.answer is not None:
-                self._learn(question, waiting.answer)
                 return waiting.answer, waiting.fds
             if isinstance(question, Call | HostedTransfer):
                 raise PeerError(UNAVAILABLE, "the peer-agent went away before it answered")
@@ -370,11 +370,16 @@ class AgentSocket:
             case _:
                 pass
 
-    def _learn(self, question: Question, answer: Answer) -> None:
-        match question, answer:
-            case Call(body=Connect() as body), Called(body=Connected()):
-                with self._lock:
-                    self._links[body.link] = question.peer
+    def _learn(self, said: Frame, question: Question | None) -> None:
+        """By the reader, so that what is told of a link comes behind what made it."""
+        match question, said.answer, said.ask:
+            case Call(body=Connect() as body), Called(body=Connected()), _:
+                self._links[body.link] = question.peer
+            case _, _, Lost(link=None) as lost:
+                for link in [link for link, peer in self._links.items() if peer == lost.peer]:
+                    del self._links[link]
+            case _, _, Lost(link=str() as link):
+                self._links.pop(link, None)
             case _:
                 pass
 
@@ -389,7 +394,7 @@ class AgentSocket:
 
     # --- the connection --------------------------------------------------------------------------------------------
 
-    def _begin(self, deadline_s: float) -> tuple[_Connection, int, _Waiting]:
+    def _begin(self, question: Question, deadline_s: float) -> tuple[_Connection, int, _Waiting]:
         """A number for a question, once there is a connection to ask it over."""
         with self._there:
             while self._connection.broken or self._closed:
@@ -398,7 +403,7 @@ class AgentSocket:
                 if not self._there.wait(max(0.0, deadline_s - time.monotonic())):
                     raise PeerError(UNAVAILABLE, f"the peer-agent at {self.path} is not there")
             self._numbers += 1
-            waiting = _Waiting()
+            waiting = _Waiting(question)
             self._connection.waiting[self._numbers] = waiting
             return self._connection, self._numbers, waiting
 
@@ -423,6 +428,9 @@ class AgentSocket:
 
     def _heard(self, connection: _Connection, said: Said) -> None:
         frame = said.frame
+        waiting = connection.waiting.get(frame.id) if frame.ask is None else None
+        with self._lock:
+            self._learn(frame, waiting.question if waiting is not None else None)
         match frame.ask:
             case None:
                 connection.answered(frame.id, frame.answer or frame.refused, said.fds)
@@ -516,15 +524,6 @@ class AgentSocket:
                     connection.send(frame)
 
     def _answer(self, told: Told) -> Answer | Refused | None:
-        match told:
-            case Lost(link=None):
-                with self._lock:
-                    self._links = {link: peer for link, peer in self._links.items() if peer != told.peer}
-            case Lost(link=str() as link):
-                with self._lock:
-                    self._links.pop(link, None)
-            case _:
-                pass
         try:
             answer = self._on_told(told)
         except PeerError as error:

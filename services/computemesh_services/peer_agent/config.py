@@ -1,0 +1,21 @@
+"""What the peer-agent can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from computemesh.config import ServiceConfig
+from computemesh.ids import Id
+
+
+class PeerAgentConfig(ServiceConfig, frozen=True, kw_only=True):
+    node_id: Annotated[Id, msgspec.Meta(extra={"env": ["WORKER_ID"]})]
+    """The node this machine is."""
+    peer_socket: str = ""
+    """Where it listens for processes of this machine; left out, `run/peer-agent.sock` in its home."""
+    peer_processes_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
+    """Processes that are connected at once."""
+    peer_transfers_max: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
+    """Transfers that were ordered over the bus and run at once."""

@@ -1,0 +1,752 @@
+"""The shell around the desk: takes what processes and the control plane say, and does what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import stat
+import time
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec.structs import replace
+from prometheus_client import Counter, Gauge
+
+from computemesh import log
+from computemesh.bus import Bus, BusError, MicroService
+from computemesh.contracts import peers
+from computemesh.contracts.base import AnyBound, Refused, serve
+from computemesh.contracts.peers import (
+    Close,
+    Closed,
+    Connect,
+    Connected,
+    MemoryList,
+    PeerAnswered,
+    PeerCall,
+    PeerCalled,
+    PeerChanged,
+    PeerGet,
+    PeerRegister,
+    PeersList,
+    Resolve,
+    Resolved,
+    TopologyGet,
+    TopologyPut,
+    Transfer,
+    TransferBegun,
+    Transferred,
+)
+from computemesh.edge import Extra
+from computemesh.ids import new_id
+from computemesh.lifecycle import Spawn
+from computemesh.peer.frames import close_fds
+from computemesh.peer.signals import (
+    PROTOCOL,
+    Accept,
+    Accepted,
+    Aliases,
+    Answer,
+    Begun,
+    Call,
+    Called,
+    Desired,
+    Done,
+    DropRegion,
+    Ended,
+    Frame,
+    GetMemory,
+    GetPeer,
+    Hello,
+    HostedTransfer,
+    ListPeers,
+    Lost,
+    MemoryFacts,
+    Order,
+    PeerFacts,
+    PutEpochs,
+    PutRegion,
+    Question,
+    RegionsResolved,
+    SetTopology,
+    TopologyFacts,
+    Welcome,
+)
+from computemesh_services.peer_agent.config import PeerAgentConfig
+from computemesh_services.peer_agent.desk import (
+    CloseFar,
+    CloseFd,
+    Desk,
+    Effect,
+    Name,
+    Process,
+    TellLost,
+    ZeroEpochs,
+)
+from computemesh_services.peer_agent.door import Door, Line
+from computemesh_services.peer_agent.plane import Plane, within
+from computemesh_services.peer_agent.transfers import Transfers
+
+HELLO_S: Final = 10.0
+"""For a process to say who it is."""
+REGISTER_S: Final = 20.0
+"""How long the control plane is waited for when a process says hello."""
+ACCEPT_S: Final = 4.0
+"""For a process to take a connection from another node; less than those who ask wait."""
+ACCEPT_HERE_S: Final = 20.0
+CALL_S: Final = 8.0
+CLOSE_S: Final = 0.5
+"""How long peers on other nodes are told of an end before the control plane forgets the process."""
+ORDER_S: Final = 3.0
+"""For a process to say that it begins a transfer; then it is taken to have begun."""
+BUSY_MAX: Final = 256
+"""Questions of one process in hand."""
+EPOCHS_BYTES_MAX: Final = 16 * 1024 * 1024
+TICK_S: Final = 1.0
+
+PROCESSES: Final = Gauge("computemesh_peer_processes", "Processes of this node that are peers.")
+REGIONS: Final = Gauge("computemesh_peer_regions", "Pieces of memory that they offer.")
+LINKS: Final = Gauge("computemesh_peer_links", "Ends of connections that they have.")
+RUNNING: Final = Gauge("computemesh_peer_transfers_running", "Transfers that were ordered over the bus and run.")
+ASKED: Final = Counter(
+    "computemesh_peer_questions_total", "What processes asked, by kind and outcome.", ["kind", "outcome"]
+)
+REFUSED: Final = Counter("computemesh_peer_refusals_total", "What processes were refused, by code.", ["code"])
+TRANSFERS: Final = Counter(
+    "computemesh_peer_transfers_total",
+    "Transfers that were ordered over the bus, by kind and outcome.",
+    ["kind", "outcome"],
+)
+BYTES: Final = Counter(
+    "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
+)
+
+_log = log.get("service")
+
+
+class PeerAgentService:
+    """Speaks for the processes of this node, and with them."""
+
+    def __init__(self, bus: Bus, config: PeerAgentConfig, path: Path) -> None:
+        self._bus = bus
+        self._config = config
+        self._node_id = config.node_id
+        self._desk = Desk()
+        self._door = Door(path, config.peer_processes_max, self)
+        self._plane = Plane(bus, self._desk, self._on_lost, peers.HEARTBEAT_S)
+        self._transfers = Transfers(config.peer_transfers_max, config.node_id)
+        self._lines: dict[Name, Line] = {}
+        self._leaving: dict[Name, asyncio.Task[None]] = {}
+        """Processes that have ended, and that the control plane may not have forgotten yet."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._defects: asyncio.Queue[BaseException] = asyncio.Queue()
+        self._untold: asyncio.Queue[Transferred] = asyncio.Queue()
+        self._one_ended = asyncio.Event()
+        self._draining = False
+
+    # --- the life of the service -------------------------------------------------------------------------------------
+
+    def endpoints(self) -> list[AnyBound]:
+        return [
+            serve(peers.ANSWER, self.on_call, target=self._node_id),
+            serve(peers.TRANSFER, self.on_transfer, target=self._node_id),
+        ]
+
+    def extras(self) -> list[Extra]:
+        return []
+
+    async def start(self, spawn: Spawn, micro: MicroService) -> None:
+        allow_descriptors()
+        await self._bus.subscribe(peers.CHANGED, self.on_changed)
+        self._door.open()
+        spawn(self._plane.beat_forever())
+        spawn(self._raise_defects())
+        spawn(self._tell_ends())
+        spawn(self._tick())
+        spawn(self._catch_up())
+        _log.info("listening", socket=str(self._door.path), node_id=self._node_id)
+
+    async def drain(self) -> None:
+        """Transfers that run may end; processes look for the next life of the peer-agent, and stay who they are."""
+        self._draining = True
+        self._door.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.6 * self._config.drain_timeout_s):
+                while self._transfers.running:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        for ended in self._transfers.fail_all("cancelled", "the peer-agent ends", time.monotonic(), time.time()):
+            self._ended(ended)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2 * self._config.drain_timeout_s):
+                await self._untold.join()
+        for line in list(self._door.lines):
+            line.end("")
+        for task in list(self._tasks):
+            task.cancel()
+
+    def health(self) -> Mapping[str, Any]:
+        return {
+            "node_id": self._node_id,
+            "socket": str(self._door.path),
+            "peers": len(self._desk),
+            "regions": self._desk.regions(),
+            "links": self._desk.links(),
+            "transfers": self._transfers.running,
+        }
+
+    def unready(self) -> str:
+        return ""
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._defects.put_nowait(error)
+
+    async def _raise_defects(self) -> None:
+        raise await self._defects.get()
+
+    async def _tick(self) -> None:
+        """What is to be done from time to time."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for ended in self._transfers.fail_overdue(time.monotonic(), time.time()):
+                self._ended(ended)
+            for line in list(self._door.lines):
+                if not line.hello and time.monotonic() - line.since > HELLO_S:
+                    line.end(f"said no hello within {HELLO_S:g} s")
+            self._measure()
+
+    def _measure(self) -> None:
+        PROCESSES.set(len(self._desk))
+        REGIONS.set(self._desk.regions())
+        LINKS.set(self._desk.links())
+        RUNNING.set(self._transfers.running)
+
+    async def _catch_up(self) -> None:
+        """After the bus was away: who is known still, and what is desired now."""
+        while True:
+            await self._bus.interrupted.wait()
+            await self._bus.connected.wait()
+            self._plane.beat()
+            for process in self._desk:
+                self._task(self._refresh(process.name))
+
+    # --- what comes in over the socket -------------------------------------------------------------------------------
+
+    def heard(self, line: Line, number: int, ask: Question | Ended, fds: tuple[int, ...]) -> None:
+        """A process asks or tells something. The descriptors are ours from now on."""
+        if isinstance(ask, Hello) == line.hello:
+            close_fds(fds)
+            reason = "hello was said already" if line.hello else "the first question is hello"
+            self._answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
+            return
+        if isinstance(ask, Hello):
+            line.hello = True
+            self._task(self._hello(line, number, ask))
+            return
+        name = line.name
+        if name is None or self._lines.get(name) is not line:
+            close_fds(fds)
+            reason = (
+                "the process is not welcome yet" if name is None else "the process speaks over another connection now"
+            )
+            self._answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
+            return
+        if isinstance(ask, Ended):
+            if (ended := self._transfers.end(name, ask.outcome)) is not None:
+                self._ended(ended)
+            return
+        if line.busy >= BUSY_MAX:
+            close_fds(fds)
+            reason = f"{BUSY_MAX} questions of this process are in hand"
+            refused = Refused(code="too_many_requests", reason=reason, status=429, retry="later")
+            self._answer(line, number, ask, refused)
+            return
+        match ask:
+            case PutRegion() | PutEpochs() | DropRegion():  # At once, so that they happen in their order.
+                answer = self._memory(name, ask, fds)
+                if isinstance(answer, Refused):
+                    self._answer(line, number, ask, answer)
+                    return
+                if isinstance(ask, PutEpochs):
+                    self._answer(line, number, ask, Done())
+                    return
+                self._task(self._tell_memory(line, name, number, ask, answer))
+            case _:
+                self._task(self._asked(line, name, number, ask))
+
+    def late(self, line: Line, accept: Accept) -> None:
+        """A process took a connection when nobody waited for that any more."""
+        line.tell(Lost(peer=accept.peer, link=accept.body.link, reason="it was taken too late"))
+
+    def refused(self, code: str) -> None:
+        REFUSED.labels(code).inc()
+
+    def ended(self, line: Line) -> None:
+        """A connection has ended, and with it the process."""
+        name = line.name
+        if name is None or self._lines.get(name) is not line or self._draining:
+            return
+        self._leave(name, "the process has ended")
+
+    def _answer(
+        self, line: Line, number: int, ask: Question | Ended, answer: Answer | Refused, fds: Sequence[int] = ()
+    ) -> None:
+        kind = type(ask).__name__
+        if isinstance(answer, Refused):
+            REFUSED.labels(answer.code).inc()
+            ASKED.labels(kind, answer.code).inc()
+            line.say(Frame(id=number, refused=answer))
+        else:
+            ASKED.labels(kind, "ok").inc()
+            line.say(Frame(id=number, answer=answer), fds)
+
+    # --- processes come and go ---------------------------------------------------------------------------------------
+
+    async def _hello(self, line: Line, number: int, hello: Hello) -> None:
+        answer = await self._welcome(line, hello)
+        self._answer(line, number, hello, answer)
+        if isinstance(answer, Refused):
+            line.end("")
+        elif line.name is not None:
+            _log.info("welcome", scope=answer.scope, alias=answer.alias, pid=line.pid)
+            await self._refresh(line.name)
+
+    async def _welcome(self, line: Line, hello: Hello) -> Welcome | Refused:
+        if hello.protocol != PROTOCOL:
+            reason = f"this peer-agent speaks protocol {PROTOCOL}, not {hello.protocol}"
+            return Refused(code="bad_message", reason=reason, field="ask.protocol")
+        instance = hello.instance or new_id("i")
+        if hello.alias is not None:
+            name = Name(hello.scope, hello.alias)
+            if (leaving := self._leaving.get(name)) is not None:
+                await asyncio.wait({leaving}, timeout=REGISTER_S)
+            if (there := self._desk.get(name)) is not None:
+                if there.instance != instance:
+                    reason = f"{hello.alias!r} is another process of this node"
+                    return Refused(code="alias_taken", reason=reason, field="ask.alias", status=409)
+                self._taken_over(name)
+        register = PeerRegister(
+            scope=hello.scope,
+            alias=hello.alias,
+            name_prefix=hello.name_prefix,
+            instance=instance,
+            node_id=self._node_id,
+            device=hello.device,
+            resource=hello.resource,
+        )
+        try:
+            peer = await within(REGISTER_S, lambda: self._bus.ask(peers.REGISTER, register))
+        except BusError as error:
+            reason = f"the control plane does not answer: {error}"
+            return Refused(code="unavailable", reason=reason, status=503, retry="later")
+        if isinstance(peer, Refused):
+            return replace(peer, field=f"ask.{peer.field}") if peer.field else peer
+        name = Name(peer.scope, peer.alias)
+        if not line.open or self._draining or self._desk.get(name) is not None:
+            if self._desk.get(name) is None:
+                self._forget(name, instance)
+            return Refused(code="unavailable", reason="the process has ended", status=503, retry="later")
+        process = Process(name=name, instance=instance, pid=line.pid)
+        self._desk.enter(process, hello.links)
+        self._lines[name] = line
+        line.name = name
+        self._plane.enter(process, replace(register, alias=peer.alias))
+        return Welcome(
+            alias=peer.alias,
+            scope=peer.scope,
+            instance=instance,
+            node_id=self._node_id,
+            bus=self._bus.where.shown,
+            peer=peer,
+        )
+
+    def _taken_over(self, name: Name) -> None:
+        """The process is here a second time; its first connection is a leftover."""
+        line = self._lines.pop(name)
+        self._plane.leave(name)
+        self._do(self._desk.forget(name))
+        line.end("")
+
+    def _leave(self, name: Name, reason: str) -> None:
+        """A process has ended: those that it was connected to hear of it, and the control plane forgets it."""
+        _log.info("gone", scope=name.scope, alias=name.alias, reason=reason)
+        process = self._desk.get(name)
+        assert process is not None, f"{name} is not here"
+        self._lines.pop(name, None)
+        self._plane.leave(name)
+        effects = self._desk.leave(name, f"{name.alias}: {reason}")
+        far = [effect for effect in effects if isinstance(effect, CloseFar)]
+        self._do([effect for effect in effects if not isinstance(effect, CloseFar)])
+        for ended in self._transfers.fail_of(name, "no_peer", f"{name.alias}: {reason}", time.monotonic(), time.time()):
+            self._ended(ended)
+        self._forget(name, process.instance, far)
+
+    def _forget(self, name: Name, instance: str, far: Iterable[CloseFar] = ()) -> None:
+        leaving = self._leaving[name] = self._task(self._say_gone(name, instance, far))
+
+        def gone(_: asyncio.Task[None]) -> None:
+            if self._leaving.get(name) is leaving:
+                del self._leaving[name]
+
+        leaving.add_done_callback(gone)
+
+    async def _say_gone(self, name: Name, instance: str, far: Iterable[CloseFar]) -> None:
+        closing = [self._task(self._close_far(name, instance, effect)) for effect in far]
+        if closing:  # While the control plane knows who says it.
+            await asyncio.wait(closing, timeout=CLOSE_S)
+        await self._plane.forget(name, instance)
+
+    def _on_lost(self, name: Name, reason: str) -> None:
+        """The control plane says that an alias is another's: the process has to find that out itself."""
+        line = self._lines.get(name)
+        if line is not None:
+            _log.warning("an alias is another's now", scope=name.scope, alias=name.alias, reason=reason)
+            line.end("its alias is another's now")
+
+    # --- what follows ------------------------------------------------------------------------------------------------
+
+    def _do(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case TellLost():
+                    if (line := self._lines.get(effect.to)) is not None:
+                        line.tell(Lost(peer=effect.peer, link=effect.link, reason=effect.reason[:500]))
+                case CloseFd():
+                    os.close(effect.fd)
+                case ZeroEpochs():
+                    zero(effect.fd)
+                case CloseFar():
+                    raise AssertionError("said by who knows in whose name")
+
+    async def _close_far(self, name: Name, instance: str, effect: CloseFar) -> None:
+        """Best effort: a peer whose node does not hear of it finds the connection broken."""
+        body = Close(link=effect.link, reason=effect.reason[:500])
+        call = PeerCall(scope=name.scope, alias=name.alias, instance=instance, peer=effect.peer, body=body)
+        with contextlib.suppress(BusError):
+            await self._bus.ask(peers.CALL, call)
+
+    # --- memory ------------------------------------------------------------------------------------------------------
+
+    def _memory(self, name: Name, ask: PutRegion | PutEpochs | DropRegion, fds: tuple[int, ...]) -> Done | Refused:
+        match ask:
+            case PutEpochs():
+                size = size_of(fds[0])
+                if not 0 < size <= EPOCHS_BYTES_MAX:
+                    close_fds(fds)
+                    reason = f"a page of epochs is memory of 1 to {EPOCHS_BYTES_MAX} bytes"
+                    return Refused(code="bad_message", reason=reason, field="ask.fds")
+                self._do(self._desk.put_epochs(name, fds[0]))
+                return Done()
+            case PutRegion():
+                fd = fds[0] if fds else -1
+                effects = self._desk.put(name, ask, fd, size_of(fd) if fds else 0)
+                if isinstance(effects, Refused):
+                    close_fds(fds)
+                    return effects
+                self._do(effects)
+                return Done()
+            case DropRegion():
+                found, effects = self._desk.drop(name, ask.name, ask.epoch)
+                self._do(effects)
+                return Done(found=found)
+
+    async def _tell_memory(
+        self, line: Line, name: Name, number: int, ask: PutRegion | DropRegion, answer: Done
+    ) -> None:
+        """The process hears that it is done when others can see it, or as soon as it is clear that they can't now."""
+        line.busy += 1
+        refused = await self._plane.changed(name, ask.name) if answer.found else None
+        line.busy -= 1
+        if refused is not None and isinstance(ask, PutRegion) and self._lines.get(name) is line:
+            self._do(self._desk.drop(name, ask.name, ask.epoch)[1])
+        self._answer(line, number, ask, refused or answer)
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    async def _asked(self, line: Line, name: Name, number: int, ask: Question) -> None:
+        if self._lines.get(name) is not line:  # It has ended since.
+            return
+        line.busy += 1
+        try:
+            if isinstance(ask, Call):
+                await self._call(line, name, number, ask)
+            else:
+                self._answer(line, number, ask, await self._found(name, ask))
+        except BusError as error:
+            reason = f"the control plane does not answer: {error}"
+            self._answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
+        finally:
+            line.busy -= 1
+
+    async def _found(self, name: Name, ask: Question) -> Answer | Refused:
+        match ask:
+            case ListPeers():
+                return await self._aliases(name.scope)
+            case GetPeer():
+                peer = await self._bus.ask(peers.GET, PeerGet(scope=name.scope, alias=ask.alias))
+                if isinstance(peer, Refused):
+                    return PeerFacts(peer=None) if peer.code == "not_found" else peer
+                return PeerFacts(peer=peer)
+            case GetMemory():
+                kept = await self._bus.ask(peers.MEMORY_LIST, MemoryList(scope=name.scope, alias=ask.alias))
+                return kept if isinstance(kept, Refused) else MemoryFacts(memories=kept.memories)
+            case SetTopology():
+                put = TopologyPut(
+                    scope=name.scope,
+                    alias=name.alias,
+                    target_peers=ask.target_peers,
+                    min_bw=ask.min_bw,
+                    symmetric=ask.symmetric,
+                )
+                topology = await self._bus.ask(peers.TOPOLOGY_PUT, put)
+                return topology if isinstance(topology, Refused) else TopologyFacts(topology=topology)
+            case HostedTransfer():
+                return Refused(code="not_hosted", reason="this process moves its bytes itself", field="ask.kind")
+            case _:
+                return Refused(code="bad_message", reason="this is not answered here", field="ask.kind")
+
+    async def _aliases(self, scope: str) -> Aliases | Refused:
+        found: list[str] = []
+        after: str | None = None
+        while True:
+            page = await self._bus.ask(peers.LIST, PeersList(scope=scope, after=after))
+            if isinstance(page, Refused):
+                return page
+            found += [peer.alias for peer in page.peers]
+            if (after := page.next) is None:
+                return Aliases(aliases=found)
+
+    # --- what a process says to a peer -------------------------------------------------------------------------------
+
+    async def _call(self, line: Line, name: Name, number: int, ask: Call) -> None:
+        here = self._lines.get(Name(name.scope, ask.peer))
+        if ask.peer == name.alias:
+            reason = "a peer is not connected to itself"
+            self._answer(line, number, ask, Refused(code="no_way", reason=reason, field="ask.peer", status=409))
+            return
+        match ask.body:
+            case Connect():
+                await self._connect(line, name, number, ask, ask.body, here)
+            case Resolve():
+                await self._resolve(line, name, number, ask, ask.body, near=here is not None)
+            case Close():
+                found, effects = self._desk.close(name, ask.peer, ask.body.link, ask.body.reason)
+                process = self._desk.get(name)
+                assert process is not None, "who asks is here"
+                for effect in effects:
+                    if isinstance(effect, CloseFar):
+                        self._task(self._close_far(name, process.instance, effect))
+                    else:
+                        self._do([effect])
+                self._answer(line, number, ask, Called(body=Closed(found=found), same_host=here is not None))
+
+    async def _connect(self, line: Line, name: Name, number: int, ask: Call, body: Connect, here: Line | None) -> None:
+        if (refused := self._desk.opening(name, ask.peer, body.link)) is not None:
+            self._answer(line, number, ask, _in_ask(refused))
+            return
+        if here is not None:
+            answer = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True)
+        else:
+            answer = await self._connect_far(name, ask.peer, body)
+        if self._lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
+            return
+        if isinstance(answer, Refused):
+            self._desk.not_opened(name, body.link)
+            self._answer(line, number, ask, _in_ask(answer))
+            return
+        self._answer(line, number, ask, Called(body=answer, same_host=here is not None))
+        self._do(self._desk.opened(name, body.link))
+
+    async def _connect_far(self, name: Name, peer: str, body: Connect) -> Connected | Refused:
+        process = self._desk.get(name)
+        assert process is not None, "who asks is here"
+        call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=peer, body=body)
+        try:
+            answer = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
+        except BusError as error:  # Whether the peer took it is not known.
+            effect = CloseFar(peer, body.link, "nobody waits for it any more")
+            self._task(self._close_far(name, process.instance, effect))
+            return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
+        if isinstance(answer, Refused):
+            return answer
+        if not isinstance(answer.body, Connected):
+            return Refused(code="unavailable", reason="the peer's node answered something else", status=503)
+        return answer.body
+
+    async def _accept(
+        self, line: Line, name: Name, asker: str, node_id: str, body: Connect, *, near: bool
+    ) -> Connected | Refused:
+        """A process of this node is asked whether it takes a connection."""
+        if (refused := self._desk.opening(name, asker, body.link)) is not None:
+            return refused
+        accept = Accept(peer=asker, node_id=node_id, same_host=near, body=body)
+        timeout_s = ACCEPT_HERE_S if near else ACCEPT_S
+        answer = await line.ask(accept, timeout_s=timeout_s)
+        if self._lines.get(name) is not line:
+            return Refused(code="unavailable", reason=f"{name.alias} has ended", status=503, retry="later")
+        if isinstance(answer, Accepted) and answer.body.link == body.link:
+            self._do(self._desk.opened(name, body.link))
+            return answer.body
+        self._desk.not_opened(name, body.link)
+        if isinstance(answer, Refused):
+            return answer
+        what = f"did not answer within {timeout_s:g} s" if answer is None else "answered something else"
+        return Refused(code="unavailable", reason=f"{name.alias} {what}", status=503, retry="later")
+
+    async def _resolve(self, line: Line, name: Name, number: int, ask: Call, body: Resolve, *, near: bool) -> None:
+        if not near:
+            process = self._desk.get(name)
+            assert process is not None, "who asks is here"
+            call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=ask.peer, body=body)
+            answer = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
+            if isinstance(answer, Refused):
+                self._answer(line, number, ask, _in_ask(answer))
+            elif isinstance(answer.body, Resolved):
+                self._answer(line, number, ask, Called(body=RegionsResolved(regions=answer.body.regions)))
+            return
+        found = self._desk.resolve(Name(name.scope, ask.peer), name.alias, body.link, body.names, same_host=True)
+        if isinstance(found, Refused):
+            self._answer(line, number, ask, found)
+            return
+        given: list[int] = []
+        try:
+            for fd, writable in found.fds:
+                given.append(again(fd, writable=writable))
+            called = Called(body=RegionsResolved(regions=found.regions, fds=found.names), same_host=True)
+            self._answer(line, number, ask, called, given)
+        except OSError as error:
+            reason = f"the peer-agent cannot pass the memory on: {error.strerror}"
+            self._answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
+        finally:
+            close_fds(given)
+
+    # --- what comes in over the bus ----------------------------------------------------------------------------------
+
+    async def on_call(self, called: PeerCalled) -> PeerAnswered | Refused:
+        name = Name(called.scope, called.peer)
+        line = self._lines.get(name)
+        if line is None:
+            reason = f"there is no {called.peer!r} on this node"
+            return Refused(code="not_found", reason=reason, field="peer", status=404)
+        match called.body:
+            case Connect() as body:
+                answer = await self._accept(line, name, called.alias, called.node_id, body, near=False)
+                return answer if isinstance(answer, Refused) else PeerAnswered(body=answer)
+            case Resolve() as body:
+                found = self._desk.resolve(name, called.alias, body.link, body.names, same_host=False)
+                return found if isinstance(found, Refused) else PeerAnswered(body=Resolved(regions=found.regions))
+            case Close() as body:
+                there, effects = self._desk.closed_by_peer(name, called.alias, body.link, body.reason)
+                self._do(effects)
+                return PeerAnswered(body=Closed(found=there))
+
+    async def on_changed(self, changed: PeerChanged) -> None:
+        name = Name(changed.scope, changed.alias)
+        match changed.change:
+            case "topology":
+                if name in self._lines:
+                    self._task(self._refresh(name))
+            case "removed" | "expired":
+                if name in self._lines:
+                    self._plane.beat()
+            case "added":
+                for process in self._desk:
+                    wanted = process.topology
+                    if process.name.scope == name.scope and wanted is not None and name.alias in wanted.target_peers:
+                        self._lines[process.name].tell(Desired(topology=wanted))
+            case _:
+                pass
+
+    async def _refresh(self, name: Name) -> None:
+        """Tells a process whom it is to be connected to, if that is news."""
+        try:
+            topology = await self._bus.ask(peers.TOPOLOGY_GET, TopologyGet(scope=name.scope, alias=name.alias))
+        except BusError as error:
+            _log.warning("cannot ask for the topology", alias=name.alias, reason=str(error))
+            return
+        process, line = self._desk.get(name), self._lines.get(name)
+        if isinstance(topology, Refused) or process is None or line is None:
+            return
+        news = topology.target_peers if process.topology is None else topology != process.topology
+        process.topology = topology
+        if news:
+            line.tell(Desired(topology=topology))
+
+    # --- transfers that are ordered over the bus ---------------------------------------------------------------------
+
+    async def on_transfer(self, transfer: Transfer) -> TransferBegun | Refused:
+        name = Name(transfer.scope, transfer.alias)
+        answer = self._desk.may_move(transfer) or self._transfers.begin(transfer, time.monotonic())
+        if answer is not None:
+            return answer
+        begun = await self._lines[name].ask(Order(transfer=transfer), timeout_s=ORDER_S)
+        if isinstance(begun, Refused):
+            self._transfers.forget(transfer.transfer_id)
+            return begun
+        if isinstance(begun, Begun):
+            return begun.body
+        return TransferBegun(transfer_id=transfer.transfer_id, state="running")
+
+    def _ended(self, ended: Transferred) -> None:
+        TRANSFERS.labels(ended.kind, "ok" if ended.ok else ended.code).inc()
+        if ended.bytes:
+            BYTES.labels(ended.transport or "").inc(ended.bytes)
+        self._untold.put_nowait(ended)
+        self._one_ended.set()
+
+    async def _tell_ends(self) -> None:
+        """Each end is told once, as soon as the bus takes it."""
+        while True:
+            ended = await self._untold.get()
+            while True:
+                try:
+                    await self._bus.publish(peers.TRANSFERRED, ended)
+                    self._untold.task_done()
+                    break
+                except BusError as error:
+                    _log.warning("cannot tell of a transfer", transfer_id=ended.transfer_id, reason=str(error))
+                    await asyncio.sleep(1.0)
+
+
+def _in_ask(refused: Refused) -> Refused:
+    """A refusal of a peer, or of the control plane, whose field is one of the question."""
+    return replace(refused, field=f"ask.{refused.field}") if refused.field else refused
+
+
+def size_of(fd: int) -> int:
+    """Bytes of the object behind a descriptor; -1 when it is no memory object or file."""
+    found = os.fstat(fd)
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def again(fd: int, *, writable: bool) -> int:
+    """The same object by another descriptor, which can write only if it may.
+
+    Raises:
+        OSError: there are no descriptors left.
+    """
+    return os.dup(fd) if writable else os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def zero(fd: int) -> None:
+    """Writes zeros over a page of epochs, if it is one that can be written."""
+    with contextlib.suppress(OSError):
+        os.pwrite(fd, bytes(min(size_of(fd), EPOCHS_BYTES_MAX)), 0)
+
+
+def allow_descriptors() -> None:
+    """As many descriptors as the system lets this process have; each region of shared memory takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
