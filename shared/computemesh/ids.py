@@ -6,6 +6,7 @@ the address it becomes part of, so ids are checked where they enter and where a 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from typing import Annotated, Final
@@ -49,6 +50,19 @@ def is_token(text: str) -> bool:
 def token_from(text: str) -> str:
     """The nearest token to a free name such as a host name: other characters become ``-``."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:63] or "unnamed"
+
+
+def token_of(name: str) -> str:
+    """A token that stands for the id of an engine or a peer, or for a scope, and for no other.
+
+    What is a token already stands for itself. Anything else begins with ``-``, as no such name does: what can be read
+    of it, and 128 bits of its digest. The empty scope is ``-``.
+    """
+    if is_token(name) and not name.startswith("-"):
+        return name
+    if not name:
+        return "-"
+    return f"-{re.sub(r'[^A-Za-z0-9_-]', '-', name)[:29]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 def new_id(prefix: str) -> str:

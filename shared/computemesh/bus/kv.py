@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -235,6 +236,12 @@ class Mirror(Generic[V]):
         self.seen = 0
         """While it is synced, everything that was stored up to this revision is reflected."""
         self._reached: list[tuple[int, asyncio.Future[None]]] = []
+        self._synced_s = float("-inf")
+
+    @property
+    def behind_s(self) -> float:
+        """How long it has not been known whether this is all that is stored; infinite before it ever was."""
+        return 0.0 if self.synced.is_set() else time.monotonic() - self._synced_s
 
     def get(self, key: str) -> V | None:
         entry = self.entries.get(key)
@@ -277,6 +284,8 @@ class Mirror(Generic[V]):
                     async with asyncio.timeout(0.5):
                         await self._bus.interrupted.wait()
             finally:
+                if self.synced.is_set():
+                    self._synced_s = time.monotonic()
                 self.synced.clear()
                 await pull.stop()
 

@@ -59,8 +59,11 @@ def bucket_config(bucket: storage.Bucket[Any], *, replicas: int) -> dict[str, An
         config["allow_atomic"] = True
     if bucket.expiry_markers:
         config["subject_delete_marker_ttl"] = 60 * _NS
+    if bucket.ledger:
+        config |= {"discard": "old", "max_msgs_per_subject": storage.LEDGER_HISTORY}
     if bucket.republish:
-        config["republish"] = {"src": bucket.subject("*"), "dest": f"{bucket.republish}.{{{{wildcard(1)}}}}"}
+        keys = bucket.subject("*.*" if bucket.ledger else "*")
+        config["republish"] = {"src": keys, "dest": f"{bucket.republish}.{{{{wildcard(1)}}}}"}
     return config
 
 
@@ -109,6 +112,16 @@ async def drift(bus: Bus, *, replicas: int = 1) -> dict[str, list[str]]:
     declared = wanted(replicas=replicas)
     found = {config["name"]: _differences(config, await _present(bus, config["name"])) for config in declared}
     return {name: settings for name, settings in found.items() if settings}
+
+
+async def stream_bounds(bus: Bus, name: str) -> tuple[int, int]:
+    """Sequences of the first message that a stream still has, and of the last that was ever stored.
+
+    Raises:
+        NotStored: there is no such stream.
+    """
+    state = (await _api(bus, f"$JS.API.STREAM.INFO.{name}", None))["state"]
+    return int(state["first_seq"]), int(state["last_seq"])
 
 
 async def stream_created_at(bus: Bus, name: str) -> str:

@@ -49,9 +49,13 @@ class Writer(Generic[V]):
     """Moves the values of a bucket by pure functions, many keys at the same time, each key in order.
 
     While a key's put is in flight, further decisions about it wait, and become one put together.
+
+    Args:
+        ttl_s: keys expire that long after they were written last; whole seconds, at least 1.
     """
 
-    def __init__(self, bus: Bus, spec: storage.Bucket[V], mirror: Mirror[V]) -> None:
+    def __init__(self, bus: Bus, spec: storage.Bucket[V], mirror: Mirror[V], *, ttl_s: int | None = None) -> None:
+        self._headers = {} if ttl_s is None else {"Nats-TTL": f"{ttl_s}s"}
         self._bucket = Bucket(bus, spec)
         self._mirror = mirror
         self._puts = Pipeline(bus, timeout_s=TIMEOUT_S)
@@ -122,7 +126,7 @@ class Writer(Generic[V]):
                 self._bucket.spec.subject(key),
                 encode(value),
                 partial(self._on_reply, key, turns, stands, value, attempt),
-                headers={"Nats-Expected-Last-Subject-Sequence": str(last)},
+                headers={"Nats-Expected-Last-Subject-Sequence": str(last), **self._headers},
             )
         except BusError as error:
             await self._fail(key, turns, error)

@@ -9,6 +9,7 @@ from typing import Final
 
 from computemesh.contracts.base import ServiceCard
 from computemesh.contracts.services import (
+    CONTROL_PLANE,
     GATEWAY,
     GPU_ORCHESTRATOR,
     NODE_AGENT,
@@ -28,6 +29,7 @@ SERVICES: Final = (
     _spec(WORK_MARSHALLER, "computemesh_services.work_marshaller", "WORK_MARSHALING_URL"),
     _spec(GPU_ORCHESTRATOR, "computemesh_services.gpu_orchestrator", "GPU_ORCHESTRATOR_URL"),
     _spec(GATEWAY, "computemesh_services.gateway", "GATEWAY_URL"),
+    _spec(CONTROL_PLANE, "computemesh_services.control_plane", "CONTROL_PLANE_URL"),
     _spec(RESOURCE_DETECTOR, "computemesh_services.resource_detector", "RESOURCE_DETECTOR_URL"),
     _spec(NODE_AGENT, "computemesh_services.node_agent", "NODE_AGENT_URL"),
 )

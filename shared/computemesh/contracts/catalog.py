@@ -5,7 +5,21 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Final
 
-from computemesh.contracts import gpus, infer, keys, nodes, objects, openai, peers, resources, rolemesh, tasks, work
+from computemesh.contracts import (
+    engines,
+    gpus,
+    infer,
+    keys,
+    nanoctrl,
+    nodes,
+    objects,
+    openai,
+    peers,
+    resources,
+    rolemesh,
+    tasks,
+    work,
+)
 from computemesh.contracts.base import Event, Request, Route, ServiceCard
 
 CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
@@ -16,6 +30,7 @@ CONVERSATIONS: Final[tuple[ModuleType, ...]] = (
     objects,
     infer,
     keys,
+    engines,
     peers,
 )
 
@@ -32,7 +47,7 @@ def requests() -> list[Request[Any, Any]]:
 
 def routes(service: ServiceCard) -> list[Route]:
     """Every route of a service that is on HTTP alone, in the order of declaration."""
-    declared = [value for module in (tasks, rolemesh) for value in vars(module).values()]
+    declared = [value for module in (tasks, rolemesh, nanoctrl) for value in vars(module).values()]
     own = [value for value in declared if isinstance(value, Route) and value.service is service]
     return [*own, *openai.routes_of(service)]
 

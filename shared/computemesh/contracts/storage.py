@@ -13,12 +13,15 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from computemesh.contracts import gpus, keys, nodes, work
+from computemesh.contracts import engines, gpus, keys, nodes, peer_records, work
 from computemesh.contracts.base import MESSAGE_BYTES_MAX, Message
-from computemesh.contracts.services import GPU_ORCHESTRATOR, NODE_REGISTRY, WORK_MARSHALLER
+from computemesh.contracts.services import CONTROL_PLANE, GPU_ORCHESTRATOR, NODE_REGISTRY, WORK_MARSHALLER
 
 MIB: Final = 1024 * 1024
 DAY_S: Final = 86_400.0
+
+LEDGER_HISTORY: Final = 64
+"""Values that are kept of each key of a ledger: as many as NATS KV allows."""
 
 V = TypeVar("V", bound=msgspec.Struct)
 
@@ -51,11 +54,15 @@ class Bucket(Generic[V]):
     """The only service that writes it."""
     max_bytes: int
     republish: str = ""
-    """Subject prefix under which the server publishes each single-token key once it is stored."""
+    """Subject prefix under which the server publishes each key once it is stored: one of a single token, or in a
+    ledger the first token of each."""
     expiry_markers: bool = False
     """Whether a key that expires leaves a marker, so that watchers learn of it."""
     together: bool = False
     """Whether several keys can be written at once, all or none."""
+    ledger: bool = False
+    """Whether it is read in the order of what was written, not for what stands now: keys have two tokens and the last
+    :data:`LEDGER_HISTORY` values, and the oldest go when it is full."""
     about: str
 
     @property
@@ -146,6 +153,45 @@ KEYS: Final = Bucket(
     max_bytes=64 * MIB,
     about="API keys of the gateways: their digests and limits.",
 )
+ENGINES: Final = Bucket(
+    name="compute-engines",
+    value=engines.Engine,
+    owner=CONTROL_PLANE.name,
+    max_bytes=256 * MIB,
+    expiry_markers=True,
+    about="Engines and other entities by name, until nothing is heard of them.",
+)
+ENGINE_CHANGES: Final = Bucket(
+    name="compute-engine-changes",
+    value=engines.EngineChange,
+    owner=CONTROL_PLANE.name,
+    max_bytes=256 * MIB,
+    republish=engines.CHANGED.subject,
+    ledger=True,
+    about="What changed about engines, in order: its sequences are their revisions.",
+)
+PEERS: Final = Bucket(
+    name="compute-peers",
+    value=peer_records.PeerRecord,
+    owner=CONTROL_PLANE.name,
+    max_bytes=128 * MIB,
+    expiry_markers=True,
+    about="Peer agents by alias, until nothing is heard of them; and the last number that was given as one.",
+)
+MEMORY: Final = Bucket(
+    name="compute-memory",
+    value=peer_records.MemoryRecord,
+    owner=CONTROL_PLANE.name,
+    max_bytes=128 * MIB,
+    about="The memory regions that each peer agent offers.",
+)
+TOPOLOGY: Final = Bucket(
+    name="compute-topology",
+    value=peer_records.TopologyRecord,
+    owner=CONTROL_PLANE.name,
+    max_bytes=64 * MIB,
+    about="Whom each peer agent is to be connected to.",
+)
 LEASES: Final = Bucket(
     name="compute-leases",
     value=Lease,
@@ -164,5 +210,5 @@ OBJECTS: Final = ObjectBucket(
 )
 
 STREAMS: Final = (WORK_INBOX,)
-BUCKETS: Final = (NODES, WORK, GPUS, KEYS, LEASES)
+BUCKETS: Final = (NODES, WORK, GPUS, KEYS, ENGINES, ENGINE_CHANGES, PEERS, MEMORY, TOPOLOGY, LEASES)
 OBJECT_BUCKETS: Final = (OBJECTS,)

@@ -25,7 +25,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from starlette.routing import Match, Route
+from starlette.routing import Match, Route, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from computemesh import openai, trace
@@ -46,6 +46,8 @@ from computemesh.contracts.base import (
     too_deep,
 )
 from computemesh.contracts.base import Route as RouteContract
+from computemesh.contracts.nanoctrl import NanoRefused
+from computemesh.contracts.openai import ApiRefusal
 from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
 from computemesh.edge.observe import ROUTE, Observed
@@ -97,7 +99,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed]
         for route in bound.contract.http
     ]
     routes += _common(config, doors, bounds, [extra.route for extra in extras if extra.route])
-    say = _in_openai_shape if any(extra.route and extra.route.refused_as for extra in extras) else _as_problem
+    say = _say([extra.route for extra in extras if extra.route])
 
     async def http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
@@ -310,6 +312,15 @@ def api_error(answer: Refused) -> Response:
     return Response(encode(openai.error_of(answer)), answer.status, headers, media_type="application/json")
 
 
+def nano_error(answer: Refused) -> Response:
+    """A refusal in NanoCtrl's shape."""
+    said = NanoRefused(message=answer.reason, code=answer.code, field=answer.field)
+    headers = {"Retry-After": _wait_s(answer)} if answer.retry == "later" else {}
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(encode(said), answer.status, headers, media_type="application/json")
+
+
 def _wait_s(answer: Refused) -> str:
     """What a caller is told to wait, in whole seconds as HTTP has it."""
     return str(max(1, ceil(answer.retry_after_s or 0.0)))
@@ -325,6 +336,19 @@ def _as_problem(_: str, answer: Refused) -> Response:
 
 def _in_openai_shape(path: str, answer: Refused) -> Response:
     return api_error(answer) if path.startswith(openai.ROOT) else problem(answer)
+
+
+def _say(declared: Sequence[RouteContract]) -> Say:
+    """How an edge with these routes refuses calls: each path in the shape of its system."""
+    kinds = {route.refused_as for route in declared}
+    if NanoRefused not in kinds:
+        return _in_openai_shape if ApiRefusal in kinds else _as_problem
+    paths = [compile_path(route.http.path)[0] for route in declared if route.refused_as is NanoRefused]
+
+    def say(path: str, answer: Refused) -> Response:
+        return nano_error(answer) if any(known.match(path) for known in paths) else problem(answer)
+
+    return say
 
 
 # --- who may come in -----------------------------------------------------------------------------------------

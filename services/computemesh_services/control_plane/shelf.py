@@ -1,0 +1,117 @@
+"""A bucket as the control plane uses it: read from memory, written by compare-and-set, from any replica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from computemesh.bus import Bucket, Bus, Conflict, Mirror, Writer
+from computemesh.bus.kv import OnChange
+from computemesh.contracts import storage
+from computemesh.contracts.base import Refused
+
+MARKER_S: Final = 3600
+"""How long what was removed leaves a marker in the store."""
+
+V = TypeVar("V", bound=msgspec.Struct)
+Decide = Callable[[V | None], V | Refused | None]
+"""From the record that stands (None: there is none) to the one that shall; None or the same one: nothing is written."""
+
+
+class Shelf(Generic[V]):
+    """Records of one kind.
+
+    Args:
+        on_change: called with a key and its record, None when it is gone.
+        ttl_s: records go that long after they were written last.
+    """
+
+    def __init__(
+        self, bus: Bus, spec: storage.Bucket[V], *, on_change: OnChange[V] | None = None, ttl_s: int | None = None
+    ) -> None:
+        self.bucket: Final = Bucket(bus, spec)
+        self.mirror: Final[Mirror[V]] = Mirror(bus, spec, on_change)
+        self._writer = Writer(bus, spec, self.mirror, ttl_s=ttl_s)
+
+    async def start(self) -> None:
+        await self._writer.start()
+
+    async def stop(self) -> None:
+        await self._writer.stop()
+
+    async def follow(self) -> None:
+        """Learns of what other replicas store, until cancelled."""
+        await self.mirror.follow()
+
+    def known(self, key: str) -> V | None:
+        """The record as memory has it."""
+        return self.mirror.get(key)
+
+    async def get(self, key: str) -> V | None:
+        """The record; one that memory does not have is looked for in the store.
+
+        Raises:
+            BusError: the store does not answer.
+        """
+        return self.mirror.get(key) or await self.read(key)
+
+    async def read(self, key: str) -> V | None:
+        """The record as the store has it.
+
+        Raises:
+            BusError: the store does not answer.
+        """
+        entry, revision = await self.bucket.read(key)
+        self.mirror.wrote(key, entry.value if entry is not None else None, revision)
+        return entry.value if entry is not None else None
+
+    async def move(self, key: str, decide: Decide[V]) -> V | Refused | None:
+        """Moves a record by a pure function, and gives what stands afterwards, or why nothing was changed.
+
+        The function may run again when a race was lost. It says no, or that there is nothing to do, only by a record
+        that is the newest.
+
+        Raises:
+            BusError: it could not be written, or nobody knows whether it was.
+        """
+        for fresh in (False, True):
+            refusal: list[Refused] = []
+
+            def step(record: V | None, refusal: list[Refused] = refusal) -> V | None:
+                refusal.clear()
+                after = decide(record)
+                if isinstance(after, Refused):
+                    refusal.append(after)
+                    return None
+                return after
+
+            if fresh:
+                await self.read(key)
+            after = await self._writer.change(key, step)
+            if after is not None and not refusal:
+                return after
+            if fresh and refusal:
+                return refusal[0]
+        return None
+
+    async def remove(self, key: str, allowed: Callable[[V], bool] = lambda _: True) -> V | None:
+        """Removes a record, and gives what was removed; None when there was none, or none that was allowed.
+
+        Raises:
+            BusError: nobody knows whether it was removed.
+        """
+        entry = self.mirror.entries.get(key)
+        while True:
+            if entry is None or not allowed(entry.value):
+                entry = await self.bucket.get(key)
+                if entry is None or not allowed(entry.value):
+                    return None
+            try:
+                marker = await self.bucket.purge(key, last=entry.revision, marker_ttl_s=MARKER_S)
+            except Conflict:
+                entry = None
+                continue
+            self.mirror.wrote(key, None, marker)
+            return entry.value
