@@ -448,6 +448,7 @@ class Supervisor:
             os.close(descriptor)
             raise HomeTaken(f"a mesh is running in {self._home.root} already") from None
         self._lock = descriptor
+        self._status_file.unlink(missing_ok=True)  # Who was killed left one, with pids that may be others' by now.
 
 
 def is_running(home: Home) -> bool:

@@ -55,6 +55,9 @@ NODE_S: Final = 120.0
 COUNTS_S: Final = 3.0
 """How long `status` waits for each answer of the mesh: it must be of use while the mesh is in trouble."""
 
+REAP_S: Final = 10.0
+"""How long what a supervisor left behind may take to end."""
+
 PROMPT: Final = "In one sentence: what is a mesh network?"
 
 
@@ -148,7 +151,7 @@ async def _up(
     supervisor = Supervisor(
         place,
         running.on_ports(SERVICES, ports),
-        token=_credentials(place, me).token,
+        token=credentials(place, me).token,
         node_id=me,
         nats_urls=external,
         nats_port=nats_port if nats_port is not None else _default_port(place),
@@ -178,7 +181,8 @@ def _default_port(place: Home) -> int:
     return NATS_PORT if running.is_free(NATS_PORT) else 0
 
 
-def _credentials(place: Home, node_id: str) -> Credentials:
+def credentials(place: Home, node_id: str) -> Credentials:
+    """Those of a home, made when absent, with a user for this node."""
     try:
         return add_node(place.credentials, node_id)
     except BadCredentialsError as error:
@@ -324,7 +328,7 @@ def down(purge: bool, as_json: bool) -> None:
     if was_running:
         stop(place, status)
     else:
-        _reap(place)
+        reap(place)
     purged = purge and place.root.exists()
     if purged:
         shutil.rmtree(place.root)
@@ -347,15 +351,15 @@ def stop(place: Home, status: MeshStatus | None) -> None:
     deadline_s = time.monotonic() + status.stop_s
     with err.status("Stopping: work in hand is finished or handed back …"):
         # The supervisor gives up the home a moment before its process is gone.
-        while (is_running(place) or _is_alive(status.pid)) and time.monotonic() < deadline_s:
+        while (is_running(place) or is_alive(status.pid)) and time.monotonic() < deadline_s:
             time.sleep(0.05)
     if is_running(place):
         with contextlib.suppress(ProcessLookupError):
             os.kill(status.pid, signal.SIGKILL)
-    _reap(place)
+    reap(place)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs; one that only its parent has not waited for yet does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -363,8 +367,8 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _reap(place: Home) -> None:
-    """Ends whatever a supervisor that was killed may have left behind."""
+def reap(place: Home, *, grace_s: float = REAP_S) -> None:
+    """Ends whatever a supervisor that was killed may have left behind; kills what is there after *grace_s*."""
     try:
         status = msgspec.json.decode((place.run / "mesh.json").read_bytes(), type=MeshStatus)
     except (OSError, ValueError):
@@ -373,7 +377,7 @@ def _reap(place: Home) -> None:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    for process in psutil.wait_procs(left, timeout=10)[1]:
+    for process in psutil.wait_procs(left, timeout=grace_s)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     (place.run / "mesh.json").unlink(missing_ok=True)

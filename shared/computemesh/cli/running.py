@@ -231,24 +231,35 @@ def show_failed(status: MeshStatus) -> bool:
 # --- in the background -------------------------------------------------------------------------------------------
 
 
-def in_background(place: Home, words: Sequence[str], *, what: str) -> MeshStatus:
+def in_background(
+    place: Home,
+    words: Sequence[str],
+    *,
+    what: str,
+    module: str = "computemesh.cli",
+    log_file: Path | None = None,
+    ready_s: float = READY_S,
+) -> MeshStatus:
     """Runs one of our own commands in the background until everything it starts is ready.
 
     Args:
         what: what is started, for messages.
+        module: whose command it is.
+        log_file: what it writes goes there; left out, to ``up.log`` among the logs.
+        ready_s: how long it may take.
 
     Raises:
         Failure: it did not start, in the words of whatever failed.
     """
     private_folder(place.root)
     private_folder(place.logs)
-    log_file = place.logs / "up.log"
+    log_file = log_file or place.logs / "up.log"
     if log_file.exists() and log_file.stat().st_size > LOG_BYTES_MAX:
-        log_file.replace(log_file.with_suffix(".log.1"))
-    with log_file.open("ab") as sink:
-        offset = sink.tell()
+        log_file.replace(log_file.with_name(f"{log_file.name}.1"))
+    with os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as sink:
+        offset = sink.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            [sys.executable, "-m", "computemesh.cli", *words],
+            [sys.executable, "-m", module, *words],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -256,7 +267,7 @@ def in_background(place: Home, words: Sequence[str], *, what: str) -> MeshStatus
         )
     try:
         with err.status(f"Starting {what} …") as shown:
-            return _wait_ready(place, process, log_file, offset, what, shown.update)
+            return _wait_ready(place, process, log_file, offset, what, ready_s, shown.update)
     except BaseException:
         _end_process(process)
         raise
@@ -268,9 +279,10 @@ def _wait_ready(
     log_file: Path,
     offset: int,
     what: str,
+    ready_s: float,
     show: Callable[[str], None],
 ) -> MeshStatus:
-    deadline_s = time.monotonic() + READY_S
+    deadline_s = time.monotonic() + ready_s
     problem = ""
     while time.monotonic() < deadline_s:
         status = read_status(place)
@@ -295,10 +307,8 @@ def _wait_ready(
             )
         time.sleep(0.05)
     if problem:
-        raise NoMesh(
-            f"{problem}, and did not change in {READY_S:.0f} s", hint="is it running, and reachable from here?"
-        )
-    raise Failure(f"{what} was not ready after {READY_S:.0f} s", hint=f"see {log_file}")
+        raise NoMesh(f"{problem}, and did not change in {ready_s:g} s", hint="is it running, and reachable from here?")
+    raise Failure(f"{what} was not ready after {ready_s:g} s", hint=f"see {log_file}")
 
 
 def _hint(broken: list[ServiceStatus], place: Home) -> str:
