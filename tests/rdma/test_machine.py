@@ -1,0 +1,28 @@
+"""What the other tests of this folder take for granted; ``make test-rdma`` runs them where it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nats
+import pytest
+
+from computemesh.testing.server import bare_server
+
+pytestmark = pytest.mark.rdma
+
+
+@pytest.mark.parametrize("device", ["rxe0", "rxe1"])
+def test_there_are_two_devices_with_addresses(device: str) -> None:
+    port = Path("/sys/class/infiniband") / device / "ports/1"
+    assert (port / "state").read_text() == "4: ACTIVE\n"
+    assert (port / "gids/1").read_text().startswith("0000:0000:0000:0000:0000:ffff:0a4d:000")
+
+
+async def test_a_nats_server_runs_here(tmp_path: Path) -> None:
+    async with bare_server(tmp_path) as url:
+        client = await nats.connect(url)
+        heard = await client.subscribe("a.subject")
+        await client.publish("a.subject", b"said")
+        assert (await heard.next_msg(timeout=30)).data == b"said"
+        await client.close()
