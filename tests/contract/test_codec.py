@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final
@@ -56,9 +57,8 @@ def values(info: inspect.Type) -> st.SearchStrategy[Any]:
     match info:
         case inspect.Metadata(type=inner):
             return values(inner)
-        case inspect.StrType(pattern=str(pattern)):
-            assert pattern == ID_PATTERN, f"teach this test the pattern {pattern}"
-            return _ID
+        case inspect.StrType(pattern=str(pattern), min_length=least, max_length=most):
+            return _texts_like(pattern, least or 0, most)
         case inspect.StrType(min_length=least, max_length=most):
             return st.text(st.characters(exclude_categories=["Cs"]), min_size=least or 0, max_size=min(most or 8, 8))
         case inspect.BytesType():
@@ -75,6 +75,17 @@ def values(info: inspect.Type) -> st.SearchStrategy[Any]:
             return _compound(info)
 
 
+def _texts_like(pattern: str, least: int, most: int | None) -> st.SearchStrategy[str]:
+    """Texts that fit a pattern, and are as long as they may be."""
+    if pattern == ID_PATTERN:
+        return _ID
+    if pattern == "^[0-9a-f]+$":
+        return st.text("0123456789abcdef", min_size=max(least, 1), max_size=most)
+    plain = pattern.removeprefix("^").removesuffix("(?!\\n)").removesuffix("$")
+    found = st.from_regex(plain, fullmatch=True, alphabet=st.characters(exclude_categories=["Cs"]))
+    return found.filter(lambda text: least <= len(text) <= (most or len(text)))
+
+
 def _compound(info: inspect.Type) -> st.SearchStrategy[Any]:
     match info:
         case inspect.NoneType():
@@ -87,13 +98,14 @@ def _compound(info: inspect.Type) -> st.SearchStrategy[Any]:
             return st.sampled_from(list(allowed))
         case inspect.UnionType(types=kinds):
             return st.one_of([values(kind) for kind in kinds])
-        case inspect.ListType(item_type=item):
-            return st.lists(values(item), max_size=2)
+        case inspect.ListType(item_type=item, min_length=least):
+            return st.lists(values(item), min_size=least or 0, max_size=2)
         case inspect.DictType(key_type=key, value_type=value):
             return st.dictionaries(values(key), values(value), max_size=2)
-        case inspect.StructType(fields=fields):
+        case inspect.StructType(fields=fields, tag_field=tag_field, tag=tag):
+            tags = {tag_field: st.just(tag)} if tag_field else {}
             return st.fixed_dictionaries(
-                {field.encode_name: values(field.type) for field in fields if field.required},
+                tags | {field.encode_name: values(field.type) for field in fields if field.required},
                 optional={field.encode_name: values(field.type) for field in fields if not field.required},
             )
         case _:
@@ -119,13 +131,21 @@ def _bare(info: inspect.Type) -> inspect.Type:
 @cache
 def sample(kind: Kind) -> dict[str, Any]:
     """One valid object with nothing but the required fields."""
-    return {field.encode_name: _least(field.type) for field in fields_of(kind) if field.required}
+    info = inspect.type_info(kind)
+    assert isinstance(info, inspect.StructType)
+    tags = {info.tag_field: info.tag} if info.tag_field else {}
+    return tags | {field.encode_name: _least(field.type) for field in info.fields if field.required}
 
 
 def _least(info: inspect.Type) -> Any:
     match _bare(info):
-        case inspect.StrType():
-            return "a"
+        case inspect.StrType(pattern=pattern, min_length=least):
+            long = (length for length in range(least or 1, 129) if re.search(pattern or "", "a" * length))
+            return "a" * next(long)
+        case inspect.LiteralType(values=allowed):
+            return allowed[0]
+        case inspect.UnionType(types=kinds):
+            return _least(kinds[0])
         case inspect.BytesType():
             return ""
         case inspect.BoolType():
@@ -134,8 +154,8 @@ def _least(info: inspect.Type) -> Any:
             return 1
         case inspect.EnumType(cls=cls):
             return next(iter(cls)).value
-        case inspect.ListType():
-            return []
+        case inspect.ListType(item_type=item, min_length=least):
+            return [_least(item)] * (least or 0)
         case inspect.DictType():
             return {}
         case inspect.StructType(cls=cls):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def _sample(info: msgspec.inspect.Type, name: str) -> Any:
             return _sample(inner, name)
         case msgspec.inspect.UnionType(types=types):
             return _sample(next(t for t in types if not isinstance(t, msgspec.inspect.NoneType)), name)
-        case msgspec.inspect.StrType():
-            return f"{name}-1"[: info.max_length or 63]
+        case msgspec.inspect.StrType(pattern=pattern):
+            texts = [f"{name}-1"[: info.max_length or 63], *("a" * length for length in range(info.min_length or 1, 129))]
+            return next(text for text in texts if len(text) >= (info.min_length or 0) and re.search(pattern or "", text))
         case msgspec.inspect.BytesType():
             return f"{name}-1".encode()
         case msgspec.inspect.BoolType():
@@ -56,6 +58,8 @@ def _sample(info: msgspec.inspect.Type, name: str) -> Any:
             return 0.5
         case msgspec.inspect.ListType(item_type=item):
             return [_sample(item, name)]
+        case msgspec.inspect.DictType(key_type=msgspec.inspect.LiteralType(values=keys), value_type=value):
+            return {keys[0]: _sample(value, name)}
         case msgspec.inspect.DictType(value_type=value):
             return {"key": _sample(value, name)}
         case msgspec.inspect.EnumType(cls=cls):
