@@ -46,8 +46,9 @@ def _sample(info: msgspec.inspect.Type, name: str) -> Any:
         case msgspec.inspect.UnionType(types=types):
             return _sample(next(t for t in types if not isinstance(t, msgspec.inspect.NoneType)), name)
         case msgspec.inspect.StrType(pattern=pattern):
-            texts = [f"{name}-1"[: info.max_length or 63], *("a" * length for length in range(info.min_length or 1, 129))]
-            return next(text for text in texts if len(text) >= (info.min_length or 0) and re.search(pattern or "", text))
+            least = info.min_length or 0
+            texts = [f"{name}-1"[: info.max_length or 63], *("a" * length for length in range(max(least, 1), 129))]
+            return next(text for text in texts if len(text) >= least and re.search(pattern or "", text))
         case msgspec.inspect.BytesType():
             return f"{name}-1".encode()
         case msgspec.inspect.BoolType():
