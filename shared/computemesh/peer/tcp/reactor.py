@@ -1,0 +1,97 @@
+"""A thread that looks after many sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+logger: Final = logging.getLogger(__name__)
+
+Handler = Callable[[int], None]
+"""Is told what epoll says of its socket."""
+
+
+class Reactor:
+    """Waits for sockets, and calls whom they belong to; descriptors are closed nowhere but in its thread.
+
+    A descriptor that is closed may be given out again at once. Where only this thread closes them, and not while it
+    goes through what epoll said, nobody is ever called for another one's socket.
+    """
+
+    def __init__(self, name: str, tick_s: float, on_tick: Callable[[], None] | None = None) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._tick_s = tick_s
+        self._on_tick = on_tick
+        self._stopping = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def register(self, fd: int, handler: Handler, events: int) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        del self._handlers[fd]
+        self._epoll.unregister(fd)
+
+    def call(self, what: Callable[[], None]) -> None:
+        """Runs it in the reactor's thread, soon. Once the reactor has stopped, in this one."""
+        with self._lock:
+            if not self._stopping:
+                self._calls.append(what)
+                os.eventfd_write(self._wake, 1)
+                return
+        what()
+
+    def stop(self) -> None:
+        """Runs what it was given, and ends. Returns when it has, unless it was called by the reactor itself."""
+        with self._lock:
+            if not self._stopping:
+                self._stopping = True
+                os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        handlers = self._handlers
+        poll = self._epoll.poll
+        tick_at = time.monotonic() + self._tick_s
+        while True:
+            for fd, events in poll(self._tick_s):
+                if (handler := handlers.get(fd)) is not None:
+                    try:
+                        handler(events)
+                    except Exception:
+                        logger.exception("the tcp transport failed")
+                elif fd == self._wake:
+                    os.eventfd_read(fd)
+            while self._calls:
+                self._guarded(self._calls.popleft())
+            if self._on_tick is not None and (now := time.monotonic()) >= tick_at:
+                tick_at = now + self._tick_s
+                self._guarded(self._on_tick)
+            if self._stopping and not self._calls:
+                self._epoll.close()
+                os.close(self._wake)
+                return
+
+    @staticmethod
+    def _guarded(what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception:
+            logger.exception("the tcp transport failed in %r", what)
