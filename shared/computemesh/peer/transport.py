@@ -67,7 +67,7 @@ class LocalRegion:
     """What keeps the memory alive."""
     live: bool = True
     """False once it was unregistered. Transports look at it for every request."""
-    tokens: dict[Transport, Mapping[str, Any]] = field(default_factory=dict)
+    tokens: dict[Transport, Mapping[str, Any]] = field(default_factory=dict[Transport, Mapping[str, Any]])
     """What each transport said of it when it was exposed."""
 
 
