@@ -213,7 +213,7 @@ class ShmLink:
         if total <= INLINE_MAX:
             done(self._now(kind, copies))
             return None
-        used: list[_Reach] = []
+        used: list[Reach] = []
         if failure := self.begin(kind, copies, used):
             done(_ended(kind, used, failure))
             return None
@@ -240,13 +240,13 @@ class ShmLink:
         self._lock = threading.Lock()
 
     def _now(self, kind: Kind, copies: Sequence[Copy]) -> Outcome:
-        used: list[_Reach] = []
+        used: list[Reach] = []
         failure = self.begin(kind, copies, used)
         if failure is None:
             failure = self.move(kind, [(copy, 0, copy.length) for copy in copies])
         return _ended(kind, used, failure)
 
-    def begin(self, kind: Kind, copies: Sequence[Copy], used: list[_Reach]) -> Outcome | None:
+    def begin(self, kind: Kind, copies: Sequence[Copy], used: list[Reach]) -> Outcome | None:
         """Makes the peer's regions ready. Those in `used` must be given to :func:`_ended`, whatever this returns."""
         if self._closed:
             return _CLOSED
@@ -291,7 +291,7 @@ class ShmLink:
                 return Outcome(IO_ERROR, f"region {copy.remote.name!r}: {error}")
         return None
 
-    def _reach(self, remote: RemoteRegion) -> _Reach | Outcome:
+    def _reach(self, remote: RemoteRegion) -> Reach | Outcome:
         """Maps a region, the first time that it is used. What comes of it stays with the region."""
         with self._lock:
             if remote.state is None:
@@ -299,10 +299,10 @@ class ShmLink:
                     remote.state = self._mapped(remote)
                 except (OSError, ValueError, TypeError, KeyError) as error:
                     remote.state = Outcome(NO_WAY, f"region {remote.name!r} cannot be mapped: {error}")
-            state: _Reach | Outcome = remote.state
+            state: Reach | Outcome = remote.state
             return state
 
-    def _mapped(self, remote: RemoteRegion) -> _Reach:
+    def _mapped(self, remote: RemoteRegion) -> Reach:
         fd: Descriptor = remote.token["fd"]
         page: Descriptor = remote.token["epochs_fd"]
         offset, slot = int(remote.token["offset"]), int(remote.token["slot"])
@@ -315,15 +315,15 @@ class ShmLink:
         flags = fcntl.fcntl(fd.fd, fcntl.F_GETFL)
         writable = remote.writable and flags & os.O_ACCMODE == os.O_RDWR
         if memory.is_sealed(fd.fd):
-            reach: _Reach = _Mapped(epochs, slot, remote, Mapping(fd.fd, offset, remote.length, writable=writable))
+            reach: Reach = Mapped(epochs, slot, remote, Mapping(fd.fd, offset, remote.length, writable=writable))
             fd.close()
             return reach
         if not memory.is_file(fd.fd) or flags & os.O_APPEND:
             raise ValueError("fd: it is no file with bytes at offsets")
-        return _Filed(epochs, slot, remote, fd, offset, writable=writable)
+        return Filed(epochs, slot, remote, fd, offset, writable=writable)
 
 
-class _Reach:
+class Reach:
     """A peer's region, as this process reaches it."""
 
     __slots__ = ("epoch", "epochs", "length", "slot", "slots", "writable")
@@ -353,7 +353,7 @@ class _Reach:
         raise NotImplementedError
 
 
-class _Mapped(_Reach):
+class Mapped(Reach):
     __slots__ = ("_address", "_view")
 
     def __init__(self, epochs: PeerEpochs, slot: int, remote: RemoteRegion, mapping: Mapping) -> None:
@@ -374,7 +374,7 @@ class _Mapped(_Reach):
             ctypes.memmove(self._address + there, address + here, length)
 
 
-class _Filed(_Reach):
+class Filed(Reach):
     __slots__ = ("_fd", "_offset")
 
     def __init__(
@@ -403,7 +403,7 @@ class _Filed(_Reach):
             raise OSError(errno.ENODATA, "the file is too short")
 
 
-def _ended(kind: Kind, used: Sequence[_Reach], failure: Outcome | None) -> Outcome:
+def _ended(kind: Kind, used: Sequence[Reach], failure: Outcome | None) -> Outcome:
     """Lets the regions go, and looks at them for the last time. How the order ended."""
     if kind == "write":
         for reach in used:
@@ -439,7 +439,7 @@ def pieces(copies: Sequence[Copy], piece: int) -> Iterator[list[Span]]:
 class _Job:
     """A large order. Whoever has time works at it: the endpoint's threads, and who waits for it."""
 
-    def __init__(self, link: ShmLink, kind: Kind, copies: Sequence[Copy], used: list[_Reach], done: Done) -> None:
+    def __init__(self, link: ShmLink, kind: Kind, copies: Sequence[Copy], used: list[Reach], done: Done) -> None:
         self._link = link
         self._kind: Kind = kind
         self._used = used
