@@ -14,6 +14,7 @@ from computemesh.contracts.services import (
     GPU_ORCHESTRATOR,
     NODE_AGENT,
     NODE_REGISTRY,
+    PEER_AGENT,
     RESOURCE_DETECTOR,
     WORK_MARSHALLER,
 )
@@ -32,6 +33,7 @@ SERVICES: Final = (
     _spec(CONTROL_PLANE, "computemesh_services.control_plane", "CONTROL_PLANE_URL"),
     _spec(RESOURCE_DETECTOR, "computemesh_services.resource_detector", "RESOURCE_DETECTOR_URL"),
     _spec(NODE_AGENT, "computemesh_services.node_agent", "NODE_AGENT_URL"),
+    _spec(PEER_AGENT, "computemesh_services.peer_agent", "PEER_AGENT_URL"),
 )
 
 CHECKS: Final = ("computemesh_services.node_agent.check", "computemesh_services.resource_detector.check")
