@@ -432,6 +432,8 @@ class AgentSocket:
         with self._lock:
             self._learn(frame, waiting.question if waiting is not None else None)
         match frame.ask:
+            case None if not frame.id and frame.refused is not None:
+                _log.warning("what was told is refused: %s", PeerError.of(frame.refused))
             case None:
                 connection.answered(frame.id, frame.answer or frame.refused, said.fds)
             case Accept() | Order():
