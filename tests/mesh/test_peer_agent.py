@@ -176,8 +176,8 @@ async def attach(mesh: RunningMesh) -> AsyncGenerator[Attach]:
         await asyncio.to_thread(process.end.close)
 
 
-def program(*arguments: str, **how: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, *arguments], **how)
+def program(*arguments: str, env: dict[str, str] | None = None, stdout: int | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, *arguments], env=env, stdout=stdout)
 
 
 @asynccontextmanager
