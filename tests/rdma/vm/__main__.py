@@ -2,12 +2,12 @@
 
     python -m tests.rdma.vm [--env NAME=VALUE] [--timeout S] [--verbose] -- COMMAND [ARGUMENT ...]
 
-Inside are ``rxe0`` (10.77.0.1) and ``rxe1`` (10.77.0.2), soft-RoCE on the two ends of one cable. The checkout is where it is
-on the host, to be read only, and with it its virtual environment: ``.venv/bin/python`` runs, on the machine's own
+Inside are ``rxe0`` (10.77.0.1) and ``rxe1`` (10.77.0.2), soft-RoCE on the two ends of one cable. The checkout is where
+it is on the host, to be read only, and with it its virtual environment: ``.venv/bin/python`` runs, on the machine's own
 interpreter. Nothing outside can be reached. All is emulated, so neither KVM nor root is needed; it is slow.
 
-The image is made once, in the folder ``COMPUTEMESH_VM_CACHE`` (``~/.cache/computemesh/rdma-vm``), from packages of Debian.
-Status 124: the command did not end in time; 125: there is no machine, and standard error says why.
+The image is made once, in the folder ``COMPUTEMESH_VM_CACHE`` (``~/.cache/computemesh/rdma-vm``), from packages of
+Debian. Status 124: the command did not end in time; 125: there is no machine, and standard error says why.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def digest() -> str:
 
 
 def build(image: Path, packages: Path) -> None:
-    """Makes the folder `image` with ``vmlinux`` and ``initrd``; `packages` keeps what was downloaded for the next time."""
+    """Makes the folder `image` with ``vmlinux`` and ``initrd``; `packages` keeps what was downloaded, for later."""
     with tempfile.TemporaryDirectory(dir=image.parent, prefix="build-") as work:
         root, kernel, made = (Path(work) / name for name in ("root", "kernel", "image"))
         kernel_package = _download(packages)
