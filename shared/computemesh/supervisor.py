@@ -400,7 +400,7 @@ class Supervisor:
             pid=os.getpid(),
             version=__version__,
             started_at=self._started_at,
-            ready=len(services) > 1 and all(service.state == "ready" for service in services),
+            ready=bool(self._services) and all(service.state == "ready" for service in services),
             embedded=self._server is not None,
             joined=self._server is None and Role.SERVICES not in self._nats_urls,
             problem=self._problem,
