@@ -20,6 +20,8 @@ from computemesh.cli import (
     mesh,
     models,
     nodes,
+    peers,
+    registry,
     work,
 )
 from computemesh.cli.program import Program
@@ -53,6 +55,8 @@ for _command in (
     models.models_group,
     chat.chat,
     keys.keys_group,
+    registry.registry_group,
+    peers.peers_group,
     work.submit,
     work.work_group,
     events.events,

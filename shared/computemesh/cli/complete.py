@@ -15,8 +15,9 @@ from click.shell_completion import CompletionItem
 
 from computemesh.bus import Bus
 from computemesh.cli import common, subjects
-from computemesh.contracts import gpus, nodes, work
+from computemesh.contracts import engines, gpus, nodes, work
 from computemesh.contracts import keys as key_contracts
+from computemesh.contracts import peers as peer_contracts
 from computemesh.contracts.base import Message, Refused, Request, Role
 from computemesh.contracts.catalog import events, requests
 
@@ -73,6 +74,22 @@ def keys(_: click.Context, _param: click.Parameter, incomplete: str) -> list[Com
     """API keys by name."""
     found = _asked(key_contracts.LIST, key_contracts.KeysList(limit=OFFERED_MAX), Role.CLIENT)
     return _offer([(key.name, "") for key in found.keys] if found else [], incomplete)
+
+
+def registered(context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What is registered with the control plane, in the scope that was given."""
+    found = _asked(engines.LIST, engines.EnginesList(scope=_scope(context), limit=OFFERED_MAX))
+    return _offer([(one.engine_id, one.role or one.kind) for one in found.engines] if found else [], incomplete)
+
+
+def peers(context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Peer agents of the scope that was given."""
+    found = _asked(peer_contracts.LIST, peer_contracts.PeersList(scope=_scope(context), limit=OFFERED_MAX))
+    return _offer([(peer.alias, peer.node_id or peer.address) for peer in found.peers] if found else [], incomplete)
+
+
+def _scope(context: click.Context) -> str:
+    return context.params.get("scope") or ""
 
 
 def models(_: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

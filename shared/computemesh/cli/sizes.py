@@ -38,6 +38,13 @@ def size(mib: float) -> str:
     return f"{number(mib / 1024)} GiB" if mib < 1024**2 else f"{number(mib / 1024**2)} TiB"
 
 
+def byte_size(count: int) -> str:
+    """Bytes for people: ``640 B``, ``64 KiB``, and above as :func:`size`."""
+    if count < 1024:
+        return f"{count} B"
+    return f"{number(count / 1024)} KiB" if count < 1024**2 else size(count / 1024**2)
+
+
 def number(value: float) -> str:
     """A number with one decimal where that says something."""
     return f"{value:.0f}" if value >= 100 or abs(value - round(value)) < 0.05 else f"{value:.1f}"
