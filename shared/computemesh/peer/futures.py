@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Final, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self, TypeVar
 
 from computemesh.peer.errors import PeerError
-from computemesh.peer.transport import Outcome
+from computemesh.peer.transport import Copy, Drive, Outcome
 
 logger: Final = logging.getLogger(__name__)
 
@@ -20,18 +20,16 @@ F = TypeVar("F", bound="PeerFuture")
 
 
 class PeerFuture:
-    """What becomes of a read, a write, or a message. Any number of threads may wait for it.
+    """What becomes of a read, a write, or a message. Any number of threads may wait for it."""
 
-    `held` keeps buffers alive while the transport has them.
-    """
-
-    __slots__ = ("_called", "_outcome", "_waiter", "held")
-
-    def __init__(self, held: object = None) -> None:
-        self._outcome: Outcome | None = None
-        self._waiter: threading.Event | None = None
-        self._called: list[Callable[[PeerFuture], object]] | None = None
-        self.held = held
+    # Defaults of the class, so that making one costs next to nothing.
+    _outcome: Outcome | None = None
+    _waiter: threading.Event | None = None
+    _called: list[Callable[[Any], object]] | None = None
+    drive: Drive | None = None
+    """By which a thread that waits may see to it itself."""
+    held: object = None
+    """Keeps buffers alive while the transport has them."""
 
     def settle(self, outcome: Outcome) -> None:
         """Ends it; for transports. What is said after the first time is left out."""
@@ -40,7 +38,10 @@ class PeerFuture:
         # The outcome is there before anyone is looked for who waits, and who begins to wait looks at the outcome
         # after having said so: one of the two always sees the other.
         self._outcome = outcome
-        self.held = None
+        if self.drive is not None:
+            self.drive = None
+        if self.held is not None:
+            self.held = None
         if self._waiter is not None:
             self._waiter.set()
         if self._called is not None:
@@ -93,11 +94,18 @@ class PeerFuture:
         with _lock:
             if self._called is None:
                 self._called = []
-            self._called.append(call)  # type: ignore[arg-type]  # they are called with this very future
+            self._called.append(call)
         if self._outcome is not None:
             self._call()
 
     def _await(self, timeout: float | None) -> Outcome | None:
+        drive = self.drive
+        if drive is not None:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            drive(timeout)
+            if self._outcome is not None:
+                return self._outcome
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         with _lock:
             waiter = self._waiter
             if waiter is None:
@@ -119,20 +127,18 @@ class PeerFuture:
 class TransferFuture(PeerFuture):
     """Of a read or a write."""
 
-    __slots__ = ("epochs", "transport")
+    copies: Sequence[Copy] = ()
+    transport: str = ""
+    """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
 
-    def __init__(self, held: object = None) -> None:
-        super().__init__(held)
-        self.epochs: tuple[int, ...] = ()
+    @property
+    def epochs(self) -> tuple[int, ...]:
         """Of the peer's regions, one for each assignment."""
-        self.transport: str = ""
-        """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
+        return tuple(copy.remote.epoch for copy in self.copies)
 
 
 class MessageFuture(PeerFuture):
     """Of a message that is sent or received."""
-
-    __slots__ = ()
 
     @property
     def received(self) -> int:
@@ -141,15 +147,17 @@ class MessageFuture(PeerFuture):
 
 
 class ImmFuture(PeerFuture):
-    """Of a number that comes with a peer's write."""
+    """Of a number that comes with a peer's write.
 
-    __slots__ = ("received_at", "started_at")
+    Attributes:
+        started_at: when it was asked for, in seconds of the monotonic clock.
+        received_at: when it came; None before.
+    """
 
-    def __init__(self, held: object = None) -> None:
-        super().__init__(held)
+    received_at: float | None = None
+
+    def __init__(self) -> None:
         self.started_at = time.monotonic()
-        """Seconds of the monotonic clock, as `received_at`."""
-        self.received_at: float | None = None
 
     def settle(self, outcome: Outcome) -> None:
         self.received_at = self.received_at or time.monotonic()
@@ -172,8 +180,6 @@ class Gathered:
 
     Parts are settled by the threads of transports; `whole` is called once, by the one that settles the last of them.
     """
-
-    __slots__ = ("_failed", "_left", "_lock", "_whole")
 
     def __init__(self, parts: int, whole: Callable[[Outcome], None]) -> None:
         self._left = parts
