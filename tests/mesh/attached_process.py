@@ -1,7 +1,7 @@
 """A process with a region of shared memory, as a program of its own, so that a test can kill it.
 
-``attached_process.py SOCKET SCOPE ALIAS``: prints a line once it is there, takes every connection, begins every transfer
-that it is told to do and never ends it.
+``attached_process.py SOCKET SCOPE ALIAS``: prints a line once it is there, takes every connection, begins each
+transfer that it is told to do and never ends it.
 """
 
 from __future__ import annotations
