@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from computemesh.contracts.base import Refused
 from computemesh.contracts.engines import ENGINE, Engine, EngineChange, EngineRegister, EnginesList
 from computemesh.contracts.peer_records import MemoryEntry, MemoryRecord, PeerRecord, TopologyRecord
-from computemesh.contracts.peers import PeerRegister, TopologyPut
+from computemesh.contracts.peers import MEMORY_KEYS_MAX, PeerRegister, TopologyPut
 from computemesh.ids import token_of
 from computemesh_services.control_plane import entities, peers
 from computemesh_services.control_plane.roll import NO_ENGINES, Roll
@@ -20,7 +20,7 @@ NOW = 1000.0
 
 
 def an_engine(engine_id: str = "e1", **said: Any) -> Engine:
-    facts = {"role": "prefill", "host": "h", "port": 1, **said}
+    facts: dict[str, Any] = {"role": "prefill", "host": "h", "port": 1, **said}
     record = entities.registered(EngineRegister(engine_id=engine_id, **facts), NOW)
     assert isinstance(record, Engine)
     return record
@@ -291,7 +291,7 @@ def test_dropping_memory_leaves_what_was_registered_since() -> None:
 
 def test_a_peer_offers_no_more_memory_than_is_kept() -> None:
     entry = MemoryEntry(length=1)
-    full = replace(EMPTY, entries={str(number): entry for number in range(peers.MEMORY_KEYS_MAX)})
+    full = replace(EMPTY, entries={str(number): entry for number in range(MEMORY_KEYS_MAX)})
     for name, fits in (("new", False), ("0", True)):
         answer = peers.with_memory(full, EMPTY, name, replace(entry, epoch=1), NOW, 2)
         assert isinstance(answer, MemoryRecord) is fits
