@@ -28,11 +28,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from computemesh import __version__, openai
+from computemesh import __version__
 from computemesh.bus import Bus, MicroService, Stored, Where
 from computemesh.bus.provision import provision
 from computemesh.config import ConfigError, Entrance, ServiceConfig
-from computemesh.contracts import catalog, nodes, services, work
+from computemesh.contracts import catalog, nodes, peers, services, work
 from computemesh.contracts.base import AnyBound, Http, Refused, Request, Role, ServiceCard, serve
 from computemesh.contracts.nodes import NodeAnnouncement, NodeGet, NodeRecord, NodeView
 from computemesh.contracts.permissions import inbox_prefix
@@ -70,10 +70,14 @@ every_route = pytest.mark.parametrize(
 async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[RunningMesh]:
     """Every service, without a model, and a node with two GPUs, which says nothing but that it is there."""
     folder: Path = tmp_path_factory.mktemp("edge")
-    async with running_mesh(folder, SERVICES, environment={"COMPUTEMESH_MODELS": "/nowhere"}) as running:
+    told = {"COMPUTEMESH_MODELS": "/nowhere", "COMPUTEMESH_ENTITY_TTL_S": "3600"}
+    async with running_mesh(folder, SERVICES, environment=told) as running:
         cards = [Gpu(index=at, uuid=f"GPU-{at}", vram_total_mb=24_576) for at in range(2)]
         box = NodeAnnouncement(node_id="gpu-box", work_types=["nothing"], gpus=cards)
-        assert isinstance(await (await running.bus(Role.NODE, "gpu-box")).ask(nodes.REGISTER, box), NodeRecord)
+        node = await running.bus(Role.NODE, "gpu-box")
+        assert isinstance(await node.ask(nodes.REGISTER, box), NodeRecord)
+        assert peers.REGISTER.example is not None
+        assert isinstance(await node.ask(peers.REGISTER, peers.REGISTER.example), peers.Peer)
         yield running
 
 
@@ -361,6 +365,7 @@ async def test_the_openapi_document_has_every_route_and_every_type_it_mentions(
     card = next(card for card in services.SERVICES if card.name == name)
     routed = [*(r for request in SERVED_BY[name] for r in request.http), *(each.http for each in catalog.routes(card))]
     assert declared.keys() == doors | {(route.method, route.path) for route in routed}
+    others = {(each.http.method, each.http.path) for each in catalog.routes(card) if each.refused_as}
     ids = [operation["operationId"] for operation in declared.values()]
     assert len(set(ids)) == len(ids)
     for reference in references(document):
@@ -377,7 +382,7 @@ async def test_the_openapi_document_has_every_route_and_every_type_it_mentions(
         assert len(success) == 1
         refusals = {status: each for status, each in operation["responses"].items() if status not in success}
         assert {"400", "401", "403", "421", "500", "503"} <= refusals.keys()
-        kind = "application/json" if path.startswith(openai.ROOT) else "application/problem+json"
+        kind = "application/json" if (method, path) in others else "application/problem+json"
         assert all(each["content"].keys() == {kind} for each in refusals.values())
 
 
@@ -492,7 +497,7 @@ async def test_the_page_comes_with_a_policy_that_allows_it_its_own_style_alone(
 async def test_the_root_leads_to_the_page(edges: Mapping[str, httpx.AsyncClient]) -> None:
     """Whoever opens the address of an edge in a browser finds out what it is."""
     for client in edges.values():
-        answer = await client.get("/")
+        answer = await client.get("/", headers={"accept": "text/html,*/*;q=0.8"})
         assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
 
 

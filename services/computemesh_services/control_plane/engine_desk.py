@@ -53,11 +53,11 @@ class EngineDesk:
     def endpoints(self) -> list[AnyBound]:
         return [
             serve(engines.REGISTER, self.on_register),
-            serve(engines.UNREGISTER, self.on_unregister),
             serve(engines.HEARTBEAT, self.on_heartbeat),
             serve(engines.GET, self.on_get),
             serve(engines.LIST, self.on_list),
             serve(engines.CHANGES, self.on_changes),
+            serve(engines.UNREGISTER, self.on_unregister),
         ]
 
     async def start(self, spawn: Spawn) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from computemesh import __version__
 from computemesh.addresses import without_login
@@ -91,6 +91,7 @@ class NanoCtrlDoor:
 
     def routes(self) -> list[Extra]:
         return [
+            Extra(method="GET", path="/", handler=_to_the_page, accept="text/html"),
             Extra(method="GET", path="/", handler=self.on_root),
             self._route(nanoctrl.REGISTER_ENGINE, RegisterEngine, self.on_register_engine),
             self._route(nanoctrl.UNREGISTER_ENGINE, EngineNamed, self.on_unregister_engine),
@@ -313,6 +314,10 @@ class NanoCtrlDoor:
 
 
 OWN_WAYS: Final = {ENGINE: "/register_engine", AGENT: "/start_peer_agent"}
+
+
+async def _to_the_page(_: Request) -> Response:
+    return RedirectResponse("/docs")
 
 
 async def read(request: Request, kind: type[Q]) -> Q | Refused:

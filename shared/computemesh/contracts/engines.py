@@ -211,16 +211,6 @@ REGISTER: Final = Request(
     ),
     about="Makes an engine, or any other entity, known, or known anew.",
 )
-UNREGISTER: Final = Request(
-    subject="compute.engines.unregister.v1",
-    takes=EngineUnregister,
-    gives=EngineUnregistered,
-    asked_by=_SPEAKERS,
-    service=CONTROL_PLANE,
-    http=(Http(method="POST", path="/v1/engines/unregister"),),
-    example=EngineUnregister(scope="job-123", engine_id="prefill-0"),
-    about="Forgets an entity.",
-)
 HEARTBEAT: Final = Request(
     subject="compute.engines.heartbeat.v1",
     takes=EngineHeartbeat,
@@ -261,6 +251,16 @@ CHANGES: Final = Request(
     http=(Http(method="GET", path="/v1/engines/changes"),),
     example=ChangesGet(scope="job-123", since=41),
     about="What changed in a scope since a revision.",
+)
+UNREGISTER: Final = Request(
+    subject="compute.engines.unregister.v1",
+    takes=EngineUnregister,
+    gives=EngineUnregistered,
+    asked_by=_SPEAKERS,
+    service=CONTROL_PLANE,
+    http=(Http(method="POST", path="/v1/engines/unregister"),),
+    example=EngineUnregister(scope="job-123", engine_id="prefill-0"),
+    about="Forgets an entity.",
 )
 CHANGED: Final = Event(
     subject="compute.engines.changed.v1",
