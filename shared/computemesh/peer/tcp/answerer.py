@@ -169,12 +169,22 @@ class Answerer:
                 while self._end - self._begin < size:
                     yield _READ
                     self._fill()
-                pieces = list(PIECE.iter_unpack(view[self._begin : self._begin + size]))
+                if count == 1:
+                    pieces = [PIECE.unpack_from(view, self._begin)]
+                else:
+                    pieces = list(PIECE.iter_unpack(view[self._begin : self._begin + size]))
                 self._begin += size
             status = 0
             if kind == READ:
                 status, total = self._find(pieces, write=False)
-                if not status:
+                if not status and total <= FRAME_MAX:
+                    self._out = self._targets
+                    self._out.append(memoryview(FRAME.pack(0, 0, total, number)))
+                    self._targets = []
+                    while not self._push():
+                        yield _WRITE
+                    status = _ANSWERED
+                elif not status:
                     status = yield from self._bring(total, number)
                 self._release()
             elif kind == WRITE:
@@ -315,12 +325,9 @@ class Answerer:
         while True:
             size = min(total, FRAME_MAX)
             total -= size
-            if total:
-                self._out = upto(self._targets[::-1], size)
-                self._out.reverse()
-                advance(self._targets, size)
-            else:
-                self._out, self._targets = self._targets, []
+            self._out = upto(self._targets[::-1], size)
+            self._out.reverse()
+            advance(self._targets, size)
             self._out.append(memoryview(FRAME.pack(0, 1 if total else 0, size, number)))
             while not self._push():
                 yield _WRITE

@@ -33,6 +33,7 @@ class Reactor:
         self._tick_s = tick_s
         self._on_tick = on_tick
         self._stopping = False
+        self._stopped = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -51,7 +52,7 @@ class Reactor:
     def call(self, what: Callable[[], None]) -> None:
         """Runs it in the reactor's thread, soon. Once the reactor has stopped, in this one."""
         with self._lock:
-            if not self._stopping:
+            if not self._stopped:
                 self._calls.append(what)
                 os.eventfd_write(self._wake, 1)
                 return
@@ -60,8 +61,8 @@ class Reactor:
     def stop(self) -> None:
         """Runs what it was given, and ends. Returns when it has, unless it was called by the reactor itself."""
         with self._lock:
-            if not self._stopping:
-                self._stopping = True
+            self._stopping = True
+            if not self._stopped:
                 os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -84,10 +85,13 @@ class Reactor:
             if self._on_tick is not None and (now := time.monotonic()) >= tick_at:
                 tick_at = now + self._tick_s
                 self._guarded(self._on_tick)
-            if self._stopping and not self._calls:
-                self._epoll.close()
-                os.close(self._wake)
-                return
+            if self._stopping:
+                with self._lock:
+                    if not self._calls:
+                        self._stopped = True
+                        self._epoll.close()
+                        os.close(self._wake)
+                        return
 
     @staticmethod
     def _guarded(what: Callable[[], None]) -> None:
