@@ -347,6 +347,19 @@ def test_messages_come_in_the_order_in_which_they_were_sent(pair: Pair) -> None:
     assert all(settled.wait() == DONE for settled in sent)
 
 
+def test_messages_that_come_at_once_each_find_their_recv(pair: Pair) -> None:
+    """The second one begins to come before anybody was told of the first one."""
+    received = [Settled() for _ in range(3)]
+    buffers = [bytearray(10) for _ in received]
+    for into, settled in zip(buffers, received, strict=True):
+        pair.back.recv(memoryview(into), settled)
+    with held(pair.back):
+        for index in range(3):
+            pair.link.send(memoryview(bytes([index]) * (index + 1)), Settled())
+    assert [settled.wait().received for settled in received] == [1, 2, 3]
+    assert [bytes(into[: index + 1]) for index, into in enumerate(buffers)] == [b"\0", b"\1\1", b"\2\2\2"]
+
+
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("size", [100, EAGER_MAX + 1])
 def test_a_message_that_does_not_fit_is_left_out(pair: Pair, size: int, early: bool) -> None:

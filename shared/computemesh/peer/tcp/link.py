@@ -132,8 +132,9 @@ class TcpLink:
         self._unsent: deque[tuple[memoryview, Done]] = deque()
         self._sends: dict[int, tuple[memoryview, Done]] = {}
         self._recvs: deque[tuple[memoryview, Done]] = deque()
-        self._placing: Done | None = None
-        """Of the `recv` whose buffer a message comes into right now."""
+        self._placing: dict[int, Done] = {}
+        """Of those whose buffer a message comes into, or has come and they are about to be told."""
+        self._placed = 0
         self._pulls: dict[int, Done] = {}
         self._arrived: deque[tuple[int, int, bytes | None]] = deque()
         """Number, length and bytes of messages without a `recv`; without bytes it is held by the peer."""
@@ -242,20 +243,15 @@ class TcpLink:
         assert self._end is not None
         with self._lock:
             waiting = [done for _, done in (*self._sends.values(), *self._unsent, *self._recvs)]
-            waiting += [*self._pulls.values(), *self._imm_recvs]
-            if self._placing is not None:
-                waiting.append(self._placing)
-            for each in (
-                self._sends,
-                self._unsent,
-                self._recvs,
-                self._pulls,
-                self._imm_recvs,
-                self._arrived,
-                self._imms,
-            ):
-                each.clear()
-            self._placing = None
+            waiting += [*self._pulls.values(), *self._placing.values(), *self._imm_recvs]
+            self._sends.clear()
+            self._unsent.clear()
+            self._recvs.clear()
+            self._pulls.clear()
+            self._placing.clear()
+            self._arrived.clear()
+            self._imm_recvs.clear()
+            self._imms.clear()
         for done in waiting:
             done(self._end)
         self._host.forget(self)
@@ -497,13 +493,15 @@ class TcpLink:
         with self._lock:
             if not self._recvs:
                 return None
-            into, self._placing = self._recvs.popleft()
+            into, waiting = self._recvs.popleft()
+            self._placed = number = self._placed + 1
+            self._placing[number] = waiting
         fits = length <= len(into)
         outcome = Outcome(received=length) if fits else _too_large(length, into)
 
         def placed() -> None:
             with self._lock:
-                done, self._placing = self._placing, None
+                done = self._placing.pop(number, None)
             if done is not None:  # else the link has ended
                 done(outcome)
 
