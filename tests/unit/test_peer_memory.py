@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from computemesh.peer.memory import Descriptor, Mapping, SharedMemory, is_sealed, reopened, seal, shared_at
@@ -129,6 +129,7 @@ def test_a_closed_descriptor_is_an_error_and_no_crash() -> None:
         os.fstat(number)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 20_000), st.integers(1, 20_000))
 def test_a_piece_is_mapped_from_any_byte_on(offset: int, length: int) -> None:
     made = SharedMemory.allocate(40_000)
@@ -140,6 +141,7 @@ def test_a_piece_is_mapped_from_any_byte_on(offset: int, length: int) -> None:
     assert whole[offset + length - 1] == 255
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=6), st.data())
 def test_an_address_is_found_in_the_memory_it_lies_in_and_nowhere_else(lengths: list[int], data: st.DataObject) -> None:
     made = [SharedMemory.allocate(length) for length in lengths]
