@@ -327,6 +327,22 @@ def test_an_order_is_begun_and_its_end_is_told(far: Far, start: Start) -> None:
     assert far.heard().frame == Frame(ask=ended)
 
 
+def test_an_end_that_cannot_be_told_is_told_when_the_peer_agent_is_back(far: Far, start: Start) -> None:
+    """Whoever ordered the transfer waits for it."""
+    end = start()
+    far.drop()
+    ended = [
+        Ended(
+            outcome=Transferred(transfer_id=f"t-{n}", node_id="n1", alias="a", peer="b", kind="read", ok=True, at=1.0)
+        )
+        for n in range(3)
+    ]
+    for one in ended:
+        end.tell(one)
+    far.welcome()
+    assert [far.heard().frame for _ in ended] == [Frame(ask=one) for one in ended]
+
+
 def test_what_cannot_be_read_is_refused_and_the_connection_goes_on(far: Far, start: Start) -> None:
     """An unknown question, one that is not a process's to answer, and an answer that is none."""
     end = start()

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ RETRY_S: Final = (0.02, 1.0)
 WORKERS: Final = 4
 """Questions of the peer-agent that are answered at once."""
 CLOSE_S: Final = 2.0
+ENDS_MAX: Final = 1000
 ADDRESS_MAX: Final = 100
 """Bytes of a path that the system surely takes as the address of a Unix socket."""
 
@@ -256,6 +258,8 @@ class AgentSocket:
         self._epochs: int | None = None
         self._regions: dict[str, tuple[PutRegion, tuple[int, ...]]] = {}
         self._links: dict[str, EntityId] = {}
+        self._ends: deque[Ended] = deque(maxlen=ENDS_MAX)
+        """Not told yet, since the peer-agent is away."""
         self._there = threading.Condition(self._lock)
         self._closed = ""
         """Why there will be no further connection."""
@@ -321,12 +325,21 @@ class AgentSocket:
                 raise PeerError(UNAVAILABLE, "the peer-agent went away before it answered")
 
     def tell(self, said: Ended) -> None:
-        """Says what has no answer. It is lost when the peer-agent is not there, which then has told the end itself."""
-        connection = self._connection
-        try:
-            connection.send(Frame(ask=said))
-        except OSError:
-            connection.shut()
+        """Says what has no answer: now, or when the peer-agent is back. Of many that wait the first are lost."""
+        with self._lock:
+            self._ends.append(said)
+        self._tell_ends()
+
+    def _tell_ends(self) -> None:
+        with self._lock:
+            connection = self._connection
+            while self._ends and not connection.broken:
+                try:
+                    connection.send(Frame(ask=self._ends[0]))
+                except OSError:
+                    connection.shut()
+                    return
+                self._ends.popleft()
 
     def close(self) -> None:
         """Ends the connection, and with it the peer: the peer-agent forgets it. Twice is fine.
@@ -475,6 +488,7 @@ class AgentSocket:
                     self._there.notify_all()
                     if self._closed:
                         connection.shut()
+                self._tell_ends()
                 _log.info("the peer-agent at %s is back", self.path)
                 return connection
             except (OSError, FrameError) as error:
