@@ -77,13 +77,14 @@ def test_who_waits_too_short_hears_so_and_may_wait_again() -> None:
 
 
 def test_of_two_peers_that_ask_for_each_other_at_once_exactly_one_goes_on() -> None:
-    assert on_incoming("a", "b", "connecting", asked_by_me=True) == "crossed"
-    assert on_incoming("b", "a", "connecting", asked_by_me=True) == "take"
+    assert on_incoming("a", "b", "connecting", "asking") == "crossed"
+    assert on_incoming("b", "a", "connecting", "asking") == "wait"
+    assert on_incoming("b", "a", "connecting", "awaiting") == "take"
 
 
 @pytest.mark.parametrize("peer", ["a", "c"])
 def test_a_connection_of_which_the_peer_knows_no_longer_is_replaced(peer: str) -> None:
-    assert on_incoming("b", peer, "connected", asked_by_me=False) == "replace"
-    assert on_incoming("b", peer, "connecting", asked_by_me=False) == "replace"
-    assert on_incoming("b", peer, "failed", asked_by_me=False) == "take"
-    assert on_incoming("b", peer, None, asked_by_me=False) == "take"
+    assert on_incoming("b", peer, "connected", "answered") == "replace"
+    assert on_incoming("b", peer, "connecting", "answered") == "replace"
+    assert on_incoming("b", peer, "failed", "answered") == "take"
+    assert on_incoming("b", peer, None, "answered") == "take"

@@ -104,7 +104,7 @@ def test_what_is_no_memory_is_refused_by_the_name_of_the_argument(
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\0b", 3, None])
 def test_a_name_that_is_none_is_refused(name: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="^name: "):
+    with pytest.raises((TypeError, ValueError), match=r"^name: "):
         check_name(name)
 
 
@@ -121,7 +121,7 @@ def test_a_name_that_is_registered_again_has_a_new_handle_and_a_higher_epoch_and
     assert regions.put(second) is first
     assert second.epoch > first.epoch
     assert regions.get("kv") is regions.get(second.handle) is second
-    with pytest.raises(PeerError, match="handle [0-9]+ is not registered here") as caught:
+    with pytest.raises(PeerError, match=r"handle [0-9]+ is not registered here") as caught:
         regions.get(first.handle)
     assert caught.value.code == NO_REGION
 

@@ -11,6 +11,9 @@ from computemesh.peer.errors import LINK_LOST, NO_WAY, PeerError
 from computemesh.peer.transport import Link, LocalRegion, RemoteRegion
 
 State = Literal["connecting", "connected", "failed"]
+Phase = Literal["asking", "awaiting", "answered"]
+"""Of one that is connecting: the peer was asked and has not answered; it asks this side for the same, which is to be
+taken; the terms are exchanged."""
 
 NEXT: Final[Mapping[State, frozenset[State]]] = {
     "connecting": frozenset({"connected", "failed"}),
@@ -69,19 +72,22 @@ def _end(text: str) -> tuple[str, str, int]:
     return alias, nic, int(number)
 
 
-def on_incoming(me: str, peer: str, state: State | None, asked_by_me: bool) -> Literal["take", "crossed", "replace"]:
+def on_incoming(me: str, peer: str, state: State | None, phase: Phase) -> Literal["take", "crossed", "wait", "replace"]:
     """What to do when a peer wants a connection.
 
     Args:
         state: of the connection that there is in its place; None if there is none.
-        asked_by_me: this side has asked the peer for it, and has no answer yet.
+        phase: of that one.
 
     Returns:
-        `take` it, as the connection that there is or as a new one; refuse it as `crossed`, since the peer is to take
-        the one this side asks for; or `replace` the one there is, of which the peer knows no longer.
+        `take` it; refuse it as `crossed`, since the peer is to take the one this side asks for; `wait` until the peer
+        has answered that, so that no answer can come late; or `replace` the one there is, of which the peer knows no
+        longer.
     """
-    if state == "connecting" and asked_by_me:
-        return "crossed" if me < peer else "take"
+    if state == "connecting" and phase == "asking":
+        return "crossed" if me < peer else "wait"
+    if state == "connecting" and phase == "awaiting":
+        return "take"
     return "replace" if state in ("connecting", "connected") else "take"
 
 
@@ -121,7 +127,9 @@ class PeerConnection:
         self.transport = transport
         self.selection_reason = reason
         self.peer_endpoint_info: dict[str, Any] | None = None
-        self.asked_by_me = False
+        self.phase: Phase = "answered"
+        self.answered = threading.Event()
+        """Set unless the peer is being asked."""
         self.links: tuple[Link, ...] = ()
         """The best first; messages go by the last."""
         self.routes: dict[object, Route] = {}

@@ -13,7 +13,7 @@ from computemesh.contracts.peers import Close, Connect, Connected, Transport
 from computemesh.ids import new_id
 from computemesh.peer.attachment import Attachment, close_all
 from computemesh.peer.choice import Choice, Demand, choose, ports, takes
-from computemesh.peer.connection import ConnId, PeerConnection, State, no_way, on_incoming
+from computemesh.peer.connection import ConnId, PeerConnection, Phase, State, no_way, on_incoming
 from computemesh.peer.errors import (
     BAD_MESSAGE,
     CLOSED,
@@ -132,7 +132,7 @@ class Connections:
                     raise PeerError(NO_WAY, f"{there.conn_id} is there with qp_num={there.ident.qp_num}, not {qp_num}")
                 return there
             conn = self._new_connection(ident, new_id("l"), choice.wants[0], choice.reason)
-            conn.asked_by_me = True
+            conn.phase = "asking"
         parties = Parties(
             link=conn.link_id,
             key=secrets.token_bytes(32),
@@ -183,7 +183,8 @@ class Connections:
             if not isinstance(said, Connected):
                 raise PeerError(BAD_MESSAGE, "the peer answered something else than whether it takes the connection")
             with self._life.lock:
-                conn.asked_by_me = False
+                conn.phase = "answered"
+                conn.answered.set()
                 current = conn.link_id == parties.link and conn.state == "connecting" and not self._life.closed
             if not current:
                 return
@@ -211,11 +212,11 @@ class Connections:
 
     def _not_reached(self, conn: PeerConnection, parties: Parties, error: PeerError | TransportError) -> None:
         with self._life.lock:
-            conn.asked_by_me = False
+            conn.phase = "awaiting" if error.code == CROSSED else "answered"
+            conn.answered.set()
             if conn.link_id != parties.link:  # The peer's own attempt took its place.
                 return
-        if error.code == CROSSED:
-            # The peer has asked for the same, or will be told so by its own attempt; it is that which is taken.
+        if error.code == CROSSED:  # The peer's own attempt is what is taken.
             try:
                 conn.wait(max(0.0, parties.deadline - time.monotonic()))
             except TimeoutError:
@@ -237,8 +238,12 @@ class Connections:
         order = [links[name] for name in wants if name in links]
         if not order or ("shm" in links and "tcp" not in links) or (wants[0] == "shm" and "shm" not in links):
             raise no_way(list(missing))
+
+        def lost(reason: str) -> None:
+            self._fail(conn, PeerError(LINK_LOST, reason), link=parties.link, tell=True)
+
         for link in order:
-            link.on_lost = lambda reason: self._fail(conn, PeerError(LINK_LOST, reason), link=parties.link, tell=True)
+            link.on_lost = lost
         for link in order:
             link.ready(max(0.1, parties.deadline - time.monotonic()))
         if order[0].transport != conn.transport:
@@ -321,7 +326,7 @@ class Connections:
         )
         tries = takes(body.wants, body.offers, list(self.endpoints), told.same_host)
         first: Transport = tries[0] if tries else "tcp"
-        conn = self._take_in(ident, told.peer, body.link, first)
+        conn = self._take_in(ident, body.link, first, parties.deadline)
         links: dict[Transport, Link] = {}
         answers: dict[Transport, dict[str, Any]] = {}
         missing: list[str] = []
@@ -344,23 +349,27 @@ class Connections:
         self._life.spawn("accept", lambda: self._stand_up(conn, links, body, parties, missing))
         return Accepted(body=Connected(link=body.link, answers=answers))
 
-    def _take_in(self, ident: ConnId, peer: str, link_id: str, transport: Transport) -> PeerConnection:
-        with self._life.lock:
-            there = self._connections.get(ident.place())
-            state: State | None = there.state if there is not None else None
-            asked = there is not None and there.asked_by_me
-            decision = on_incoming(self._life.alias, peer, state, asked)
-            if decision == "crossed":
-                raise PeerError(CROSSED, f"{self._life.alias!r} is connecting to {peer!r} already; wait for that")
-            if there is not None and state == "connecting" and decision == "take" and there.ident == ident:
-                there.link_id = link_id
-                there.asked_by_me = False
-                return there
-        if there is not None:
-            self._fail(there, PeerError(LINK_LOST, "the peer has made a new connection"))
-        with self._life.lock:
-            self._life.check_open()
-            return self._new_connection(ident, link_id, transport, "chosen by the peer")
+    def _take_in(self, ident: ConnId, link_id: str, transport: Transport, deadline: float) -> PeerConnection:
+        """The connection as which a peer's attempt is taken."""
+        while True:
+            with self._life.lock:
+                self._life.check_open()
+                there = self._connections.get(ident.place())
+                state: State | None = there.state if there is not None else None
+                phase: Phase = there.phase if there is not None else "answered"
+                decision = on_incoming(self._life.alias, ident.peer, state, phase)
+                if decision == "crossed":
+                    raise PeerError(CROSSED, f"{self._life.alias!r} is connecting to {ident.peer!r} already")
+                if there is not None and state == "connecting" and decision == "take" and there.ident == ident:
+                    there.link_id = link_id
+                    there.phase = "answered"
+                    return there
+                if there is None or (decision != "wait" and state == "failed"):
+                    return self._new_connection(ident, link_id, transport, "chosen by the peer")
+            if decision != "wait":
+                self._fail(there, PeerError(LINK_LOST, "the peer has made a new connection"))
+            elif not there.answered.wait(max(0.0, deadline - time.monotonic())):
+                raise PeerError(TIMED_OUT, f"{ident.peer!r} has not answered an earlier question")
 
     def _stand_up(
         self,

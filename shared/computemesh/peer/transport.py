@@ -142,10 +142,19 @@ class Parties:
 class Link(Protocol):
     """One connection by one transport. Closing it is no loss: ``on_lost`` is not called then."""
 
-    transport: Transport
-    detail: Mapping[str, Any]
-    """For people and logs: interfaces, addresses, sockets."""
-    on_lost: OnLost
+    @property
+    def transport(self) -> Transport: ...
+
+    @property
+    def detail(self) -> Mapping[str, Any]:
+        """For people and logs: interfaces, addresses, sockets."""
+        ...
+
+    @property
+    def on_lost(self) -> OnLost: ...
+
+    @on_lost.setter
+    def on_lost(self, call: OnLost, /) -> None: ...
 
     def ready(self, timeout_s: float) -> None:
         """Waits until bytes can go both ways.

@@ -1,0 +1,238 @@
+"""One peer: its memory, its connections, and the transfers over them. What programs hold is in :mod:`.agent`.
+
+Threads: a call runs in its caller's, down to the copy where memory is shared. Besides there are the transports' own
+threads, one for each connection that is being made, and one for what must be asked again after an order failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Final, cast
+
+from computemesh.contracts.base import Refused
+from computemesh.contracts.peers import Bandwidth, Peer, Topology
+from computemesh.peer.attachment import Attach, Attachment
+from computemesh.peer.errors import BAD_MESSAGE, CLOSED, PeerError
+from computemesh.peer.orders import Orders
+from computemesh.peer.regions import LocalRegions, Memory, check_name
+from computemesh.peer.signals import (
+    Accept,
+    Aliases,
+    Answer,
+    Desired,
+    Done,
+    DropRegion,
+    GetPeer,
+    ListPeers,
+    Lost,
+    Order,
+    PeerFacts,
+    PutEpochs,
+    PutRegion,
+    SetTopology,
+    Told,
+    TopologyFacts,
+    Welcome,
+)
+from computemesh.peer.topology import Keeper
+from computemesh.peer.transfers import Transfers
+from computemesh.peer.transport import Endpoint, LocalRegion, TransportError
+
+logger: Final = logging.getLogger(__name__)
+
+
+class Core:
+    """A peer from its hello to its end.
+
+    Args:
+        attach: makes the way to the peer-agent.
+        endpoints: the transports of this process; the core closes them. Absent ones may be among them.
+
+    Raises:
+        PeerError: the peer-agent is not there, or does not take this peer. Nothing is left behind then, and no other
+            peer comes to harm.
+    """
+
+    def __init__(self, attach: Attach, endpoints: Sequence[Endpoint]) -> None:
+        self._pid = os.getpid()
+        self._all = tuple(endpoints)
+        self._life = Attachment()
+        self.regions = LocalRegions()
+        self.transfers = Transfers(self._life, self.regions, endpoints)
+        self.connections = self.transfers.connections
+        self.orders = Orders(self._life, self.transfers)
+        self._keeper = Keeper(self._life, self.connections)
+        self._registering = threading.Lock()
+        """One region is registered at a time, so that what is said of a name comes in order."""
+        self._epochs_sent = False
+        try:
+            signals = attach(self.on_told, self._on_agent_gone)
+        except BaseException:
+            self._life.begin(None)
+            for one in self._all:
+                one.close()
+            raise
+        self.alias = signals.welcome.alias
+        self.scope = signals.welcome.scope
+        self.node_id = signals.welcome.node_id
+        self._life.begin(signals)
+
+    @property
+    def welcome(self) -> Welcome:
+        return self._life.signals.welcome
+
+    @property
+    def closed(self) -> str:
+        """Why it has ended; empty while it lives."""
+        return self._life.closed
+
+    def register(
+        self, name: str, memory: Memory, *, writable: bool = True, fd: int = -1, fd_offset: int = 0
+    ) -> LocalRegion:
+        """Offers memory to peers, in the place of what had the name before.
+
+        When this returns, peers find it, and the one before is out of their reach.
+
+        Args:
+            fd: of the memory object that the memory is a mapping of, `fd_offset` bytes from its beginning; whoever
+                gave it keeps it open while the region is registered.
+
+        Raises:
+            PeerError: the peer-agent does not take it; then the one before stays.
+        """
+        check_name(name)
+        with self._registering:
+            self._life.check_open()
+            with self._life.lock:
+                region = self.regions.make(name, memory, writable=writable, fd=fd, fd_offset=fd_offset)
+            try:
+                self._expose(region)
+                self._put(region)
+            except BaseException:
+                self._conceal(region)
+                raise
+            with self._life.lock:
+                old = self.regions.put(region)
+            if old is not None:
+                self._conceal(old)
+        return region
+
+    def unregister(self, name: str) -> bool:
+        """Ends it; False if nothing has that name. No peer reads or writes the memory any more when this returns.
+
+        Raises:
+            PeerError: `timed_out`; a peer was stopped in the middle of a write. Later ones are refused.
+        """
+        with self._registering:
+            with self._life.lock:
+                region = self.regions.take(name)
+            if region is None:
+                return False
+            try:
+                self._conceal(region)
+            finally:
+                with contextlib.suppress(PeerError):  # Without a peer-agent nobody finds it either.
+                    self._life.ask(DropRegion(name=name, epoch=region.epoch), Done)
+        return True
+
+    def _expose(self, region: LocalRegion) -> None:
+        for endpoint in self.connections.endpoints.values():
+            token = endpoint.expose(region)
+            if token is not None:
+                region.tokens[endpoint.name] = token
+
+    def _conceal(self, region: LocalRegion) -> None:
+        region.live = False
+        stuck: TransportError | None = None
+        for endpoint in self.connections.endpoints.values():
+            try:
+                endpoint.conceal(region)
+            except TransportError as error:
+                stuck = error
+        if stuck is not None:
+            raise PeerError(stuck.code, str(stuck))
+
+    def _put(self, region: LocalRegion) -> None:
+        shared = "shm" in region.tokens
+        if shared and not self._epochs_sent:
+            page: int = cast(Any, self.connections.endpoints["shm"]).epochs_fd
+            self._life.ask(PutEpochs(), Done, (page,))
+            self._epochs_sent = True
+        put = PutRegion(
+            name=region.name,
+            length=region.length,
+            epoch=region.epoch,
+            address=region.address,
+            writable=region.writable,
+            tokens={name: dict(token) for name, token in region.tokens.items()},
+            fds=int(shared),
+        )
+        self._life.ask(put, Done, (region.fd,) if shared else ())
+
+    def peers(self) -> list[str]:
+        """Aliases in the scope, sorted, this one included."""
+        return sorted(self._life.ask(ListPeers(), Aliases).aliases)
+
+    def peer(self, alias: str) -> Peer | None:
+        return self._life.ask(GetPeer(alias=alias), PeerFacts).peer
+
+    def set_topology(self, targets: Sequence[str], *, min_bw: Bandwidth | None, symmetric: bool) -> Topology:
+        question = SetTopology(target_peers=list(targets), min_bw=min_bw, symmetric=symmetric)
+        return self._life.ask(question, TopologyFacts).topology
+
+    def on_told(self, told: Told) -> Answer | Refused | None:
+        """Answers the peer-agent; from any thread."""
+        if not self._life.ready():
+            return Refused(code=CLOSED, reason="this peer has ended", status=409)
+        try:
+            match told:
+                case Accept():
+                    return self.connections.accept(told)
+                case Order():
+                    return self.orders.begin(told.transfer)
+                case Lost():
+                    self.connections.lost(told)
+                case Desired():
+                    self._keeper.desire(told.topology)
+        except (PeerError, TransportError) as error:
+            return Refused(code=error.code, reason=str(error), status=409)
+        except ValueError as error:
+            return Refused(code=BAD_MESSAGE, reason=str(error), field="body.conn_id")
+        return None
+
+    def _on_agent_gone(self, reason: str) -> None:
+        logger.error("peer %s: %s; connections go on, but nobody finds it any more", self._life.alias, reason)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts: regions, connections by state, and what each transport counts."""
+        states = [conn.state for conn in self.connections.all()]
+        found: dict[str, Any] = {
+            "regions": len(self.regions.by_name),
+            "connections": {state: states.count(state) for state in ("connecting", "connected", "failed")},
+        }
+        for name, endpoint in self.connections.endpoints.items():
+            stats = getattr(endpoint, "stats", None)
+            if callable(stats):
+                found[name] = stats()
+        return found
+
+    def close(self, reason: str = "this agent was shut down") -> None:
+        """Ends it: memory is out of reach, connections end, futures fail, the alias is free. Twice is fine."""
+        if os.getpid() != self._pid:  # A copy of the process that was made by fork: none of this is its own.
+            return
+        if not self._life.end(reason):
+            return
+        self._keeper.end()
+        self.connections.end(reason)
+        with self._registering:
+            for region in self.regions:
+                self.regions.take(region.name)
+                with contextlib.suppress(PeerError):
+                    self._conceal(region)
+        self._life.signals.close()
+        for endpoint in self._all:
+            endpoint.close()
