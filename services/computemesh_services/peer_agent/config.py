@@ -19,3 +19,5 @@ class PeerAgentConfig(ServiceConfig, frozen=True, kw_only=True):
     """Processes that are connected at once."""
     peer_transfers_max: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 256
     """Transfers that were ordered over the bus and run at once."""
+    peer_host: str = ""
+    """Address of this machine on the network over which peers of others reach the memory of hosted processes."""

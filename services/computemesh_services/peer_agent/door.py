@@ -23,6 +23,7 @@ from computemesh.peer.frames import FrameError, Outbox, Said, Splitter, discard,
 from computemesh.peer.signals import Accept, Accepted, Answer, Desired, Ended, Frame, Lost, Order, Question, Told
 from computemesh.peer.socket import socket_address
 from computemesh_services.peer_agent.desk import Name
+from computemesh_services.peer_agent.hosted import Hosted
 
 BACKLOG: Final = 128
 READS_MAX: Final = 16
@@ -71,6 +72,10 @@ class Line:
         """The process has said who it wants to be."""
         self.name: Name | None = None
         """Who it is, once it was welcomed."""
+        self.hosted: Hosted | None = None
+        """The peer that is run for it, if it asked for that."""
+        self.turn: Final = asyncio.Lock()
+        """Of what must happen in the order in which it was asked."""
         self._sock = sock
         self._on = on
         self._forget = forget

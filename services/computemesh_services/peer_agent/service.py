@@ -62,6 +62,7 @@ from computemesh.peer.signals import (
     GetPeer,
     Hello,
     HostedTransfer,
+    HostedTransferred,
     ListPeers,
     Lost,
     MemoryFacts,
@@ -87,6 +88,7 @@ from computemesh_services.peer_agent.desk import (
     ZeroEpochs,
 )
 from computemesh_services.peer_agent.door import Door, Line
+from computemesh_services.peer_agent.hosted import Hosted, Hosts
 from computemesh_services.peer_agent.plane import Plane, within
 from computemesh_services.peer_agent.transfers import Transfers
 
@@ -136,6 +138,7 @@ class PeerAgentService:
         self._node_id = config.node_id
         self._desk = Desk()
         self._door = Door(path, config.peer_processes_max, self)
+        self._hosts = Hosts(path, config.peer_host)
         self._plane = Plane(bus, self._desk, self._on_lost, peers.HEARTBEAT_S)
         self._transfers = Transfers(config.peer_transfers_max, config.node_id)
         self._lines: dict[Name, Line] = {}
@@ -183,10 +186,15 @@ class PeerAgentService:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.2 * self._config.drain_timeout_s):
                 await self._untold.join()
+        hosted = [line.hosted for line in self._door.lines if line.hosted is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1 * self._config.drain_timeout_s):
+                await asyncio.gather(*[self._hosts.run(one.close) for one in hosted])
         for line in list(self._door.lines):
             line.end("")
         for task in list(self._tasks):
             task.cancel()
+        self._hosts.end()
 
     def health(self) -> Mapping[str, Any]:
         return {
@@ -255,7 +263,7 @@ class PeerAgentService:
             self._task(self._hello(line, number, ask))
             return
         name = line.name
-        if name is None or self._lines.get(name) is not line:
+        if name is None or (self._lines.get(name) is not line and line.hosted is None):
             close_fds(fds)
             reason = (
                 "the process is not welcome yet" if name is None else "the process speaks over another connection now"
@@ -271,6 +279,9 @@ class PeerAgentService:
             reason = f"{BUSY_MAX} questions of this process are in hand"
             refused = Refused(code="too_many_requests", reason=reason, status=429, retry="later")
             self._answer(line, number, ask, refused)
+            return
+        if line.hosted is not None:
+            self._task(self._asked_by_hosted(line, line.hosted, name, number, ask, fds))
             return
         match ask:
             case PutRegion() | PutEpochs() | DropRegion():  # At once, so that they happen in their order.
@@ -294,6 +305,9 @@ class PeerAgentService:
 
     def ended(self, line: Line) -> None:
         """A connection has ended, and with it the process."""
+        if line.hosted is not None:
+            self._task(self._hosts.run(line.hosted.close))
+            return
         name = line.name
         if name is None or self._lines.get(name) is not line or self._draining:
             return
@@ -314,11 +328,11 @@ class PeerAgentService:
     # --- processes come and go ---------------------------------------------------------------------------------------
 
     async def _hello(self, line: Line, number: int, hello: Hello) -> None:
-        answer = await self._welcome(line, hello)
+        answer = await (self._host(line, hello) if hello.hosted else self._welcome(line, hello))
         self._answer(line, number, hello, answer)
         if isinstance(answer, Refused):
             line.end("")
-        elif line.name is not None:
+        elif line.name is not None and line.hosted is None:
             _log.info("welcome", scope=answer.scope, alias=answer.alias, pid=line.pid)
             await self._refresh(line.name)
 
@@ -370,6 +384,19 @@ class PeerAgentService:
             bus=self._bus.where.shown,
             peer=peer,
         )
+
+    async def _host(self, line: Line, hello: Hello) -> Welcome | Refused:
+        """A peer is run for the process, which comes in by the door as any other."""
+        hosted = await self._hosts.enter(hello)
+        if isinstance(hosted, Refused):
+            return hosted
+        if not line.open or self._draining:
+            await self._hosts.run(hosted.close)
+            return Refused(code="unavailable", reason="the process has ended", status=503, retry="later")
+        line.hosted = hosted
+        line.name = Name(hosted.welcome.scope, hosted.welcome.alias)
+        _log.info("hosted", scope=line.name.scope, alias=line.name.alias, pid=line.pid)
+        return hosted.welcome
 
     def _taken_over(self, name: Name) -> None:
         """The process is here a second time; its first connection is a leftover."""
@@ -488,6 +515,45 @@ class PeerAgentService:
             self._answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
         finally:
             line.busy -= 1
+
+    async def _asked_by_hosted(
+        self, line: Line, hosted: Hosted, name: Name, number: int, ask: Question, fds: tuple[int, ...]
+    ) -> None:
+        line.busy += 1
+        try:
+            answer: Answer | Refused
+            match ask:
+                case PutRegion():
+                    async with line.turn:
+                        answer = await self._hosts.run(lambda: hosted.put(ask, fds))
+                case DropRegion():
+                    async with line.turn:
+                        answer = await self._hosts.run(lambda: hosted.drop(ask))
+                case HostedTransfer():
+                    answer = await self._move(hosted, name, ask.transfer)
+                case PutEpochs() | Call():
+                    close_fds(fds)
+                    reason = "the peer-agent does that for a hosted process"
+                    answer = Refused(code="bad_message", reason=reason, field="ask.kind")
+                case _:
+                    answer = await self._found(name, ask)
+        except BusError as error:
+            reason = f"the control plane does not answer: {error}"
+            answer = Refused(code="unavailable", reason=reason, status=503, retry="later")
+        finally:
+            line.busy -= 1
+        self._answer(line, number, ask, answer)
+
+    async def _move(self, hosted: Hosted, name: Name, transfer: Transfer) -> HostedTransferred | Refused:
+        if (transfer.scope, transfer.alias) != name:
+            reason = f"this process is {name.alias!r} in scope {name.scope!r}"
+            return Refused(code="bad_message", reason=reason, field="ask.transfer.alias")
+        if (refused := self._desk.may_move(transfer)) is not None:
+            return replace(refused, field=f"ask.transfer.{refused.field}")
+        outcome = await self._hosts.run(lambda: hosted.move(transfer))
+        TRANSFERS.labels(outcome.kind, "ok" if outcome.ok else outcome.code).inc()
+        BYTES.labels(outcome.transport or "").inc(outcome.bytes)
+        return HostedTransferred(outcome=outcome)
 
     async def _found(self, name: Name, ask: Question) -> Answer | Refused:
         match ask:

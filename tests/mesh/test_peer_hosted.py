@@ -1,0 +1,268 @@
+"""Processes for which the peer-agent moves the bytes, and transfers that are ordered over the bus, with real bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from computemesh.contracts import peers
+from computemesh.contracts.base import Refused
+from computemesh.contracts.peers import PeersList, Piece, Transfer, TransferBegun, Transferred
+from computemesh.peer.agent import PeerAgent, start_peer_agent
+from computemesh.peer.errors import PeerError
+from computemesh.peer.signals import (
+    Done,
+    DropRegion,
+    Hello,
+    HostedTransfer,
+    HostedTransferred,
+    ListPeers,
+    PutEpochs,
+    PutRegion,
+)
+from computemesh.peer.socket import AgentSocket
+from computemesh.testing import RunningMesh, running_mesh, until
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "peers" / "hosted.py"
+WAIT_S = 30.0
+SIZE = 1 << 20
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path) -> AsyncGenerator[RunningMesh]:
+    """A control plane and the peer-agent of node n1."""
+    async with running_mesh(tmp_path, ["control-plane", "peer-agent"]) as running:
+        yield running
+
+
+def where(mesh: RunningMesh) -> Path:
+    return mesh.home.run / "peer-agent.sock"
+
+
+class Program:
+    """A process that moves no bytes itself, with one region `kv`."""
+
+    def __init__(self, path: Path, alias: str, content: bytes, **put: Any) -> None:
+        self.alias = alias
+        self.end = AgentSocket(path, Hello(alias=alias, hosted=True), on_told=lambda _: None)
+        self.fd = os.memfd_create(alias, os.MFD_ALLOW_SEALING)
+        os.write(self.fd, content)
+        self.size = len(content)
+        self.end.ask(PutRegion(name="kv", length=self.size, epoch=1, fds=1, **put), [self.fd])
+
+    @property
+    def content(self) -> bytes:
+        with mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ) as memory:
+            return memory[:]
+
+    def move(self, peer: str, **said: Any) -> Transferred:
+        answer, _ = self.end.ask(HostedTransfer(transfer=transfer(self.alias, peer, self.size, **said)))
+        assert isinstance(answer, HostedTransferred)
+        return answer.outcome
+
+    def close(self) -> None:
+        self.end.close()
+        os.close(self.fd)
+
+
+def transfer(alias: str, peer: str, length: int, **said: Any) -> Transfer:
+    whole: dict[str, Any] = {
+        "transfer_id": "t-1",
+        "alias": alias,
+        "peer": peer,
+        "kind": "read",
+        "pieces": [Piece(local="kv", length=length)],
+    }
+    whole.update(said)
+    return Transfer(**whole)
+
+
+@asynccontextmanager
+async def programs(mesh: RunningMesh, *aliases: str, **put: Any) -> AsyncGenerator[list[Program]]:
+    """Hosted processes, each with a megabyte of its own."""
+    made: list[Program] = []
+    try:
+        for number, alias in enumerate(aliases):
+            content = bytes([65 + number]) * SIZE
+            made.append(await asyncio.to_thread(Program, where(mesh), alias, content, **put))
+        yield made
+    finally:
+        for one in made:
+            await asyncio.to_thread(one.close)
+
+
+@asynccontextmanager
+async def library(mesh: RunningMesh, alias: str, scope: str = "") -> AsyncGenerator[PeerAgent]:
+    """A process with the library: the test's own."""
+    agent = await asyncio.to_thread(start_peer_agent, str(where(mesh)), alias=alias, scope=scope or None)
+    try:
+        yield agent
+    finally:
+        await asyncio.to_thread(agent.shutdown)
+
+
+async def test_a_program_without_our_library_reads_a_peers_memory(mesh: RunningMesh) -> None:
+    """The one on the page about peers, word for word."""
+    async with library(mesh, "worker-a", "job-123") as agent:
+        memory = agent.allocate_memory_region("kv", 4096)
+        memory.view[:16] = b"0123456789abcdef"
+        environment = {**os.environ, "COMPUTEMESH_PEER_SOCKET": str(where(mesh))}
+
+        def run(peer: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, str(EXAMPLE), peer]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+        good = await asyncio.to_thread(run, "worker-a")
+        assert (good.stderr, good.stdout) == ("", "True shm 4096 \nb'0123456789abcdef'\n")
+        bad = await asyncio.to_thread(run, "nobody")
+        assert bad.stdout.startswith("False None 0 ")
+        assert "nobody" in bad.stdout
+
+        async def alone() -> bool:
+            found = await (await mesh.bus()).ask(peers.LIST, PeersList(scope="job-123"))
+            return not isinstance(found, Refused) and [one.alias for one in found.peers] == ["worker-a"]
+
+        async with asyncio.timeout(WAIT_S):
+            while not await alone():
+                await asyncio.sleep(0.02)
+        memory.close()
+
+
+async def test_hosted_processes_read_and_write_each_other_and_are_read_by_others(mesh: RunningMesh) -> None:
+    """Bytes are compared, and sums told."""
+    async with programs(mesh, "a", "b") as (a, b), library(mesh, "lib") as agent:
+        read = await asyncio.to_thread(a.move, "b", checksums=True)
+        assert (read.ok, read.transport, read.bytes, read.code) == (True, "shm", SIZE, "")
+        assert read.checksums == [f"{zlib.crc32(b'B' * SIZE):08x}"]
+        assert a.content == b"B" * SIZE
+        piece = Piece(local="kv", local_offset=0, remote_offset=100, length=50)
+        write = await asyncio.to_thread(b.move, "a", kind="write", pieces=[piece])
+        assert (write.ok, write.bytes) == (True, 50)
+        mine = bytearray(SIZE)
+
+        def by_library() -> None:
+            agent.register_memory_region("kv", mine)
+            agent.read("a", [("kv", 0, 0, SIZE)]).wait(WAIT_S)
+
+        await asyncio.to_thread(by_library)
+        assert mine == b"B" * SIZE
+        mine[:4] = b"mine"
+        back = await asyncio.to_thread(a.move, "lib")
+        assert (back.ok, back.transport) == (True, "tcp"), "private memory goes by TCP"
+        assert a.content == b"mine" + b"B" * (SIZE - 4)
+
+
+async def test_a_transfer_ordered_over_the_bus_moves_bytes_and_tells_its_end(mesh: RunningMesh) -> None:
+    """For a hosted process and for one that moves its bytes itself; with sums that are wrong it fails."""
+    ended: dict[str, Transferred] = {}
+
+    async def on_ended(one: Transferred) -> None:
+        assert one.transfer_id not in ended
+        ended[one.transfer_id] = one
+
+    bus = await mesh.bus()
+    await bus.subscribe(peers.TRANSFERRED, on_ended)
+
+    async def order(transfer_id: str, alias: str, peer: str, **said: Any) -> Transferred:
+        answer = await bus.ask(peers.TRANSFER, transfer(alias, peer, 16, transfer_id=transfer_id, **said), target="n1")
+        assert isinstance(answer, TransferBegun), answer
+        await until(lambda: transfer_id in ended, what=f"{transfer_id} ends")
+        return ended[transfer_id]
+
+    async with programs(mesh, "a", "b") as (a, _), library(mesh, "lib") as agent:
+        mine = bytearray(b"0123456789abcdef")
+        await asyncio.to_thread(agent.register_memory_region, "kv", mine)
+        assert (await order("t-1", "a", "b")).ok
+        assert a.content == b"B" * 16 + b"A" * (SIZE - 16)
+        sums = [Piece(local="kv", length=16, checksum=f"{zlib.crc32(mine):08x}")]
+        first = await order("t-2", "a", "lib", pieces=sums)
+        assert (first.ok, first.alias, first.node_id, first.bytes) == (True, "a", "n1", 16)
+        assert a.content[:16] == mine
+        assert (await order("t-3", "lib", "b")).ok
+        assert mine == b"B" * 16
+        wrong = await order("t-4", "a", "lib", pieces=sums)
+        assert (wrong.ok, wrong.code) == (False, "bad_checksum")
+        stale = await order("t-5", "a", "lib", pieces=[Piece(local="kv", length=16, epoch=1)])
+        assert (stale.ok, stale.code) == (False, "stale_epoch")
+        nobody = await order("t-6", "a", "nobody")
+        assert not nobody.ok
+        assert "nobody" in nobody.reason
+
+
+async def test_memory_of_a_hosted_process_is_what_it_says(mesh: RunningMesh, tmp_path: Path) -> None:
+    """Refusals name the field; what a peer may only read it cannot write; what is dropped cannot be reached."""
+    async with programs(mesh, "a") as (a,), programs(mesh, "ro", writable=False) as (ro,):
+
+        def refusals() -> None:
+            file = (tmp_path / "file").open("wb+")
+            file.write(b"x" * 64)
+            file.flush()
+            for question, fds, field in [
+                (PutRegion(name="x", length=64, epoch=1), [], "ask.fds"),
+                (PutRegion(name="x", length=64, epoch=1, fds=1), [file.fileno()], "ask.fds"),
+                (PutRegion(name="x", length=SIZE + 1, epoch=1, fds=1), [a.fd], "ask.fds"),
+                (PutRegion(name="x", length=1, epoch=1, tokens={"shm": {"offset": -1}}, fds=1), [a.fd], "ask.tokens"),
+                (PutEpochs(), [a.fd], "ask.kind"),
+            ]:
+                with pytest.raises(PeerError, match=f"^{field}"):
+                    a.end.ask(question, fds)
+            file.close()
+            with pytest.raises(PeerError, match=r"^ask\.transfer\.alias: "):
+                a.end.ask(HostedTransfer(transfer=transfer("ro", "a", 1)))
+            with pytest.raises(PeerError, match=r"^ask\.transfer\.pieces\[0\]\.local_offset: "):
+                a.move("ro", pieces=[Piece(local="kv", length=SIZE + 1)])
+            outcome = a.move("ro", kind="write")
+            assert (outcome.ok, outcome.code) == (False, "read_only")
+            assert ro.content == b"A" * SIZE
+            assert ro.end.ask(DropRegion(name="kv", epoch=9))[0] == Done(found=False)
+            assert ro.end.ask(DropRegion(name="kv", epoch=1))[0] == Done()
+            outcome = a.move("ro")
+            assert (outcome.ok, outcome.code) == (False, "no_region")
+            a.end.ask(ListPeers())
+
+        await asyncio.to_thread(refusals)
+
+
+async def test_hosted_processes_come_back_when_the_peer_agent_was_killed(mesh: RunningMesh) -> None:
+    """With their memory; its connections are made anew."""
+    async with programs(mesh, "a", "b") as (a, b):
+        assert (await asyncio.to_thread(a.move, "b")).ok
+        pid = mesh.pid("peer-agent")
+        mesh.kill("peer-agent")
+        await until(lambda: mesh.pid("peer-agent") not in (0, pid), what="it was started again")
+        for one in (a, b):
+            await asyncio.to_thread(one.end.ask, ListPeers())
+        os.pwrite(b.fd, b"fresh", 0)
+        again = await asyncio.to_thread(a.move, "b")
+        assert (again.ok, again.code, again.reason) == (True, "", "")
+        assert a.content[:5] == b"fresh"
+
+
+async def test_hosted_processes_that_come_and_go_leave_nothing_behind(mesh: RunningMesh) -> None:
+    """Neither descriptors nor threads of the peer-agent."""
+    pid = mesh.pid("peer-agent")
+
+    def kept() -> tuple[int, int]:
+        return tuple(len(list(Path(f"/proc/{pid}/{what}").iterdir())) for what in ("fd", "task"))  # type: ignore[return-value]
+
+    async def once() -> None:
+        async with programs(mesh, "a", "b") as (a, _):
+            assert (await asyncio.to_thread(a.move, "b")).ok
+
+    await once()  # Threads for hosted processes stay, to be used again.
+    await asyncio.sleep(0.5)
+    fds, _threads = kept()
+    for _ in range(5):
+        await once()
+    await until(lambda: kept()[0] <= fds, what="descriptors are closed")
+    await until(lambda: kept()[1] <= 64 + 30, what="threads have ended")
