@@ -84,7 +84,8 @@ class Side:
 
     def _took(self, link: RdmaLink) -> None:
         self.link = link
-        self.lost = lost = []
+        lost: list[str] = []
+        self.lost = lost
         link.on_lost = lost.append
 
     def ready(self) -> Any:

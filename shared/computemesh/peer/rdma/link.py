@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
@@ -762,7 +762,7 @@ class RdmaLink:
         calls.append(lambda: self._on_gone(self))
 
     @contextlib.contextmanager
-    def _within(self) -> Iterator[Calls]:
+    def _within(self) -> Generator[Calls]:
         calls: Calls = []
         with self._lock:
             yield calls

@@ -118,15 +118,15 @@ def pci_path(device: Path) -> tuple[str, ...]:
 def distance(nic: Nic, near: Near) -> tuple[int, int]:
     """How far away it is: less is nearer. First whether bytes cross between processors, then bridges on the way."""
     crossing = int(-1 not in (nic.numa_node, near.numa_node) and nic.numa_node != near.numa_node)
-    if not nic.pci_path or not near.pci_path:
+    if not near.pci_path:
         return crossing, 0
     shared = 0
     for ours, theirs in zip(nic.pci_path, near.pci_path, strict=False):
         if ours != theirs:
             break
         shared += 1
-    if not shared:
-        return crossing, 100  # not below one root: over the processor's own bus
+    if not shared:  # over the processor's own bus, or nobody knows
+        return crossing, 100
     return crossing, len(nic.pci_path) + len(near.pci_path) - 2 * shared
 
 
@@ -192,7 +192,7 @@ def gbps(bandwidth: str) -> float:
     Raises:
         ValueError: it says no bandwidth.
     """
-    said = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:b(?:it)?(?:ps|/s)?)?\s*", bandwidth, re.IGNORECASE)
+    said = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:b(?:it)?(?:ps|/s))?\s*", bandwidth)
     if said is None:
         raise ValueError(f"min_bw: {bandwidth!r} is no bandwidth; write it as 100Gbps")
     return float(said[1]) * {"K": 1e-6, "M": 1e-3, "": 1.0, "G": 1.0, "T": 1e3}[said[2].upper()]

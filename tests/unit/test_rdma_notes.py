@@ -1,0 +1,110 @@
+"""What the ends of an RDMA link may send, so that a buffer is always laid out for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from computemesh.peer.rdma.notes import BUFFERS, HEAD, WINDOW, Flow, Kind, Note
+
+KINDS = [Kind.MESSAGE, Kind.LARGE, Kind.TOOK, Kind.REVOKE, None]
+
+
+@given(
+    st.builds(
+        Note,
+        st.sampled_from(Kind),
+        flag=st.integers(0, 2),
+        credits=st.integers(0, BUFFERS),
+        taken=st.integers(0, WINDOW),
+        number=st.integers(0, 2**32 - 1),
+        key=st.integers(0, 2**32 - 1),
+        length=st.integers(0, 2**64 - 1),
+        address=st.integers(0, 2**64 - 1),
+    )
+)
+def test_a_note_is_read_as_it_was_written(note: Note) -> None:
+    assert Note.read(note.pack()) == note
+    assert Note.read(note.pack() + b"content") == note
+
+
+@pytest.mark.parametrize("data", [b"", bytes(HEAD.size - 1), bytes(HEAD.size), b"\xff" * HEAD.size])
+def test_what_is_no_note_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        Note.read(data)
+
+
+def test_a_peer_that_gives_more_than_there_is_is_not_believed() -> None:
+    flow = Flow()
+    assert flow.may_send(Kind.MESSAGE)
+    flow.sends(Kind.MESSAGE)
+    assert flow.hears(Note(Kind.CREDITS, credits=1, taken=1))
+    assert not flow.hears(Note(Kind.CREDITS, credits=1))
+    assert not Flow().hears(Note(Kind.CREDITS, taken=1))
+
+
+class End:
+    """One end of a link: what it wants to send, what is under way to its peer, and what its program has not taken."""
+
+    def __init__(self) -> None:
+        self.flow = Flow()
+        self.wanted: deque[Kind | None] = deque()
+        self.under_way: deque[Note | None] = deque()
+        self.kept = 0
+
+    def send(self) -> bool:
+        kind: Kind | None
+        if self.flow.must_tell() and self.flow.may_send(Kind.CREDITS):
+            kind = Kind.CREDITS
+        elif self.wanted and self.flow.may_send(self.wanted[0]):
+            kind = self.wanted.popleft()
+        else:
+            return False
+        owed, taken = self.flow.sends(kind)
+        self.under_way.append(None if kind is None else Note(kind, credits=owed, taken=taken))
+        return True
+
+    def hear(self, note: Note | None) -> None:
+        self.flow.owed += 1
+        if note is not None:
+            assert self.flow.hears(note)
+            self.kept += note.kind in (Kind.MESSAGE, Kind.LARGE)
+        assert self.kept <= WINDOW
+
+    def take(self) -> None:
+        self.flow.taken += self.kept
+        self.kept = 0
+
+
+@given(
+    st.lists(st.sampled_from(KINDS), max_size=150),
+    st.lists(st.sampled_from(KINDS), max_size=150),
+    st.randoms(use_true_random=False),
+)
+def test_two_ends_that_both_want_to_send_never_wait_for_each_other(
+    ours: list[Kind | None], theirs: list[Kind | None], chance: Random
+) -> None:
+    a, b = End(), End()
+    a.wanted.extend(ours)
+    b.wanted.extend(theirs)
+    while True:
+        steps: list[Callable[[], object]] = []
+        for mine, other in ((a, b), (b, a)):
+            if mine.flow.must_tell() or mine.wanted:
+                steps.append(mine.send)
+            if mine.under_way:
+                steps.append(lambda mine=mine, other=other: other.hear(mine.under_way.popleft()))  # type: ignore[misc]
+            if mine.kept:
+                steps.append(mine.take)
+        chance.shuffle(steps)
+        if not any(one() is not False for one in steps):
+            break
+        # What is under way lies in a buffer of the peer, which has so many and no more.
+        assert max(len(a.under_way), len(b.under_way)) <= BUFFERS
+    assert not a.wanted
+    assert not b.wanted
