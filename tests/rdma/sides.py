@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from computemesh.peer.rdma import RdmaEndpoint
 from computemesh.peer.rdma.link import RdmaLink
+from computemesh.peer.rdma.memory import address_of
 from computemesh.peer.rdma.verbs import load
 from computemesh.peer.transport import Copy, LocalRegion, Outcome, Parties, RemoteRegion
 
@@ -51,8 +52,6 @@ class Side:
     def expose(self, name: str, length: int, seed: int, *, writable: bool = True, epoch: int = 1) -> Told:
         memory = self.memory[name] = bytearray(pattern(seed, length))
         view = memoryview(memory)
-        from computemesh.peer.rdma.memory import address_of
-
         region = LocalRegion(name, 1, epoch, address_of(view), length, writable, view, held=memory)
         token = self.endpoint.expose(region)
         assert token is not None
@@ -93,8 +92,8 @@ class Side:
         self.link.ready(WAIT_S)
         return dict(self.link.detail)
 
-    def bytes_of(self, name: str) -> bytes:
-        return bytes(self.memory[name])
+    def bytes_of(self, name: str, length: int | None = None) -> bytes:
+        return bytes(memoryview(self.memory[name])[:length])
 
     def order(
         self,

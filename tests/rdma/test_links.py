@@ -6,10 +6,11 @@ import itertools
 import random
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
-from computemesh.peer.rdma.link import PIECE_BYTES, RdmaLink
+from computemesh.peer.rdma.link import PIECE_BYTES
 from computemesh.peer.rdma.notes import SMALL, WINDOW
 from computemesh.peer.transport import (
     CANCELLED,
@@ -39,6 +40,8 @@ class Two:
         self.b = Remote("b", "a", "rxe1", peers_library)
 
     def connect(self, pairs: int = 1) -> None:
+        if self.a.link is not None:
+            self.a.close_link()
         name = next(NAMES)
         answer = self.b.accept(name, self.a.offer(name, pairs, peer_device="rxe1"))
         self.a.establish(name, answer)
@@ -140,9 +143,9 @@ def test_a_number_comes_after_the_bytes_of_its_write(linked: Two, imm: int) -> N
 def test_numbers_that_nobody_waited_for_are_kept_in_order(linked: Two) -> None:
     theirs = linked.b.expose("target", 4096, 10)
     linked.a.expose("source", 4096, 11)
-    tickets = [linked.a.order("write", [("source", 0, theirs, 0, 8)] if n % 2 else [], n) for n in range(200)]
+    tickets = [linked.a.order("write", [("source", 0, theirs, 0, 8)] if n % 2 else [], n) for n in range(100)]
     assert {linked.a.outcome(ticket).code for ticket in tickets} == {""}
-    assert [linked.b.outcome(linked.b.recv_imm()).imm for _ in range(200)] == list(range(200))
+    assert [linked.b.outcome(linked.b.recv_imm()).imm for _ in range(100)] == list(range(100))
 
 
 @pytest.mark.parametrize("length", [0, 1, SMALL, SMALL + 1, 3 * PIECE_BYTES + 1])
@@ -155,7 +158,7 @@ def test_a_message_arrives_whole(linked: Two, length: int) -> None:
 
 def test_messages_come_in_order_though_nobody_receives_at_first(linked: Two) -> None:
     """More than the peer keeps: the rest waits at its sender."""
-    count = 2 * WINDOW
+    count = WINDOW + 60
     sizes = [3 * SMALL if number % 50 == 0 else 1 + number for number in range(count)]
     tickets = [linked.a.send(pattern(number, size)) for number, size in enumerate(sizes)]
     theirs = linked.b.expose("source", 4096, 13)
@@ -167,7 +170,7 @@ def test_messages_come_in_order_though_nobody_receives_at_first(linked: Two) -> 
 
 
 def test_both_ends_may_send_as_much_as_they_like_at_once(linked: Two) -> None:
-    count = 300
+    count = 150
     ours = [linked.a.send(pattern(number, 1000)) for number in range(count)]
     theirs = [linked.b.send(pattern(number, 900)) for number in range(count)]
     for number in range(count):
@@ -244,12 +247,12 @@ def test_a_region_that_has_ended_is_refused_and_the_link_stays(linked: Two) -> N
 
 
 def test_a_region_ends_after_what_is_under_way(linked: Two) -> None:
-    theirs = linked.b.expose("source", 16 * MB, 25)
-    linked.a.expose("target", 16 * MB, 26)
-    ticket = linked.a.order("read", [("target", 0, theirs, 0, 16 * MB)])
+    theirs = linked.b.expose("source", 8 * MB, 25)
+    linked.a.expose("target", 8 * MB, 26)
+    ticket = linked.a.order("read", [("target", 0, theirs, 0, 8 * MB)])
     linked.b.conceal("source")
     assert linked.a.outcome(ticket).code == ""
-    assert linked.a.bytes_of("target") == pattern(25, 16 * MB)
+    assert linked.a.bytes_of("target") == pattern(25, 8 * MB)
     assert linked.a.losses() == 0
 
 
@@ -266,13 +269,13 @@ def test_a_peer_that_does_not_know_the_key_is_refused(two: Two) -> None:
 
 def test_a_peer_that_is_killed_in_the_middle_fails_what_is_under_way(two: Two) -> None:
     two.connect(2)
-    theirs = two.b.expose("source", 64 * MB, 27)
-    two.a.expose("target", 64 * MB, 28)
-    reading = two.a.order("read", [("target", 0, theirs, 0, 64 * MB)])
+    theirs = two.b.expose("source", 32 * MB, 27)
+    two.a.expose("target", 32 * MB, 28)
+    before = two.a.bytes_of("target", 1024)
+    reading = two.a.order("read", [("target", 0, theirs, 0, 32 * MB)])
     receiving, number = two.a.recv(100), two.a.recv_imm()
-    before = two.a.bytes_of("target")[: 64 * 1024]
     end = time.monotonic() + 60
-    while two.a.bytes_of("target")[: 64 * 1024] == before:  # until the first bytes have come
+    while two.a.bytes_of("target", 1024) == before:  # until the first bytes have come
         assert time.monotonic() < end
     two.another_b()
     for ticket in (reading, receiving, number):
@@ -281,7 +284,7 @@ def test_a_peer_that_is_killed_in_the_middle_fails_what_is_under_way(two: Two) -
     two.connect(2)
     again = two.b.expose("source", MB, 29)
     assert two.a.outcome(two.a.order("read", [("target", 0, again, 0, MB)])).code == ""
-    assert two.a.bytes_of("target")[:MB] == pattern(29, MB)
+    assert two.a.bytes_of("target", MB) == pattern(29, MB)
 
 
 def test_a_peer_that_is_killed_while_nothing_is_ordered_is_noticed(two: Two) -> None:
@@ -351,29 +354,18 @@ def test_either_library_speaks_verbs_and_they_understand_each_other(library: str
 
 def test_nothing_is_left_of_links(two: Two) -> None:
     """Completion channels are descriptors: those of links that have ended are closed."""
-    from pathlib import Path
-
-    def descriptors() -> int:
-        return sum(
-            "infinibandevent" in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
-        )
-
-    two.connect()
-    two.a.close_link()
-    _settle(two)
-    before = descriptors()
-    for _ in range(5):
-        two.connect(2)
-        link = two.a.link
-        assert isinstance(link, RdmaLink)
+    for pairs in (1, 2, 1):
+        two.connect(pairs)
+        assert channels() == 1
         two.a.close_link()
-        _settle(two)
-    assert descriptors() == before
+        assert "closed" in two.b.loss()
+        end = time.monotonic() + 30
+        while channels():
+            assert time.monotonic() < end, "a completion channel was left open"
+            time.sleep(0.01)
 
 
-def _settle(two: Two) -> None:
-    assert "closed" in two.b.loss()
-    end = time.monotonic() + 10
-    while two.a.endpoint._links or (two.a.endpoint._reactor and two.a.endpoint._reactor._links):  # pyright: ignore[reportPrivateUsage]
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def channels() -> int:
+    return sum(
+        "infinibandevent" in str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
+    )

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from computemesh.peer.rdma.notes import BUFFERS, HEAD, WINDOW, Flow, Kind, Note
+from computemesh.peer.rdma.notes import BUFFERS, HEAD, KEPT, WINDOW, Flow, Kind, Note
 
 KINDS = [Kind.MESSAGE, Kind.LARGE, Kind.TOOK, Kind.REVOKE, None]
 
@@ -46,6 +46,40 @@ def test_a_peer_that_gives_more_than_there_is_is_not_believed() -> None:
     assert flow.hears(Note(Kind.CREDITS, credits=1, taken=1))
     assert not flow.hears(Note(Kind.CREDITS, credits=1))
     assert not Flow().hears(Note(Kind.CREDITS, taken=1))
+
+
+def test_programs_notes_and_credits_each_have_buffers_that_the_former_cannot_use() -> None:
+    flow = Flow()
+    for kind, left in ((Kind.MESSAGE, KEPT), (Kind.REVOKE, 1), (Kind.CREDITS, 0)):
+        while flow.may_send(kind):
+            flow.sends(kind)
+        assert flow.credits == left
+    flow = Flow()
+    while flow.may_send(None):
+        flow.sends(None)
+    assert flow.credits == KEPT
+
+
+def test_a_peer_keeps_so_many_messages_and_no_more() -> None:
+    flow = Flow()
+    sent = 0
+    while flow.may_send(Kind.MESSAGE):
+        flow.sends(Kind.MESSAGE)
+        assert flow.hears(Note(Kind.CREDITS, credits=1))  # read at once, but no program takes it
+        sent += 1
+    assert sent == WINDOW
+    assert flow.may_send(Kind.REVOKE)
+    assert flow.hears(Note(Kind.CREDITS, taken=1))
+    assert flow.may_send(Kind.LARGE)
+
+
+def test_a_peer_that_waits_for_messages_to_be_taken_is_told() -> None:
+    """All of them may have been read, and their buffers told of, before the program takes the first."""
+    flow = Flow(taken=WINDOW // 2)
+    assert flow.owed == 0
+    assert flow.must_tell()
+    flow.sends(Kind.CREDITS)
+    assert not flow.must_tell()
 
 
 class End:
@@ -86,6 +120,9 @@ class End:
     st.lists(st.sampled_from(KINDS), max_size=150),
     st.randoms(use_true_random=False),
 )
+@example([Kind.MESSAGE] * 1000, [], Random(1))
+@example([Kind.MESSAGE] * 1000, [None] * 1000, Random(2))
+@example([Kind.LARGE] * 1000, [Kind.TOOK] * 1000, Random(3))
 def test_two_ends_that_both_want_to_send_never_wait_for_each_other(
     ours: list[Kind | None], theirs: list[Kind | None], chance: Random
 ) -> None:

@@ -21,10 +21,10 @@ from computemesh.peer.rdma.verbs import (
 ETHERNET = 2
 ACTIVE = 4
 
-# How long the peer may take to answer: 2**17 * 4.096 µs, on some interfaces four times that. With seven retries a dead
-# peer is noticed within seconds, while one on a crowded machine is not given up.
+# How long the peer may take to answer: 2**17 * 4.096 µs, on some interfaces four times that. With six retries a dead peer
+# is noticed within seconds, while one on a crowded machine is not given up. Seven would be "for ever" to soft-RoCE.
 TIMEOUT = 17
-RETRIES = 7
+RETRIES = 6
 
 
 def verbs() -> Verbs:
@@ -168,7 +168,7 @@ class _Pair:
         self._pair.to_rtr(
             peer, sgid_index=gid_index, mtu=remote.mtu, hop_limit=64, min_rnr_timer=12, max_dest_rd_atomic=reads
         )
-        self._pair.to_rts(psn, timeout=TIMEOUT, retry_cnt=RETRIES, rnr_retry=RETRIES - 1, max_rd_atomic=reads)
+        self._pair.to_rts(psn, timeout=TIMEOUT, retry_cnt=RETRIES, rnr_retry=RETRIES, max_rd_atomic=reads)
 
     def allow(self) -> None:
         flags = _flags(self._ib, Access(remote_read=True, remote_write=True))

@@ -175,7 +175,7 @@ class _Pair:
             attributes.min_rnr_timer = 12
             attributes.timeout = TIMEOUT
             attributes.retry_cnt = RETRIES
-            attributes.rnr_retry = RETRIES - 1
+            attributes.rnr_retry = RETRIES
             route = self._pv.addr.GlobalRoute(dgid=gid, sgid_index=gid_index, hop_limit=64)
             attributes.ah_attr = self._pv.addr.AHAttr(gr=route, is_global=1, port_num=port, dlid=remote.lid)
             self._pair.to_rts(attributes)

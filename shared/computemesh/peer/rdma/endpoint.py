@@ -115,19 +115,18 @@ class RdmaEndpoint:
 
     def absent(self) -> str:
         try:
-            self._speaks()
-            nics.choose(self._nics(), device=None, port=1)
-        except ImportError as error:
-            return str(error)
-        except LookupError as error:
+            found = nics.read()
+            nics.choose(self._nics() if found else [], device=None, port=1)
+        except (ImportError, LookupError) as error:
             return str(error)
         return ""
 
     def facts(self) -> Mapping[str, Any]:
         try:
-            return {"nics": [nics.describe(nic, self._mtu) for nic in self._nics()]}
+            found = self._nics() if nics.read() else []
         except ImportError:
-            return {"nics": []}
+            found = []
+        return {"nics": [nics.describe(nic, self._mtu) for nic in found]}
 
     def _speaks(self) -> Verbs:
         with self._lock:

@@ -60,7 +60,8 @@ DEPTH: Final = 128
 """Pieces that a queue pair has at most."""
 
 ALIVE_S: Final = 2.0
-"""So often a peer is asked for a sign of life by a write of no bytes, which its interface answers by itself."""
+"""After so long without anything to do, a peer is asked for a sign of life by a write of no bytes, which its interface
+answers by itself."""
 
 GOODBYE_S: Final = 0.5
 """How long a link that was closed waits for its farewell to be sent."""
@@ -402,9 +403,12 @@ class RdmaLink:
             oldest = min((work.since for work in self._flying.values()), default=now)
             if now - oldest > STALL_S:
                 self._lose(calls, f"no progress for {STALL_S:g} s")
-            elif self._state == "open" and not self._flying and now - self._alive_at >= ALIVE_S:
+            elif not self._flying and now - self._alive_at >= ALIVE_S:
                 self._alive_at = now
-                self._lanes[0].waiting.append(Work("write"))
+                if self._state == "open":
+                    self._lanes[0].waiting.append(Work("write"))
+                else:  # the peer's pair may not let itself be written to yet
+                    self._say(Note(Kind.CREDITS))
                 self._pump(calls)
 
     # --- work ---------------------------------------------------------------------------------------------------
