@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-gpus bench-infer bench-nodes bench-peers bench-scheduler bench-transfers ledger-sim sim docs golden lock test-rdma wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-control-plane bench-gpus bench-infer bench-nodes bench-peers bench-scheduler bench-transfers ledger-sim sim docs golden lock test-rdma wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-15s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ bench-nodes: $(VENV)/.dev ## Measure the node-registry with a simulated fleet (B
 
 bench-transfers: $(VENV)/.dev ## Measure memory moved between processes, beside NIXL, Mooncake and DLSlime (BENCH="--quick --get --json FILE")
 	@$(BIN)/python -m tests.bench.transfers $(BENCH)
+
+bench-control-plane: $(VENV)/.dev ## Measure the control plane beside nanoctrl with Redis (BENCH="--quick --peer NANOCTRL --json FILE")
+	@$(BIN)/python -m tests.bench.control_plane $(BENCH)
 
 docs: $(VENV)/.run ## Write docs/reference from the contracts and docs/cli.md from the commands
 	@$(BIN)/python -m computemesh.contracts.reference docs/reference

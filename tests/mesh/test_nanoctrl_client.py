@@ -39,6 +39,7 @@ ENGINE: Final[dict[str, Any]] = {
     "port": 6001,
     "peer_addrs": ["10.0.0.2:5000"],
 }
+EXAMPLE: Final = Path(__file__).parents[2] / "docs/examples/nanoctrl/register.py"
 PEER: Final[dict[str, Any]] = {"device": "rxe0", "ib_port": 1, "link_type": "RoCE", "address": "127.0.0.1:5000"}
 
 
@@ -440,6 +441,16 @@ async def test_proxies_of_the_environment_are_not_used(connect: Connect, monkeyp
     async with answering(OK) as (address, heads, _):
         assert await connect(address).register("e", ENGINE)
         assert len(heads) == 1
+
+
+async def test_the_example_of_the_page_says_who_is_there(server: str) -> None:
+    """On either server; its engine is gone again when it has ended."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, EXAMPLE, server, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    said, trouble = await process.communicate()
+    assert (said.decode(), trouble.decode()) == ("prefill-0 prefill 10.0.0.2:6001\n", "")
+    assert await asyncio.to_thread(NanoCtrlClient(server, "my-session").list_engines) == []
 
 
 # --- threads and processes ---------------------------------------------------------------------------------------

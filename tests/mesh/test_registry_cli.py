@@ -144,6 +144,11 @@ def test_a_name_that_can_be_none_is_refused_by_field(mesh: Cli, words: tuple[str
     assert mesh.refuses(2, *words)["field"] == field
 
 
+def test_a_scope_in_front_of_a_subcommand_is_not_overlooked(mesh: Cli) -> None:
+    """It would be asked in another scope than the one that was meant."""
+    assert "--scope goes behind `memory`" in mesh.refuses(2, "peers", "--scope", "s", "memory", "a")["error"]
+
+
 # --- peers -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Final
 
 import click
 import msgspec
+from click.core import ParameterSource
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -62,6 +63,8 @@ def peers_group(context: click.Context, scope: str, watching: bool, interval: fl
     `computemesh events peers` shows how they come and go.
     """
     if context.invoked_subcommand is not None:
+        if context.get_parameter_source("scope") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--scope goes behind `{context.invoked_subcommand}`")
         return
     ask: PeersList = question({"scope": scope}, PeersList)
 
