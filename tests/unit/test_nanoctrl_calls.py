@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from computemesh.nanoctrl import AsyncNanoCtrlClient, NanoCtrlClient
+from computemesh.nanoctrl import AsyncNanoCtrlClient, NanoCtrlClient, NanoCtrlError
 from computemesh.nanoctrl.calls import Operations
 
 
@@ -76,3 +76,14 @@ def test_a_call_says_in_json_what_it_was_given() -> None:
     assert call.path == "v1/desired_topology/a%2Fb"
     assert msgspec.json.decode(call.content) == {"target_peers": ["c"], "scope": "s"}
     assert "scope" not in msgspec.json.decode(next(Operations(None).query_peers()).content)
+
+
+def test_what_is_no_json_is_an_error_as_any_other() -> None:
+    """Logged and False for engines; raised for peers."""
+    cycle: dict[str, object] = {}
+    cycle["itself"] = cycle
+    for value in (object(), "\ud800", cycle):
+        client = NanoCtrlClient("127.0.0.1:1")
+        assert client.register("e", {"host": value}) is False
+        with pytest.raises(NanoCtrlError, match="JSON"):
+            client.set_desired_topology("a", target_peers=["b"], min_bw=value)  # type: ignore[arg-type]

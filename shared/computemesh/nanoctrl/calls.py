@@ -120,7 +120,11 @@ def tell_unknown(operations: Operations) -> None:
 
 
 def _post(path: str, body: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, again: bool = True) -> Call:
-    return Call(method="POST", path=path, content=msgspec.json.encode(body), timeout_s=timeout_s, again=again)
+    try:
+        content = msgspec.json.encode(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NanoCtrlError(f"/{path}: what is sent must be JSON: {error}") from None
+    return Call(method="POST", path=path, content=content, timeout_s=timeout_s, again=again)
 
 
 # --- what is answered --------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ class Operations:
         self.engine_id = engine_id
         try:
             answer = _fields((yield _post("register_engine", body, timeout_s=REGISTER_S)))
-        except (NanoCtrlError, TypeError) as error:  # A TypeError is of something that is no JSON.
+        except NanoCtrlError as error:
             log.error("cannot register the engine %s: %s", engine_id, error)
             return False
         self.registered = answer.get("status") == "ok"
