@@ -27,7 +27,7 @@ import pytest
 
 from computemesh.peer import PeerAgent, PeerError, start_async_peer_agent, start_peer_agent
 from computemesh.peer.errors import ALIAS_TAKEN, LINK_LOST, NO_AGENT, OTHER_MESH, OUT_OF_RANGE
-from computemesh.peer.socket import SOCKET_NAME
+from computemesh.peer.signals import SOCKET_NAME
 from computemesh.testing import RunningMesh, running_mesh
 from tests.mesh.agent_process import PATTERN, SIZE
 

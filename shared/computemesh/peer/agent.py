@@ -37,6 +37,7 @@ from computemesh.peer.core import Core
 from computemesh.peer.errors import NO_WAY, NOT_FOUND, OTHER_MESH, PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, TransferFuture
 from computemesh.peer.memory import Descriptor, SharedMemory
+from computemesh.peer.rdma import RdmaEndpoint
 from computemesh.peer.regions import Memory, check_name, memory_of
 from computemesh.peer.resource import accelerators
 from computemesh.peer.shm import ShmEndpoint
@@ -654,7 +655,7 @@ def start_peer_agent(
 
 def default_endpoints(device: str | None, local_host: str | None) -> list[Endpoint]:
     """The transports of this process."""
-    return [ShmEndpoint(), TcpEndpoint(local_host)]
+    return [ShmEndpoint(), RdmaEndpoint(device), TcpEndpoint(local_host)]
 
 
 def _resource(endpoints: Sequence[Endpoint], device: str | None, local_host: str | None) -> dict[str, Any]:
