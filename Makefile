@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
 SAY := @printf '\033[1m%s\033[0m\n'
 
-.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-control-plane bench-gpus bench-infer bench-nodes bench-peers bench-scheduler bench-transfers ledger-sim sim docs golden lock test-rdma wheel wheel-test clean
+.PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-control-plane bench-gpus bench-infer bench-nodes bench-peers bench-scheduler bench-transfers ledger-sim sim soak-peers docs golden lock test-rdma wheel wheel-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-15s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ bench-transfers: $(VENV)/.dev ## Measure memory moved between processes, beside 
 
 bench-control-plane: $(VENV)/.dev ## Measure the control plane beside nanoctrl with Redis (BENCH="--quick --peer NANOCTRL --json FILE")
 	@$(BIN)/python -m tests.bench.control_plane $(BENCH)
+
+soak-peers: $(VENV)/.dev ## Random transfers between processes that are killed; every byte is looked at (N=1000000, KILLS=50, SEED=1)
+	@$(BIN)/python -m tests.soak --transfers $(or $(N),1000000) --kills $(or $(KILLS),50) --seed $(or $(SEED),1)
 
 docs: $(VENV)/.run ## Write docs/reference from the contracts and docs/cli.md from the commands
 	@$(BIN)/python -m computemesh.contracts.reference docs/reference

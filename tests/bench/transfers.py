@@ -18,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import venv
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,9 @@ from typing import Final
 
 import msgspec
 
+from computemesh.peer.signals import SOCKET_NAME
 from computemesh.process import end
+from computemesh.testing import running_mesh
 from tests.bench.harness import GRACE_S, Client, client, program
 from tests.bench.servers import free_port
 
@@ -94,6 +97,16 @@ async def pair(module: str, *arguments: str, python: Path | str = sys.executable
             await asyncio.wait_for(target.wait(), GRACE_S)
 
 
+@asynccontextmanager
+async def peers(transport: str) -> AsyncGenerator[Client]:
+    """Two peers of a mesh of their own, on one machine."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        async with running_mesh(Path(folder), ("control-plane", "peer-agent")) as mesh:
+            socket = str(mesh.home.run / SOCKET_NAME)
+            async with pair(f"{PROGRAMS}.on_peers", transport, socket) as initiator:
+                yield initiator
+
+
 async def measure(initiator: Client) -> tuple[dict[int, Figures], dict[int, Figures]]:
     """The flow's figures, and memcpy's beside it."""
     await initiator.do(f"read:{256 * MIB}", 1)
@@ -143,6 +156,8 @@ async def stream_gib_s() -> float:
 def flows(place: Path) -> dict[str, OpenFlow]:
     """What is here, by the name it has in the table."""
     found: dict[str, OpenFlow] = {
+        "peers, shm": partial(peers, "shm"),
+        "peers, tcp": partial(peers, "tcp"),
         "memory that both map": partial(pair, f"{PROGRAMS}.raw_memory"),
         "a plain TCP socket": partial(pair, f"{PROGRAMS}.raw_socket"),
     }
