@@ -88,9 +88,12 @@ def test_one_is_shown_whole_and_can_be_removed(mesh: Cli, scope: str, register: 
 def test_changes_are_told_since_a_revision(mesh: Cli, scope: str, register: Callable[..., NanoCtrlClient]) -> None:
     """In their order, and no others."""
     client = register("decode-0")
+    until(lambda: len(told_changes(mesh, scope)) == 1, "the engine to be told")
     register("decode-0", port=6002)
+    until(lambda: len(told_changes(mesh, scope)) == 2, "the change to be told")
     client.unregister()
-    told = [json.loads(line) for line in mesh.ok("registry", "changes", "--scope", scope, "--json").splitlines()]
+    until(lambda: len(told_changes(mesh, scope)) == 3, "the end to be told")
+    told = told_changes(mesh, scope)
     assert [change["change"] for change in told] == ["added", "changed", "removed"]
     later = mesh.ok("registry", "changes", "--scope", scope, "--since", str(told[1]["revision"]))
     assert len(later.splitlines()) == 1
@@ -120,6 +123,10 @@ def test_changes_are_followed_and_none_is_missed(
     finally:
         follower.kill()
         follower.communicate()
+
+
+def told_changes(mesh: Cli, scope: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in mesh.ok("registry", "changes", "--scope", scope, "--json").splitlines()]
 
 
 def next_change(process: subprocess.Popen[str]) -> tuple[str, str]:
