@@ -30,9 +30,9 @@ class Side:
     registered: LocalRegion
     seen: RemoteRegion
     epoch: int = 1
-    messages: deque[bytes] = field(default_factory=deque)
+    messages: deque[bytes] = field(default_factory=deque[bytes])
     """That the other side has sent, and that were not taken."""
-    numbers: deque[int] = field(default_factory=deque)
+    numbers: deque[int] = field(default_factory=deque[int])
 
     def register(self) -> None:
         """Again, under the same handle."""

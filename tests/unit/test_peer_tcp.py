@@ -1,5 +1,6 @@
 """The tcp transport between two ends: every order, every refusal, and every way to end."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import gc
@@ -10,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,17 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.005)
+
+
+def loss_of(link: TcpLink) -> Settled:
+    """Its reason is that for which the link is lost."""
+    lost = Settled()
+
+    def tell(reason: str) -> None:
+        lost(Outcome(reason=reason))
+
+    link.on_lost = tell
+    return lost
 
 
 # --- orders
@@ -188,7 +200,7 @@ def test_a_drive_ends_when_the_time_is_over(endpoints: Callable[..., TcpEndpoint
 
 
 @contextmanager
-def held(link: TcpLink) -> Iterator[None]:
+def held(link: TcpLink) -> Generator[None]:
     """Nothing is answered by this link meanwhile, as if its thread had no time."""
     with ExitStack() as locked:
         for lane in link._answerers:
@@ -197,7 +209,7 @@ def held(link: TcpLink) -> Iterator[None]:
 
 
 @contextmanager
-def not_reading(link: TcpLink) -> Iterator[None]:
+def not_reading(link: TcpLink) -> Generator[None]:
     """This link reads no answers meanwhile, and sends nothing more than the sockets took at once."""
     with ExitStack() as locked:
         for lane in link._askers:
@@ -735,9 +747,8 @@ def test_a_peer_that_speaks_nonsense_loses_its_link_and_nothing_else(
     before = bytes_of(pair.theirs)
     other, _ = connect(pair.a, pair.b, link="l-2")
     rng = random.Random(seed)
-    lane = rng.choice([*pair.link._askers, *pair.link._answerers])
-    lost = Settled()
-    pair.back.on_lost = lambda reason: lost(Outcome(reason=reason))
+    lane = rng.choice(pair.link._ends())
+    lost = loss_of(pair.back)
     noise = rng.randbytes(rng.choice([24, 56, 1000, 200_000]))
     if rng.random() < 0.5:  # a sound header with nonsense behind it
         noise = bytes([rng.randrange(9), rng.randrange(3)]) + rng.randbytes(2) + bytes(4) + (1).to_bytes(8, "little")
@@ -750,8 +761,7 @@ def test_a_peer_that_speaks_nonsense_loses_its_link_and_nothing_else(
 
 
 def test_a_breach_is_counted(pair: Pair) -> None:
-    lost = Settled()
-    pair.back.on_lost = lambda reason: lost(Outcome(reason=reason))
+    lost = loss_of(pair.back)
     pair.link._askers[0].sock.sendall(bytes([READ, 9]) + bytes(22))
     assert "kind 1" in lost.wait().reason
     assert pair.b.stats()["breaches"] == 1
@@ -762,9 +772,8 @@ def test_a_breach_is_counted(pair: Pair) -> None:
 
 def test_closing_ends_what_is_under_way_and_is_no_loss(pair: Pair) -> None:
     lost: list[str] = []
-    theirs = Settled()
     pair.link.on_lost = lost.append
-    pair.back.on_lost = lambda reason: theirs(Outcome(reason=reason))
+    theirs = loss_of(pair.back)
     order, sent, received, number, far = (Settled() for _ in range(5))
     with held(pair.back):
         pair.link.order("read", [Copy(pair.mine, 0, pair.remote, 0, 100)], order)
@@ -798,8 +807,8 @@ def test_who_asks_late_is_told_that_the_link_was_lost(pair: Pair) -> None:
 
 
 def test_an_endpoint_that_is_closed_takes_its_links_along(pair: Pair) -> None:
-    lost, order = Settled(), Settled()
-    pair.back.on_lost = lambda reason: lost(Outcome(reason=reason))
+    order = Settled()
+    lost = loss_of(pair.back)
     pair.link.recv(memoryview(bytearray(1)), order)
     pair.a.close()
     assert order.outcome is not None, "told before it returned"
@@ -817,8 +826,8 @@ def test_a_peer_that_is_killed_amid_a_transfer_fails_it_at_once(
     a = endpoints()
     other = OtherProcess(a, 32 * MIB)
     try:
-        lost, settled, number = Settled(), Settled(), Settled()
-        other.link.on_lost = lambda reason: lost(Outcome(reason=reason))
+        settled, number = Settled(), Settled()
+        lost = loss_of(other.link)
         mine = region(bytearray(32 * MIB))
         driven = other.link.order(kind, [Copy(mine, 0, other.region, 0, 32 * MIB)] * 100_000, settled)
         other.link.recv_imm(number)
@@ -848,8 +857,7 @@ def test_a_peer_that_is_killed_amid_its_own_transfer_leaves_nothing_behind(
     token = a.expose(mine)
     other = OtherProcess(a, 32 * MIB)
     try:
-        lost = Settled()
-        other.link.on_lost = lambda reason: lost(Outcome(reason=reason))
+        lost = loss_of(other.link)
         other.tell({"order": kind, "token": token, "length": 32 * MIB, "times": 100_000})
         until(lambda: sum(lane.progress for lane in other.link._answerers) > 20)
         other.kill()
@@ -884,8 +892,8 @@ def test_a_peer_that_stands_still_is_lost_after_a_while(endpoints: Callable[...,
     token = a.expose(mine)
     other = OtherProcess(a, 16 * MIB)
     try:
-        lost, settled = Settled(), Settled()
-        other.link.on_lost = lambda reason: lost(Outcome(reason=reason))
+        settled = Settled()
+        lost = loss_of(other.link)
         if kind == "serve":
             other.tell({"order": "read", "token": token, "length": 16 * MIB, "times": 100_000})
             until(lambda: sum(lane.progress for lane in other.link._answerers) > 20)

@@ -93,8 +93,8 @@ class Answerer:
         self._calls: list[Then] = []
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
-        self._begin = 0
-        self._end = 0
+        self._begin: int = 0
+        self._end: int = 0
         self._regions: list[LocalRegion] = []
         """Those of the question that is being answered."""
         self._targets: list[memoryview] = []

@@ -91,9 +91,9 @@ class Asker:
         self._events = _READ
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
-        self._begin = 0
-        self._end = 0
-        self._frame_left = 0
+        self._begin: int = 0
+        self._end: int = 0
+        self._frame_left: int = 0
         """Bytes of the frame that is being read."""
         self._more = False
         """Another frame of the same answer follows it."""
