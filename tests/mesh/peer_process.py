@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -110,6 +111,7 @@ def digest(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data).hexdigest()
 
 
+@functools.lru_cache(maxsize=32)
 def pattern(length: int, seed: int) -> bytes:
     """Bytes that are nowhere the same, as far as 16 of them tell."""
     block = hashlib.shake_128(seed.to_bytes(8, "big")).digest(1 << 16)
