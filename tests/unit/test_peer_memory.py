@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -116,6 +117,28 @@ def test_what_can_only_be_read_is_not_mapped_for_writing() -> None:
     assert bytes(view[:3]) == b"abc"
     with pytest.raises(TypeError):
         view[0] = 1
+
+
+def test_mapping_what_has_no_pages_makes_none() -> None:
+    """Else who hands over an empty object would have others fill it."""
+    made = unsealed(64 * MIB)
+    assert seal(made.fd)
+    memory = SharedMemory.attach(made.fd)
+    assert os.fstat(made.fd).st_blocks == 0
+    assert memory.view()[MIB] == 0
+
+
+def test_the_pages_of_a_mapping_are_looked_up_when_it_is_made() -> None:
+    """And not one by one while bytes are moved."""
+    made = SharedMemory.allocate(16 * MIB)
+    memory = SharedMemory.attach(made.fd)
+    view, before = memory.view(), faults()
+    total = sum(view[:: mmap.PAGESIZE].tobytes())
+    assert (total, faults() - before < 100) == (0, True)
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def test_a_closed_descriptor_is_an_error_and_no_crash() -> None:

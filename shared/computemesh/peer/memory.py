@@ -103,7 +103,7 @@ class Mapping:
         self.writable = writable
         if span >= _HUGE_PAGE:  # Does nothing where /sys/kernel/mm/transparent_hugepage/shmem_enabled is `never`.
             _libc.madvise(base, span, mmap.MADV_HUGEPAGE)
-        if span <= POPULATE_MAX:
+        if span <= POPULATE_MAX and facts.st_blocks * 512 >= facts.st_size:  # Pages that are not there are not made.
             _libc.madvise(base, span, _MADV_POPULATE_READ)
 
     def view(self) -> memoryview:
