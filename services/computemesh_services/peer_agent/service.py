@@ -189,7 +189,7 @@ class PeerAgentService:
         hosted = [line.hosted for line in self._door.lines if line.hosted is not None]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.1 * self._config.drain_timeout_s):
-                await asyncio.gather(*[self._hosts.run(one.close) for one in hosted])
+                await asyncio.gather(*[self._hosts.leave(one) for one in hosted])
         for line in list(self._door.lines):
             line.end("")
         for task in list(self._tasks):
@@ -306,7 +306,9 @@ class PeerAgentService:
     def ended(self, line: Line) -> None:
         """A connection has ended, and with it the process."""
         if line.hosted is not None:
-            self._task(self._hosts.run(line.hosted.close))
+            hosted, line.hosted = line.hosted, None
+            assert line.name is not None, "it is hosted under a name"
+            self._is_leaving(line.name, self._task(self._hosts.leave(hosted)))
             return
         name = line.name
         if name is None or self._lines.get(name) is not line or self._draining:
@@ -343,8 +345,7 @@ class PeerAgentService:
         instance = hello.instance or new_id("i")
         if hello.alias is not None:
             name = Name(hello.scope, hello.alias)
-            if (leaving := self._leaving.get(name)) is not None:
-                await asyncio.wait({leaving}, timeout=REGISTER_S)
+            await self._gone(name)
             if (there := self._desk.get(name)) is not None:
                 if there.instance != instance:
                     reason = f"{hello.alias!r} is another process of this node"
@@ -387,11 +388,13 @@ class PeerAgentService:
 
     async def _host(self, line: Line, hello: Hello) -> Welcome | Refused:
         """A peer is run for the process, which comes in by the door as any other."""
+        if hello.alias is not None:
+            await self._gone(Name(hello.scope, hello.alias))
         hosted = await self._hosts.enter(hello)
         if isinstance(hosted, Refused):
             return hosted
         if not line.open or self._draining:
-            await self._hosts.run(hosted.close)
+            await self._hosts.leave(hosted)
             return Refused(code="unavailable", reason="the process has ended", status=503, retry="later")
         line.hosted = hosted
         line.name = Name(hosted.welcome.scope, hosted.welcome.alias)
@@ -420,13 +423,23 @@ class PeerAgentService:
         self._forget(name, process.instance, far)
 
     def _forget(self, name: Name, instance: str, far: Iterable[CloseFar] = ()) -> None:
-        leaving = self._leaving[name] = self._task(self._say_gone(name, instance, far))
+        self._is_leaving(name, self._task(self._say_gone(name, instance, far)))
+
+    def _is_leaving(self, name: Name, leaving: asyncio.Task[None]) -> None:
+        self._leaving[name] = leaving
 
         def gone(_: asyncio.Task[None]) -> None:
             if self._leaving.get(name) is leaving:
                 del self._leaving[name]
 
         leaving.add_done_callback(gone)
+
+    async def _gone(self, name: Name) -> None:
+        """Waits until a process that has ended is forgotten by all, so that its alias is free."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REGISTER_S):
+                while (leaving := self._leaving.get(name)) is not None:
+                    await asyncio.wait({leaving})
 
     async def _say_gone(self, name: Name, instance: str, far: Iterable[CloseFar]) -> None:
         closing = [self._task(self._close_far(name, instance, effect)) for effect in far]
@@ -530,6 +543,8 @@ class PeerAgentService:
                     async with line.turn:
                         answer = await self._hosts.run(lambda: hosted.drop(ask))
                 case HostedTransfer():
+                    async with line.turn:  # What was put before is there.
+                        pass
                     answer = await self._move(hosted, name, ask.transfer)
                 case PutEpochs() | Call():
                     close_fds(fds)
