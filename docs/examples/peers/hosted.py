@@ -5,20 +5,22 @@ import os
 import socket
 import struct
 import sys
+from typing import Any
 
 LENGTH = 4096
 agent = socket.socket(socket.AF_UNIX)
 agent.connect(os.environ["COMPUTEMESH_PEER_SOCKET"])
 
 
-def ask(number, question, *fds):
+def ask(number: int, question: dict[str, Any], *fds: int) -> dict[str, Any]:
     body = json.dumps({"id": number, "ask": question}).encode()
     socket.send_fds(agent, [struct.pack("!I", len(body)) + body], fds)
     (size,) = struct.unpack("!I", agent.recv(4, socket.MSG_WAITALL))
-    frame = json.loads(agent.recv(size, socket.MSG_WAITALL))
+    frame: dict[str, Any] = json.loads(agent.recv(size, socket.MSG_WAITALL))
     if "refused" in frame:
         sys.exit(f"{frame['refused']['field']}: {frame['refused']['reason']}")
-    return frame["answer"]
+    answer: dict[str, Any] = frame["answer"]
+    return answer
 
 
 me = ask(1, {"kind": "hello", "scope": "job-123", "name_prefix": "reader", "hosted": True})
