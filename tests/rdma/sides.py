@@ -182,8 +182,7 @@ class Remote:
             self._calls.send((method, args, options))
             assert self._calls.poll(2 * WAIT_S), f"{method} does not answer"
             result, error = self._calls.recv()
-            if error is not None:
-                raise error
+            assert error is None, error
             return result
 
         return call
@@ -205,4 +204,4 @@ def _serve(calls: Connection, *args: str) -> None:
         try:
             calls.send((getattr(side, method)(*values, **options), None))
         except Exception as error:
-            calls.send((None, error))
+            calls.send((None, f"{type(error).__name__}: {error}"))

@@ -21,8 +21,8 @@ from computemesh.peer.rdma.verbs import (
 ETHERNET = 2
 ACTIVE = 4
 
-# How long the peer may take to answer: 2**17 * 4.096 µs, on some interfaces four times that. With six retries a dead peer
-# is noticed within seconds, while one on a crowded machine is not given up. Seven would be "for ever" to soft-RoCE.
+# How long the peer may take to answer: 2**17 * 4.096 µs, on some interfaces four times that. With six retries a dead
+# peer is noticed within seconds, while one on a crowded machine is not given up. Seven means "for ever" to soft-RoCE.
 TIMEOUT = 17
 RETRIES = 6
 

@@ -165,7 +165,7 @@ class _Pair:
 
     def connect(self, remote: Remote, *, port: int, gid_index: int, psn: int, reads: int) -> None:
         with _os_errors(self._pv):
-            gid = self._pv.addr.GID(socket.inet_ntop(socket.AF_INET6, remote.gid))
+            gid = self._pv.addr.GID(remote.gid.hex(":", 2))
             attributes = self._pv.qp.QPAttr(port_num=port)
             attributes.dest_qp_num = remote.number
             attributes.path_mtu = remote.mtu
@@ -197,14 +197,14 @@ class _Pair:
         rkey: int = 0,
         imm: int = 0,
     ) -> None:
-        parts = [self._pv.wr.SGE(address, length, lkey)] if length else []
+        parts = [self._pv.wr.SGE(address, length, lkey)]  # the library wants one, also of no bytes
         request = self._pv.wr.SendWR(
             wr_id=work,
             opcode=OPCODES[kind],
-            num_sge=len(parts),
+            num_sge=1,
             imm_data=socket.htonl(imm),
             send_flags=SIGNALED,
-            sg=parts or None,
+            sg=parts,
         )
         if kind != "send":
             request.set_wr_rdma(rkey, remote_address)

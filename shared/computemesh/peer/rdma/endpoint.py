@@ -390,21 +390,29 @@ class _Reactor:
         """Waits until the links that were closed are no more."""
         with self._lock:
             self._ends = True
-        os.eventfd_write(self._wake_fd, 1)
+            self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _tell(self, where: list[RdmaLink], link: RdmaLink) -> None:
         with self._lock:
             where.append(link)
-        os.eventfd_write(self._wake_fd, 1)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._wake_fd >= 0:  # the thread may have ended
+            os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
         look_at = 0.0
         while True:
             self._change()
-            if self._ends and not self._links:
-                break
+            with self._lock:
+                if self._ends and not self._links and not self._added:
+                    self._selector.close()
+                    os.close(self._wake_fd)
+                    self._wake_fd = -1
+                    return
             events = self._selector.select(TICK_S if self._links else None)
             for key, _ in events:
                 if key.data is None:
@@ -416,8 +424,6 @@ class _Reactor:
                 look_at = now + TICK_S
                 for link in self._links:
                     self._guarded(link, functools.partial(link.look, now))
-        self._selector.close()
-        os.close(self._wake_fd)
 
     def _change(self) -> None:
         with self._lock:
