@@ -336,7 +336,7 @@ class PeerAgent:
         check_name(name)
         if memory_kind != PeerMemoryRegion.memory_kind:
             raise ValueError(f"memory_kind: {memory_kind!r} cannot be had here; 'shared' can")
-        memory = SharedMemory.allocate(length)
+        memory = SharedMemory.allocate(length, peers_write=writable)
         handle = self.register_memory_region(name, memory.view(), writable=writable)
         return PeerMemoryRegion(self, name, memory, handle)
 
