@@ -44,12 +44,17 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningMesh]:
     thread.start()
     running = running_mesh(tmp_path_factory.mktemp("peers"), ["control-plane", "peer-agent"])
     try:
-        yield asyncio.run_coroutine_threadsafe(running.__aenter__(), loop).result(60)
-        asyncio.run_coroutine_threadsafe(running.__aexit__(None, None, None), loop).result(60)
+        found = asyncio.run_coroutine_threadsafe(running.__aenter__(), loop).result(WAIT_S)
+        _loops[found] = loop
+        yield found
+        asyncio.run_coroutine_threadsafe(running.__aexit__(None, None, None), loop).result(WAIT_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+_loops: dict[RunningMesh, asyncio.AbstractEventLoop] = {}
 
 
 class Place:
@@ -415,3 +420,92 @@ async def test_the_same_is_awaited_in_programs_with_an_event_loop(place: Place) 
             with pytest.raises(PeerError):
                 await number
             assert a.stats()["regions"] == 2
+
+
+# --- while the mesh itself is in trouble ------------------------------------------------------------------------
+
+
+def test_a_peer_agent_that_is_killed_disturbs_no_connection_and_peers_find_each_other_when_it_is_back(
+    mesh: RunningMesh,
+) -> None:
+    place = Place(mesh.home.run / SOCKET_NAME, "killed-agent")
+    a = place.agent("a")
+    try:
+        with place.process("b") as b, place.process("c"):
+            conn = a.connect_to("b").wait(WAIT_S)
+            here = a.allocate_memory_region("kv", SIZE)
+            a.register_memory_region("private", bytearray(SIZE))
+            a.read("b", [("kv", 0, 0, 64), ("private", 0, 0, 64)]).wait(WAIT_S)
+            killed = mesh.pid("peer-agent")
+            os.kill(killed, signal.SIGKILL)
+            here.view[:64] = bytes(64)
+            a.read("b", ("private", 0, 0, 64)).wait(WAIT_S)
+            until(lambda: mesh.pid("peer-agent") not in (0, killed))
+            until(lambda: a.list_agents() == ["a", "b", "c"])
+            assert conn.is_connected()
+            a.read("b", ("private", 64, 64, 64)).wait(WAIT_S)
+            # Whether shared memory went on or its pages ended with the old peer-agent: the bytes are the right ones.
+            a.read("b", ("kv", 0, 0, 64)).wait(WAIT_S)
+            assert bytes(here.view[:64]) == PATTERN[:64]
+            a.connect_to("c").wait(WAIT_S)
+            a.read("c", ("kv", 64, 64, 64)).wait(WAIT_S)
+            b.kill()
+            until(lambda: conn.state == "failed")
+    finally:
+        a.shutdown()
+
+
+def test_peers_of_one_machine_connect_and_move_bytes_while_nats_stands_still(mesh: RunningMesh) -> None:
+    place = Place(mesh.home.run / SOCKET_NAME, "no-nats")
+    a = place.agent("a")
+    a.allocate_memory_region("kv", SIZE)
+    server = mesh.pid("nats-server")
+    try:
+        with place.process("b"):
+            os.kill(server, signal.SIGSTOP)
+            try:
+                a.connect_to("b").wait(WAIT_S)
+                a.read("b", ("kv", 0, 0, 64)).wait(WAIT_S)
+            finally:
+                os.kill(server, signal.SIGCONT)
+    finally:
+        a.shutdown()
+
+
+def test_peers_of_two_nodes_need_one_address_for_tcp_and_are_told_how_to_give_it(
+    mesh: RunningMesh, tmp_path: Path
+) -> None:
+    url = asyncio.run_coroutine_threadsafe(mesh.invite("n2"), _loops[mesh]).result(WAIT_S)
+    home = tmp_path / "n2"
+    environment = {
+        **os.environ,
+        "NATS_URL": url,
+        "COMPUTEMESH_NODE_ID": "n2",
+        "COMPUTEMESH_HOME": str(home),
+        "COMPUTEMESH_STRICT": "true",
+    }
+    other = subprocess.Popen([sys.executable, "-m", "computemesh_services.peer_agent"], env=environment)
+    there = home / "run" / SOCKET_NAME
+    try:
+        until(there.exists)
+        with start_peer_agent(mesh.home.run / SOCKET_NAME, alias="a", scope="nodes") as a:
+            with start_peer_agent(there, alias="b", scope="nodes"):
+                until(lambda: a.list_agents() == ["a", "b"])
+                with pytest.raises(PeerError, match="not on this machine"):
+                    a.connect_to("b", transport="shm")
+                with pytest.raises(PeerError, match="COMPUTEMESH_PEER_HOST"):
+                    a.connect_to("b").wait(WAIT_S)
+            for host in ("a", "b"):
+                here = "127.0.0.1" if host == "a" else None
+                near = start_peer_agent(mesh.home.run / SOCKET_NAME, alias="c", scope="nodes", local_host=here)
+                far_host = "127.0.0.1" if host == "b" else None
+                far = start_peer_agent(there, alias="d", scope="nodes", local_host=far_host)
+                with near, far:
+                    far.allocate_memory_region("kv", SIZE).view[:] = PATTERN
+                    mine = near.allocate_memory_region("kv", SIZE)
+                    assert near.connect_to("d").wait(WAIT_S).transport == "tcp"
+                    near.read("d", ("kv", 0, 0, SIZE)).wait(WAIT_S)
+                    assert bytes(mine.view) == PATTERN
+    finally:
+        other.terminate()
+        other.wait(WAIT_S)

@@ -23,6 +23,7 @@ from computemesh.peer.errors import (
     NOT_CONNECTED,
     NOT_FOUND,
     TIMED_OUT,
+    UNAVAILABLE,
     PeerError,
 )
 from computemesh.peer.signals import Accept, Accepted, Call, Called, GetPeer, Lost, PeerFacts
@@ -107,16 +108,21 @@ class Connections:
         Raises:
             PeerError: there is no such peer, no way to it, or a connection in that place with other terms.
         """
-        facts = self._life.ask(GetPeer(alias=peer), PeerFacts).peer
-        if facts is None:
-            raise PeerError(NOT_FOUND, f"there is no peer {peer!r} in scope {self._life.scope!r}")
-        same_host = facts.node_id == self._life.node_id
+        try:
+            facts = self._life.ask(GetPeer(alias=peer), PeerFacts).peer
+            if facts is None:
+                raise PeerError(NOT_FOUND, f"there is no peer {peer!r} in scope {self._life.scope!r}")
+            same_host, theirs = facts.node_id == self._life.node_id, ports(facts.resource)
+        except PeerError as error:
+            if error.code != UNAVAILABLE:
+                raise
+            same_host, theirs = True, []  # While the control plane is away, only peers of this machine can be reached.
         choice = choose(
             demand,
             same_host=same_host,
             absent=self.absent,
             mine=ports({"nics": self.facts()}),
-            theirs=ports(facts.resource),
+            theirs=theirs,
             local_device=local_device,
             peer_device=peer_device,
             ib_port=ib_port,
