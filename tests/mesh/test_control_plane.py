@@ -444,6 +444,36 @@ async def test_a_replica_that_ends_hands_over_and_nothing_is_told_twice(mesh: Ru
     await every_replica_lists(mesh, scope, [f"e{number:02}" for number in range(50)])
 
 
+async def test_a_replica_that_wakes_up_after_another_took_over_tells_nothing_twice(
+    mesh: RunningMesh, scope: str
+) -> None:
+    """It still thinks that it acts: what it would tell has a place that is taken."""
+    bus = await mesh.bus()
+    since = (await listed(bus, scope)).revision
+    holder = await mesh.holder("control-plane")
+    assert holder
+    other = next(name for name in REPLICAS if name != holder)
+    mesh.kill(holder, signal.SIGSTOP)
+    try:
+        async with httpx.AsyncClient(base_url=mesh.http(other), timeout=30) as http, asyncio.timeout(60):
+            body = {"scope": scope, "role": "decode"}
+            for number in range(10):
+                said = {**body, "engine_id": f"e{number}"}
+                assert (await http.post("/v1/engines/register", json=said)).status_code == 200
+            asked = {"scope": scope, "since": since}
+            while len((await http.get("/v1/engines/changes", params=asked)).json()["changes"]) < 10:
+                await asyncio.sleep(0.05)
+            assert await mesh.holder("control-plane") == other
+    finally:
+        mesh.kill(holder, signal.SIGCONT)
+    for number in range(10, 20):
+        await register(bus, scope, f"e{number}")
+    found = await told(bus, scope, 20, since)
+    assert [(one.change, one.engine_id) for one in found] == [("added", f"e{number}") for number in range(20)]
+    assert [one.previous for one in found[1:]] == [one.revision for one in found[:-1]]
+    await every_replica_lists(mesh, scope, sorted(f"e{number}" for number in range(20)))
+
+
 async def test_pages_of_a_large_scope_have_each_engine_once(mesh: RunningMesh, scope: str) -> None:
     bus = await mesh.bus()
     await asyncio.gather(*(register(bus, scope, f"e{number:03}", metadata="x" * 3000) for number in range(500)))

@@ -39,6 +39,9 @@ REACH_S: Final = 5.0
 SCOPES_MAX: Final = 100_000
 """Scopes of which the newest revision is remembered."""
 
+AGAIN_S: Final = 0.2
+"""Pause after changes could not be told."""
+
 READ_S: Final = 5.0
 """How long changes are read from the ledger for one answer."""
 
@@ -253,6 +256,7 @@ class ChangeLedger:
                 await self._reign(held)
             except BusError as error:
                 _log.warning("cannot tell changes", reason=str(error))
+                await asyncio.sleep(AGAIN_S)
             await held.release()
         self._ended.set()
 
@@ -266,7 +270,7 @@ class ChangeLedger:
             self.noticed(key)
         while True:
             await self._tell_all(held)
-            if held.lost.is_set() or self._draining:
+            if not held.certain or self._draining:
                 return
             lost = asyncio.create_task(held.lost.wait())
             something = asyncio.create_task(self._something.wait())

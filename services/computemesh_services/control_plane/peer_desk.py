@@ -56,6 +56,8 @@ SWEEP_S: Final = 5.0
 """How often it is looked for what is left of peers that are gone."""
 GONE_S: Final = 30.0
 """How long a replica that does not act remembers who went, in case that it is to act next."""
+ANSWER_S: Final = 4.0
+"""How long a peer may take to answer another one: less than that one waits for us."""
 COUNTER_TRIES: Final = 32
 ALIASES_AT_ONCE: Final = 100
 
@@ -449,7 +451,7 @@ class PeerDesk:
             return Refused(code="no_way", reason=reason, field="peer", status=409)
         called = PeerCalled(scope=said.scope, alias=said.alias, node_id=caller.node_id, peer=said.peer, body=said.body)
         try:
-            return await self._bus.ask(contracts.ANSWER, called, target=peer.node_id)
+            return await self._bus.ask(contracts.ANSWER, called, target=peer.node_id, timeout_s=ANSWER_S)
         except (NoResponder, TimedOut) as error:
             reason = f"the peer-agent of {said.peer!r}, on node {peer.node_id}, does not answer: {error}"
             return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
