@@ -3,14 +3,18 @@
 Run as a program it is that other end: it takes the link that is offered on standard input, and does what is told there.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from computemesh.peer.tcp import TcpEndpoint, TcpLink
@@ -18,6 +22,7 @@ from computemesh.peer.transport import DONE, Copy, LocalRegion, Outcome, Parties
 
 KEY = bytes(range(32))
 PATIENCE_S = 60.0
+MIB = 1024 * 1024
 
 
 class Settled:
@@ -96,6 +101,67 @@ def move(link: TcpLink, kind: Literal["read", "write"], *copies: Copy, imm: int 
     if drive is not None:
         drive(None)
     return settled.wait()
+
+
+class Pair:
+    """Two endpoints of one process, with a link, and a region of either."""
+
+    def __init__(self, a: TcpEndpoint, b: TcpEndpoint, length: int = 4 * MIB) -> None:
+        self.a, self.b = a, b
+        self.link, self.back = connect(a, b)
+        self.mine = region(bytearray(length), handle=1)
+        self.theirs = region(bytearray(secrets.token_bytes(length)), handle=2)
+        self.remote = exposed(b, self.theirs)
+
+    def close(self) -> None:
+        self.a.close()
+        self.b.close()
+
+
+def bytes_of(region: LocalRegion) -> bytes:
+    assert region.view is not None
+    return bytes(region.view)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+def loss_of(link: TcpLink) -> Settled:
+    """Its reason is that for which the link is lost."""
+    lost = Settled()
+
+    def tell(reason: str) -> None:
+        lost(Outcome(reason=reason))
+
+    link.on_lost = tell
+    return lost
+
+
+@contextmanager
+def held(link: TcpLink) -> Generator[None]:
+    """Nothing is answered by this link meanwhile, as if its thread had no time."""
+    with ExitStack() as locked:
+        for lane in link._answerers:
+            locked.enter_context(lane._lock)
+        yield
+
+
+@contextmanager
+def not_reading(link: TcpLink) -> Generator[None]:
+    """This link reads no answers meanwhile, and sends nothing more than the sockets took at once."""
+    with ExitStack() as locked:
+        for lane in link._askers:
+            locked.enter_context(lane._receiving)
+            locked.enter_context(lane._sending)
+        yield
 
 
 class OtherProcess:

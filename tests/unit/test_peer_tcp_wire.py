@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from computemesh.peer.tcp.views import advance, upto
@@ -175,6 +175,7 @@ def test_a_region_that_was_there_is_stale_and_one_that_never_was_is_none() -> No
 
 
 @given(lengths=st.lists(st.integers(0, 40), max_size=8), parts=st.integers(1, 6))
+@example(lengths=[1, 0], parts=1)
 def test_parts_have_every_byte_once_and_are_of_about_one_size(lengths: list[int], parts: int) -> None:
     dealt = cut(list(enumerate(lengths)), parts)
     assert 1 <= len(dealt) <= parts

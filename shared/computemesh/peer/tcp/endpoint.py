@@ -350,9 +350,9 @@ class _Listener:
 
     def refuse(self, knock: _Knock) -> None:
         """Closes it without a word."""
+        self._endpoint.count("strangers")
         self.release(knock)
         knock.sock.close()
-        self._endpoint.count("strangers")
 
     def release(self, knock: _Knock) -> None:
         del self._knocks[knock.fd]
