@@ -310,4 +310,5 @@ def test_a_breach_is_counted(pair: Pair) -> None:
     lost = loss_of(pair.back)
     pair.link._askers[0].sock.sendall(bytes([READ, 9]) + bytes(22))
     assert "kind 1" in lost.wait().reason
-    assert pair.b.stats()["breaches"] == 1
+    until(lambda: pair.b.stats().get("breaches") == 1)
+    assert pair.b.stats() == {"links": 1, "lost": 1, "breaches": 1}

@@ -207,17 +207,19 @@ class TcpLink:
         self._opened.set()
 
     def lose(self, reason: str, *, breach: bool = False) -> None:
-        if breach:
-            self._host.count("breaches")
-        self._finish(Outcome(LINK_LOST, reason), lost=True)
+        if self._finish(Outcome(LINK_LOST, reason), lost=True):
+            self._host.count("lost")
+            if breach:
+                self._host.count("breaches")
 
     def close(self) -> None:
         self._finish(Outcome(CANCELLED, "the connection was closed"), lost=False)
 
-    def _finish(self, outcome: Outcome, *, lost: bool) -> None:
+    def _finish(self, outcome: Outcome, *, lost: bool) -> bool:
+        """Begins the end; False when it has begun already."""
         with self._lock:
             if self._end is not None:
-                return
+                return False
             self._end = outcome
             self._lost = lost
         for sock in self._sockets.values():
@@ -230,6 +232,7 @@ class TcpLink:
             for sock in self._sockets.values():
                 sock.close()
             self._ended()
+        return True
 
     def disposed(self) -> None:
         with self._lock:
