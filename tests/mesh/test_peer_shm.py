@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from computemesh.peer import epochs, memory, shm
 from computemesh.peer.epochs import ROWS, SLOTS, Epochs, PeerEpochs
 from computemesh.peer.memory import Descriptor, SharedMemory, is_sealed, reopened
-from computemesh.peer.shm import INLINE_MAX, PIECE, SLICE_MAX, ShmEndpoint, pieces
+from computemesh.peer.shm import COPIES_MAX, INLINE_MAX, PIECE, SLICE_MAX, ShmEndpoint, pieces
 from computemesh.peer.transport import Copy, LocalRegion, Outcome, RemoteRegion, TransportError
 from tests.mesh.peer_process import PARTIES, PeerProcess, Reader, digest, local_region, moved, pattern
 
@@ -90,10 +90,10 @@ def test_bytes_come_and_go_whole_whatever_the_size(other: PeerProcess, mine: Rea
         ),
         max_size=8,
     ),
-    limits=st.sampled_from([(INLINE_MAX, SLICE_MAX, PIECE), (100, 50, 1000), (0, 0, 65_536)]),
+    limits=st.sampled_from([(INLINE_MAX, 1024, SLICE_MAX, PIECE), (100, 2, 50, 1000), (0, 0, 0, 65_536)]),
 )
 def test_transfers_do_what_copies_of_bytes_do(
-    other: PeerProcess, orders: list[tuple[bool, list[Place]]], limits: tuple[int, int, int]
+    other: PeerProcess, orders: list[tuple[bool, list[Place]]], limits: tuple[int, int, int, int]
 ) -> None:
     """Held against two bytearrays: orders of several copies, between several regions, with all ways of copying."""
     mine, size = Reader(), 300_000
@@ -101,7 +101,7 @@ def test_transfers_do_what_copies_of_bytes_do(
     models = [bytearray(pattern(size, number)) for number in range(2)]
     local, model = room(size), bytearray(size)
     with pytest.MonkeyPatch.context() as patch:
-        for name, limit in zip(("INLINE_MAX", "SLICE_MAX", "PIECE"), limits, strict=True):
+        for name, limit in zip(("INLINE_MAX", "COPIES_MAX", "SLICE_MAX", "PIECE"), limits, strict=True):
             patch.setattr(shm, name, limit)
         for writing, places in orders:
             copies = [
@@ -298,6 +298,57 @@ def test_the_end_of_a_region_waits_for_who_writes_but_not_for_the_dead(other: Pe
         writer.ask("enter", [page.fd], slot=second)
         writer.kill()
         assert page.clear(second, 5.0)
+    assert page.put(9) == second
+    assert page.clear(second, 0.0)  # The dead one's word is forgotten.
+
+
+def test_a_region_ends_only_when_the_last_of_a_connections_threads_has_written() -> None:
+    page = Epochs()
+    slot = page.put(5)
+    assert slot is not None
+    writer = PeerEpochs(reopened(page.fd))
+    writer.enter(slot)
+    writer.enter(slot)
+    writer.leave(slot)
+    assert not page.clear(slot, 0.05)
+    writer.leave(slot)
+    assert page.clear(slot, 0.0)
+
+
+def test_the_word_of_a_child_that_writes_is_not_that_of_its_parent() -> None:
+    page = Epochs()
+    slot = page.put(5)
+    assert slot is not None
+    writer = PeerEpochs(reopened(page.fd))
+    writer.enter(slot)
+    child = os.fork()
+    if not child:  # pragma: no cover
+        writer.enter(slot)
+        writer.leave(slot)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not page.clear(slot, 0.05)
+    writer.leave(slot)
+    assert page.clear(slot, 0.0)
+
+
+def test_an_order_of_nothing_is_done(other: PeerProcess, mine: Reader) -> None:
+    """However many times nothing."""
+    remote, local = other.put(length=64), room(64)
+    for count in (0, 1, 5, COPIES_MAX + 1):
+        for kind in ("read", "write"):
+            assert moved(mine.link, kind, *[Copy(local, 0, remote, 0, 0)] * count) == Outcome()
+    other.ask("end", name="kv")
+
+
+def test_many_small_copies_are_one_order(other: PeerProcess, mine: Reader) -> None:
+    count = 2 * COPIES_MAX
+    remote, local = other.put(length=2 * count, seed=3), room(2 * count)
+    copies = [Copy(local, 2 * number, remote, 2 * (count - 1 - number), 2) for number in range(count)]
+    assert moved(mine.link, "read", *copies) == Outcome()
+    data = pattern(2 * count, 3)
+    assert bytes(view_of(local)) == b"".join(data[at : at + 2] for at in range(2 * count - 2, -1, -2))
+    other.ask("end", name="kv")
 
 
 def test_a_region_that_cannot_end_says_so(other: PeerProcess, mine: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,9 +506,10 @@ def test_the_end_of_a_child_does_not_end_the_regions_of_its_parent(mine: Reader)
     assert token is not None
     child = os.fork()
     if not child:  # pragma: no cover
+        exposed = mine.endpoint.expose(room(64))
         mine.endpoint.conceal(region)
         mine.endpoint.close()
-        os._exit(0 if mine.endpoint.expose(room(64)) is None else 1)
+        os._exit(0 if exposed is None else 1)
     assert os.waitpid(child, 0)[1] == 0
     page = PeerEpochs(reopened(mine.endpoint.epochs_fd))
     assert page.slots[token["slot"]] == region.epoch

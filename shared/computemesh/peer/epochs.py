@@ -72,11 +72,10 @@ class Epochs:
         self._slots[slot] = 0
         fence()
         deadline = time.monotonic() + timeout_s
-        while any(self._writes(row) for row, busy in enumerate(self._rows[slot::SLOTS].tobytes()) if busy):
+        while any(self._writes(row, slot) for row, busy in enumerate(self._rows[slot::SLOTS].tobytes()) if busy):
             if time.monotonic() > deadline:
                 return False
             time.sleep(_WAIT_STEP_S)
-        self._rows[slot::SLOTS] = bytes(ROWS)
         self._free.append(slot)
         return True
 
@@ -85,10 +84,12 @@ class Epochs:
         if os.getpid() == self._pid:
             self._slots[:] = memoryview(bytes(_ROWS_AT)).cast("Q")
 
-    def _writes(self, row: int) -> bool:
-        """Whether somebody has this row; the locks of the dead are free."""
+    def _writes(self, row: int, slot: int) -> bool:
+        """Whether somebody has this row, where it says so. Only a dead one's is cleared: the living do it themselves,
+        also those that were too late and are about to see it."""
         if not _lock(self.fd, row):
             return True
+        self._rows[row * SLOTS + slot] = 0
         _unlock(self.fd, row)
         return False
 

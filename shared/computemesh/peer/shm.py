@@ -55,6 +55,9 @@ if sys.platform == "linux":
 INLINE_MAX: Final = 4 * 1024**2
 """Bytes of an order that are copied at once, in the thread that orders: half a millisecond at the speed of memory."""
 
+COPIES_MAX: Final = 1024
+"""Copies of an order that are made at once: a millisecond at most, however small they are."""
+
 SLICE_MAX: Final = 256 * 1024
 """Bytes of a copy that a slice of a memoryview takes: that costs 0.2 µs less than `memmove` through ctypes, but holds
 the interpreter, here for 8 to 30 µs at most. A larger copy lets other threads run meanwhile."""
@@ -213,7 +216,7 @@ class ShmLink:
             done(outcome)
             return None
         total = copies[0].length if len(copies) == 1 else sum([copy.length for copy in copies])
-        if total <= INLINE_MAX:
+        if not total or (total <= INLINE_MAX and len(copies) <= COPIES_MAX):
             done(self._now(kind, copies))
             return None
         used: list[Reach] = []
@@ -282,10 +285,14 @@ class ShmLink:
 
     def _now(self, kind: Kind, copies: Sequence[Copy]) -> Outcome:
         used: list[Reach] = []
-        failure = self.begin(kind, copies, used)
-        if failure is None:
-            failure = self.move(kind, [(copy, 0, copy.length) for copy in copies])
-        return _ended(kind, used, failure)
+        failure: Outcome | None = _CLOSED  # Unless something else comes of it, as when it is interrupted.
+        try:
+            failure = self.begin(kind, copies, used)
+            if failure is None:
+                failure = self.move(kind, [(copy, 0, copy.length) for copy in copies])
+        finally:
+            outcome = _ended(kind, used, failure)
+        return outcome
 
     def begin(self, kind: Kind, copies: Sequence[Copy], used: list[Reach]) -> Outcome | None:
         """Makes the peer's regions ready. Those in `used` must be given to :func:`_ended`, whatever this returns."""
@@ -298,6 +305,8 @@ class ShmLink:
             if kind == "write":
                 if not reach.writable:
                     return _READ_ONLY
+                if not reach.fresh():
+                    return _STALE
                 try:
                     reach.epochs.enter(reach.slot)
                 except OSError as error:
