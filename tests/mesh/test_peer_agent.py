@@ -779,6 +779,7 @@ async def test_transfers_end_with_their_process_and_when_their_time_is_over(
         await until(lambda: watched.of("t-late"), what="a transfer has a time")
         assert [(one.ok, one.code) for one in watched.of("t-killed")] == [(False, "no_peer")]
         assert [(one.ok, one.code) for one in watched.of("t-late")] == [(False, "timed_out")]
+        assert await order(mesh, transfer("t-killed", alias="victim"), "n2") == "failed", "though its process is gone"
         assert await order(mesh, transfer("t-drain", timeout_s=60), "n2") == "running"
         a.end.tell(Ended(outcome=watched.of("t-late")[0]))  # It comes too late, and is not told again.
         agent.send_signal(signal.SIGTERM)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Piece, Transfer, TransferBegun, Transferred
 from computemesh_services.peer_agent import transfers
 from computemesh_services.peer_agent.desk import Name
@@ -33,19 +32,21 @@ def outcome(transfer_id: str, *, ok: bool = True) -> Transferred:
     )
 
 
-def state(answer: TransferBegun | Refused | None) -> str:
+def ask(book: Transfers, wanted: Transfer, now: float) -> str:
+    """Where it stands, `new` when it runs from now on, or the code of the refusal."""
+    answer = book.known(wanted) or book.begin(wanted, now)
     return "new" if answer is None else answer.state if isinstance(answer, TransferBegun) else answer.code
 
 
 def test_an_id_is_begun_once_and_stands_for_its_terms_for_good() -> None:
     """Also after its end."""
     book = Transfers(10, "n1")
-    assert state(book.begin(transfer("t"), 0.0)) == "new"
-    assert state(book.begin(transfer("t"), 1.0)) == "running"
-    assert state(book.begin(transfer("t", peer="c"), 1.0)) == "conflict"
+    assert ask(book, transfer("t"), 0.0) == "new"
+    assert ask(book, transfer("t"), 1.0) == "running"
+    assert ask(book, transfer("t", peer="c"), 1.0) == "conflict"
     assert book.end(A, outcome("t")) is not None
-    assert state(book.begin(transfer("t"), 2.0)) == "completed"
-    assert state(book.begin(transfer("t", peer="c"), 2.0)) == "conflict"
+    assert ask(book, transfer("t"), 2.0) == "completed"
+    assert ask(book, transfer("t", peer="c"), 2.0) == "conflict"
     assert book.running == 0
 
 
@@ -59,7 +60,7 @@ def test_an_end_is_told_once_by_its_process_and_in_its_name() -> None:
     assert told is not None
     assert (told.node_id, told.scope, told.alias, told.ok, told.at) == ("n1", "s", "a", False, 5.0)
     assert book.end(A, outcome("t")) is None
-    assert state(book.begin(transfer("t"), 1.0)) == "failed"
+    assert ask(book, transfer("t"), 1.0) == "failed"
 
 
 def test_what_an_earlier_life_began_is_told_by_this_one() -> None:
@@ -72,15 +73,15 @@ def test_what_an_earlier_life_began_is_told_by_this_one() -> None:
 def test_no_more_run_than_may() -> None:
     """One that ended, or was not begun after all, makes room."""
     book = Transfers(2, "n1")
-    assert [state(book.begin(transfer(f"t{number}"), 0.0)) for number in range(3)] == [
+    assert [ask(book, transfer(f"t{number}"), 0.0) for number in range(3)] == [
         "new",
         "new",
         "too_many_requests",
     ]
     book.forget("t0")
-    assert state(book.begin(transfer("t2"), 0.0)) == "new"
+    assert ask(book, transfer("t2"), 0.0) == "new"
     assert book.end(A, outcome("t1")) is not None
-    assert state(book.begin(transfer("t0"), 0.0)) == "new"
+    assert ask(book, transfer("t0"), 0.0) == "new"
 
 
 def test_what_is_not_ended_in_its_time_or_with_its_process_fails() -> None:
@@ -97,7 +98,7 @@ def test_what_is_not_ended_in_its_time_or_with_its_process_fails() -> None:
     (last,) = book.fail_all("cancelled", "the end", 103.0, 9.0)
     assert (last.transfer_id, last.alias, last.code) == ("other", "b", "cancelled")
     assert book.running == 0
-    assert [state(book.begin(transfer("soon", timeout_s=1.0), 104.0))] == ["failed"]
+    assert [ask(book, transfer("soon", timeout_s=1.0), 104.0)] == ["failed"]
     assert book.end(A, outcome("soon")) is None
 
 
@@ -106,5 +107,5 @@ def test_the_oldest_ends_are_forgotten() -> None:
     book = Transfers(10, "n1")
     for number in range(transfers.KEPT + 1):
         book.end(A, outcome(f"t{number}"))
-    assert state(book.begin(transfer("t0"), 0.0)) == "new"
-    assert state(book.begin(transfer(f"t{transfers.KEPT}"), 0.0)) == "conflict"
+    assert ask(book, transfer("t0"), 0.0) == "new"
+    assert ask(book, transfer(f"t{transfers.KEPT}"), 0.0) == "conflict"

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import resource
-import stat
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from msgspec.structs import replace
-from prometheus_client import Counter, Gauge
 
 from computemesh import log
 from computemesh.bus import Bus, BusError, MicroService
 from computemesh.contracts import peers
 from computemesh.contracts.base import AnyBound, Refused, serve
 from computemesh.contracts.peers import (
-    Close,
-    Closed,
-    Connect,
-    Connected,
     MemoryList,
-    PeerAnswered,
-    PeerCall,
-    PeerCalled,
     PeerChanged,
     PeerGet,
     PeerRegister,
     PeersList,
-    Resolve,
-    Resolved,
     TopologyGet,
     TopologyPut,
     Transfer,
-    TransferBegun,
-    Transferred,
 )
 from computemesh.edge import Extra
 from computemesh.ids import new_id
@@ -47,17 +32,13 @@ from computemesh.peer.frames import close_fds
 from computemesh.peer.signals import (
     PROTOCOL,
     Accept,
-    Accepted,
     Aliases,
     Answer,
-    Begun,
     Call,
-    Called,
     Desired,
     Done,
     DropRegion,
     Ended,
-    Frame,
     GetMemory,
     GetPeer,
     Hello,
@@ -66,65 +47,38 @@ from computemesh.peer.signals import (
     ListPeers,
     Lost,
     MemoryFacts,
-    Order,
     PeerFacts,
     PutEpochs,
     PutRegion,
     Question,
-    RegionsResolved,
     SetTopology,
     TopologyFacts,
     Welcome,
 )
+from computemesh_services.peer_agent.calls import Calls
 from computemesh_services.peer_agent.config import PeerAgentConfig
+from computemesh_services.peer_agent.descriptors import EPOCHS_BYTES_MAX, allow_descriptors, size_of
 from computemesh_services.peer_agent.desk import (
     CloseFar,
-    CloseFd,
     Desk,
-    Effect,
     Name,
     Process,
-    TellLost,
-    ZeroEpochs,
 )
 from computemesh_services.peer_agent.door import Door, Line
 from computemesh_services.peer_agent.hosted import Hosted, Hosts
+from computemesh_services.peer_agent.measures import LINKS, PROCESSES, REFUSED, REGIONS, RUNNING, answer, count
+from computemesh_services.peer_agent.orders import Orders
 from computemesh_services.peer_agent.plane import Plane, within
-from computemesh_services.peer_agent.transfers import Transfers
 
 HELLO_S: Final = 10.0
 """For a process to say who it is."""
 REGISTER_S: Final = 20.0
 """How long the control plane is waited for when a process says hello."""
-ACCEPT_S: Final = 4.0
-"""For a process to take a connection from another node; less than those who ask wait."""
-ACCEPT_HERE_S: Final = 20.0
-CALL_S: Final = 8.0
 CLOSE_S: Final = 0.5
 """How long peers on other nodes are told of an end before the control plane forgets the process."""
-ORDER_S: Final = 3.0
-"""For a process to say that it begins a transfer; then it is taken to have begun."""
 BUSY_MAX: Final = 256
 """Questions of one process in hand."""
-EPOCHS_BYTES_MAX: Final = 16 * 1024 * 1024
 TICK_S: Final = 1.0
-
-PROCESSES: Final = Gauge("computemesh_peer_processes", "Processes of this node that are peers.")
-REGIONS: Final = Gauge("computemesh_peer_regions", "Pieces of memory that they offer.")
-LINKS: Final = Gauge("computemesh_peer_links", "Ends of connections that they have.")
-RUNNING: Final = Gauge("computemesh_peer_transfers_running", "Transfers that were ordered over the bus and run.")
-ASKED: Final = Counter(
-    "computemesh_peer_questions_total", "What processes asked, by kind and outcome.", ["kind", "outcome"]
-)
-REFUSED: Final = Counter("computemesh_peer_refusals_total", "What processes were refused, by code.", ["code"])
-TRANSFERS: Final = Counter(
-    "computemesh_peer_transfers_total",
-    "Transfers that were ordered over the bus, by kind and outcome.",
-    ["kind", "outcome"],
-)
-BYTES: Final = Counter(
-    "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
-)
 
 _log = log.get("service")
 
@@ -140,22 +94,21 @@ class PeerAgentService:
         self._door = Door(path, config.peer_processes_max, self)
         self._hosts = Hosts(path, config.peer_host)
         self._plane = Plane(bus, self._desk, self._on_lost, peers.HEARTBEAT_S)
-        self._transfers = Transfers(config.peer_transfers_max, config.node_id)
         self._lines: dict[Name, Line] = {}
         self._leaving: dict[Name, asyncio.Task[None]] = {}
         """Processes that have ended, and that the control plane may not have forgotten yet."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._defects: asyncio.Queue[BaseException] = asyncio.Queue()
-        self._untold: asyncio.Queue[Transferred] = asyncio.Queue()
-        self._one_ended = asyncio.Event()
+        self._orders = Orders(bus, self._desk, self._lines, config.node_id, config.peer_transfers_max)
+        self._calls = Calls(bus, self._desk, self._lines, config.node_id, self._task)
         self._draining = False
 
     # --- the life of the service -------------------------------------------------------------------------------------
 
     def endpoints(self) -> list[AnyBound]:
         return [
-            serve(peers.ANSWER, self.on_call, target=self._node_id),
-            serve(peers.TRANSFER, self.on_transfer, target=self._node_id),
+            serve(peers.ANSWER, self._calls.on_call, target=self._node_id),
+            serve(peers.TRANSFER, self._orders.on_transfer, target=self._node_id),
         ]
 
     def extras(self) -> list[Extra]:
@@ -167,7 +120,7 @@ class PeerAgentService:
         self._door.open()
         spawn(self._plane.beat_forever())
         spawn(self._raise_defects())
-        spawn(self._tell_ends())
+        spawn(self._orders.tell_forever())
         spawn(self._tick())
         spawn(self._catch_up())
         _log.info("listening", socket=str(self._door.path), node_id=self._node_id)
@@ -176,16 +129,7 @@ class PeerAgentService:
         """Transfers that run may end; processes look for the next life of the peer-agent, and stay who they are."""
         self._draining = True
         self._door.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.6 * self._config.drain_timeout_s):
-                while self._transfers.running:
-                    self._one_ended.clear()
-                    await self._one_ended.wait()
-        for ended in self._transfers.fail_all("cancelled", "the peer-agent ends", time.monotonic(), time.time()):
-            self._ended(ended)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.2 * self._config.drain_timeout_s):
-                await self._untold.join()
+        await self._orders.drain(0.8 * self._config.drain_timeout_s)
         hosted = [line.hosted for line in self._door.lines if line.hosted is not None]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.1 * self._config.drain_timeout_s):
@@ -203,7 +147,7 @@ class PeerAgentService:
             "peers": len(self._desk),
             "regions": self._desk.regions(),
             "links": self._desk.links(),
-            "transfers": self._transfers.running,
+            "transfers": self._orders.running,
         }
 
     def unready(self) -> str:
@@ -227,8 +171,7 @@ class PeerAgentService:
         """What is to be done from time to time."""
         while True:
             await asyncio.sleep(TICK_S)
-            for ended in self._transfers.fail_overdue(time.monotonic(), time.time()):
-                self._ended(ended)
+            self._orders.look()
             for line in list(self._door.lines):
                 if not line.hello and time.monotonic() - line.since > HELLO_S:
                     line.end(f"said no hello within {HELLO_S:g} s")
@@ -238,7 +181,7 @@ class PeerAgentService:
         PROCESSES.set(len(self._desk))
         REGIONS.set(self._desk.regions())
         LINKS.set(self._desk.links())
-        RUNNING.set(self._transfers.running)
+        RUNNING.set(self._orders.running)
 
     async def _catch_up(self) -> None:
         """After the bus was away: who is known still, and what is desired now."""
@@ -256,7 +199,7 @@ class PeerAgentService:
         if isinstance(ask, Hello) == line.hello:
             close_fds(fds)
             reason = "hello was said already" if line.hello else "the first question is hello"
-            self._answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
+            answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
             return
         if isinstance(ask, Hello):
             line.hello = True
@@ -268,31 +211,30 @@ class PeerAgentService:
             reason = (
                 "the process is not welcome yet" if name is None else "the process speaks over another connection now"
             )
-            self._answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
+            answer(line, number, ask, Refused(code="bad_message", reason=reason, field="ask.kind"))
             return
         if isinstance(ask, Ended):
-            if (ended := self._transfers.end(name, ask.outcome)) is not None:
-                self._ended(ended)
+            self._orders.told(name, ask.outcome)
             return
         if line.busy >= BUSY_MAX:
             close_fds(fds)
             reason = f"{BUSY_MAX} questions of this process are in hand"
             refused = Refused(code="too_many_requests", reason=reason, status=429, retry="later")
-            self._answer(line, number, ask, refused)
+            answer(line, number, ask, refused)
             return
         if line.hosted is not None:
             self._task(self._asked_by_hosted(line, line.hosted, name, number, ask, fds))
             return
         match ask:
             case PutRegion() | PutEpochs() | DropRegion():  # At once, so that they happen in their order.
-                answer = self._memory(name, ask, fds)
-                if isinstance(answer, Refused):
-                    self._answer(line, number, ask, answer)
+                said = self._memory(name, ask, fds)
+                if isinstance(said, Refused):
+                    answer(line, number, ask, said)
                     return
                 if isinstance(ask, PutEpochs):
-                    self._answer(line, number, ask, Done())
+                    answer(line, number, ask, Done())
                     return
-                self._task(self._tell_memory(line, name, number, ask, answer))
+                self._task(self._tell_memory(line, name, number, ask, said))
             case _:
                 self._task(self._asked(line, name, number, ask))
 
@@ -315,27 +257,15 @@ class PeerAgentService:
             return
         self._leave(name, "the process has ended")
 
-    def _answer(
-        self, line: Line, number: int, ask: Question | Ended, answer: Answer | Refused, fds: Sequence[int] = ()
-    ) -> None:
-        kind = type(ask).__name__
-        if isinstance(answer, Refused):
-            REFUSED.labels(answer.code).inc()
-            ASKED.labels(kind, answer.code).inc()
-            line.say(Frame(id=number, refused=answer))
-        else:
-            ASKED.labels(kind, "ok").inc()
-            line.say(Frame(id=number, answer=answer), fds)
-
     # --- processes come and go ---------------------------------------------------------------------------------------
 
     async def _hello(self, line: Line, number: int, hello: Hello) -> None:
-        answer = await (self._host(line, hello) if hello.hosted else self._welcome(line, hello))
-        self._answer(line, number, hello, answer)
-        if isinstance(answer, Refused):
+        said = await (self._host(line, hello) if hello.hosted else self._welcome(line, hello))
+        answer(line, number, hello, said)
+        if isinstance(said, Refused):
             line.end("")
         elif line.name is not None and line.hosted is None:
-            _log.info("welcome", scope=answer.scope, alias=answer.alias, pid=line.pid)
+            _log.info("welcome", scope=said.scope, alias=said.alias, pid=line.pid)
             await self._refresh(line.name)
 
     async def _welcome(self, line: Line, hello: Hello) -> Welcome | Refused:
@@ -405,7 +335,7 @@ class PeerAgentService:
         """The process is here a second time; its first connection is a leftover."""
         line = self._lines.pop(name)
         self._plane.leave(name)
-        self._do(self._desk.forget(name))
+        self._calls.do(self._desk.forget(name))
         line.end("")
 
     def _leave(self, name: Name, reason: str) -> None:
@@ -417,9 +347,8 @@ class PeerAgentService:
         self._plane.leave(name)
         effects = self._desk.leave(name, f"{name.alias}: {reason}")
         far = [effect for effect in effects if isinstance(effect, CloseFar)]
-        self._do([effect for effect in effects if not isinstance(effect, CloseFar)])
-        for ended in self._transfers.fail_of(name, "no_peer", f"{name.alias}: {reason}", time.monotonic(), time.time()):
-            self._ended(ended)
+        self._calls.do([effect for effect in effects if not isinstance(effect, CloseFar)])
+        self._orders.process_ended(name, f"{name.alias}: {reason}")
         self._forget(name, process.instance, far)
 
     def _forget(self, name: Name, instance: str, far: Iterable[CloseFar] = ()) -> None:
@@ -442,7 +371,7 @@ class PeerAgentService:
                     await asyncio.wait({leaving})
 
     async def _say_gone(self, name: Name, instance: str, far: Iterable[CloseFar]) -> None:
-        closing = [self._task(self._close_far(name, instance, effect)) for effect in far]
+        closing = [self._task(self._calls.close_far(name, instance, effect)) for effect in far]
         if closing:  # While the control plane knows who says it.
             await asyncio.wait(closing, timeout=CLOSE_S)
         await self._plane.forget(name, instance)
@@ -454,28 +383,6 @@ class PeerAgentService:
             _log.warning("an alias is another's now", scope=name.scope, alias=name.alias, reason=reason)
             line.end("its alias is another's now")
 
-    # --- what follows ------------------------------------------------------------------------------------------------
-
-    def _do(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case TellLost():
-                    if (line := self._lines.get(effect.to)) is not None:
-                        line.tell(Lost(peer=effect.peer, link=effect.link, reason=effect.reason[:500]))
-                case CloseFd():
-                    os.close(effect.fd)
-                case ZeroEpochs():
-                    zero(effect.fd)
-                case CloseFar():
-                    raise AssertionError("said by who knows in whose name")
-
-    async def _close_far(self, name: Name, instance: str, effect: CloseFar) -> None:
-        """Best effort: a peer whose node does not hear of it finds the connection broken."""
-        body = Close(link=effect.link, reason=effect.reason[:500])
-        call = PeerCall(scope=name.scope, alias=name.alias, instance=instance, peer=effect.peer, body=body)
-        with contextlib.suppress(BusError):
-            await self._bus.ask(peers.CALL, call)
-
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def _memory(self, name: Name, ask: PutRegion | PutEpochs | DropRegion, fds: tuple[int, ...]) -> Done | Refused:
@@ -486,7 +393,7 @@ class PeerAgentService:
                     close_fds(fds)
                     reason = f"a page of epochs is memory of 1 to {EPOCHS_BYTES_MAX} bytes"
                     return Refused(code="bad_message", reason=reason, field="ask.fds")
-                self._do(self._desk.put_epochs(name, fds[0]))
+                self._calls.do(self._desk.put_epochs(name, fds[0]))
                 return Done()
             case PutRegion():
                 fd = fds[0] if fds else -1
@@ -494,23 +401,21 @@ class PeerAgentService:
                 if isinstance(effects, Refused):
                     close_fds(fds)
                     return effects
-                self._do(effects)
+                self._calls.do(effects)
                 return Done()
             case DropRegion():
                 found, effects = self._desk.drop(name, ask.name, ask.epoch)
-                self._do(effects)
+                self._calls.do(effects)
                 return Done(found=found)
 
-    async def _tell_memory(
-        self, line: Line, name: Name, number: int, ask: PutRegion | DropRegion, answer: Done
-    ) -> None:
+    async def _tell_memory(self, line: Line, name: Name, number: int, ask: PutRegion | DropRegion, said: Done) -> None:
         """The process hears that it is done when others can see it, or as soon as it is clear that they can't now."""
         line.busy += 1
-        refused = await self._plane.changed(name, ask.name) if answer.found else None
+        refused = await self._plane.changed(name, ask.name) if said.found else None
         line.busy -= 1
         if refused is not None and isinstance(ask, PutRegion) and self._lines.get(name) is line:
-            self._do(self._desk.drop(name, ask.name, ask.epoch)[1])
-        self._answer(line, number, ask, refused or answer)
+            self._calls.do(self._desk.drop(name, ask.name, ask.epoch)[1])
+        answer(line, number, ask, refused or said)
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -520,12 +425,12 @@ class PeerAgentService:
         line.busy += 1
         try:
             if isinstance(ask, Call):
-                await self._call(line, name, number, ask)
+                await self._calls.call(line, name, number, ask)
             else:
-                self._answer(line, number, ask, await self._found(name, ask))
+                answer(line, number, ask, await self._found(name, ask))
         except BusError as error:
             reason = f"the control plane does not answer: {error}"
-            self._answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
+            answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
         finally:
             line.busy -= 1
 
@@ -534,30 +439,30 @@ class PeerAgentService:
     ) -> None:
         line.busy += 1
         try:
-            answer: Answer | Refused
+            said: Answer | Refused
             match ask:
                 case PutRegion():
                     async with line.turn:
-                        answer = await self._hosts.run(lambda: hosted.put(ask, fds))
+                        said = await self._hosts.run(lambda: hosted.put(ask, fds))
                 case DropRegion():
                     async with line.turn:
-                        answer = await self._hosts.run(lambda: hosted.drop(ask))
+                        said = await self._hosts.run(lambda: hosted.drop(ask))
                 case HostedTransfer():
                     async with line.turn:  # What was put before is there.
                         pass
-                    answer = await self._move(hosted, name, ask.transfer)
+                    said = await self._move(hosted, name, ask.transfer)
                 case PutEpochs() | Call():
                     close_fds(fds)
                     reason = "the peer-agent does that for a hosted process"
-                    answer = Refused(code="bad_message", reason=reason, field="ask.kind")
+                    said = Refused(code="bad_message", reason=reason, field="ask.kind")
                 case _:
-                    answer = await self._found(name, ask)
+                    said = await self._found(name, ask)
         except BusError as error:
-            reason = f"the control plane does not answer: {error}"
-            answer = Refused(code="unavailable", reason=reason, status=503, retry="later")
+            reason = f"the control plane does not said: {error}"
+            said = Refused(code="unavailable", reason=reason, status=503, retry="later")
         finally:
             line.busy -= 1
-        self._answer(line, number, ask, answer)
+        answer(line, number, ask, said)
 
     async def _move(self, hosted: Hosted, name: Name, transfer: Transfer) -> HostedTransferred | Refused:
         if (transfer.scope, transfer.alias) != name:
@@ -566,8 +471,7 @@ class PeerAgentService:
         if (refused := self._desk.may_move(transfer)) is not None:
             return replace(refused, field=f"ask.transfer.{refused.field}")
         outcome = await self._hosts.run(lambda: hosted.move(transfer))
-        TRANSFERS.labels(outcome.kind, "ok" if outcome.ok else outcome.code).inc()
-        BYTES.labels(outcome.transport or "").inc(outcome.bytes)
+        count(outcome)
         return HostedTransferred(outcome=outcome)
 
     async def _found(self, name: Name, ask: Question) -> Answer | Refused:
@@ -608,129 +512,7 @@ class PeerAgentService:
             if (after := page.next) is None:
                 return Aliases(aliases=found)
 
-    # --- what a process says to a peer -------------------------------------------------------------------------------
-
-    async def _call(self, line: Line, name: Name, number: int, ask: Call) -> None:
-        here = self._lines.get(Name(name.scope, ask.peer))
-        if ask.peer == name.alias:
-            reason = "a peer is not connected to itself"
-            self._answer(line, number, ask, Refused(code="no_way", reason=reason, field="ask.peer", status=409))
-            return
-        match ask.body:
-            case Connect():
-                await self._connect(line, name, number, ask, ask.body, here)
-            case Resolve():
-                await self._resolve(line, name, number, ask, ask.body, near=here is not None)
-            case Close():
-                found, effects = self._desk.close(name, ask.peer, ask.body.link, ask.body.reason)
-                process = self._desk.get(name)
-                assert process is not None, "who asks is here"
-                for effect in effects:
-                    if isinstance(effect, CloseFar):
-                        self._task(self._close_far(name, process.instance, effect))
-                    else:
-                        self._do([effect])
-                self._answer(line, number, ask, Called(body=Closed(found=found), same_host=here is not None))
-
-    async def _connect(self, line: Line, name: Name, number: int, ask: Call, body: Connect, here: Line | None) -> None:
-        if (refused := self._desk.opening(name, ask.peer, body.link)) is not None:
-            self._answer(line, number, ask, _in_ask(refused))
-            return
-        if here is not None:
-            answer = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True)
-        else:
-            answer = await self._connect_far(name, ask.peer, body)
-        if self._lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
-            return
-        if isinstance(answer, Refused):
-            self._desk.not_opened(name, body.link)
-            self._answer(line, number, ask, _in_ask(answer))
-            return
-        self._answer(line, number, ask, Called(body=answer, same_host=here is not None))
-        self._do(self._desk.opened(name, body.link))
-
-    async def _connect_far(self, name: Name, peer: str, body: Connect) -> Connected | Refused:
-        process = self._desk.get(name)
-        assert process is not None, "who asks is here"
-        call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=peer, body=body)
-        try:
-            answer = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
-        except BusError as error:  # Whether the peer took it is not known.
-            effect = CloseFar(peer, body.link, "nobody waits for it any more")
-            self._task(self._close_far(name, process.instance, effect))
-            return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
-        if isinstance(answer, Refused):
-            return answer
-        if not isinstance(answer.body, Connected):
-            return Refused(code="unavailable", reason="the peer's node answered something else", status=503)
-        return answer.body
-
-    async def _accept(
-        self, line: Line, name: Name, asker: str, node_id: str, body: Connect, *, near: bool
-    ) -> Connected | Refused:
-        """A process of this node is asked whether it takes a connection."""
-        if (refused := self._desk.opening(name, asker, body.link)) is not None:
-            return refused
-        accept = Accept(peer=asker, node_id=node_id, same_host=near, body=body)
-        timeout_s = ACCEPT_HERE_S if near else ACCEPT_S
-        answer = await line.ask(accept, timeout_s=timeout_s)
-        if self._lines.get(name) is not line:
-            return Refused(code="unavailable", reason=f"{name.alias} has ended", status=503, retry="later")
-        if isinstance(answer, Accepted) and answer.body.link == body.link:
-            self._do(self._desk.opened(name, body.link))
-            return answer.body
-        self._desk.not_opened(name, body.link)
-        if isinstance(answer, Refused):
-            return answer
-        what = f"did not answer within {timeout_s:g} s" if answer is None else "answered something else"
-        return Refused(code="unavailable", reason=f"{name.alias} {what}", status=503, retry="later")
-
-    async def _resolve(self, line: Line, name: Name, number: int, ask: Call, body: Resolve, *, near: bool) -> None:
-        if not near:
-            process = self._desk.get(name)
-            assert process is not None, "who asks is here"
-            call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=ask.peer, body=body)
-            answer = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
-            if isinstance(answer, Refused):
-                self._answer(line, number, ask, _in_ask(answer))
-            elif isinstance(answer.body, Resolved):
-                self._answer(line, number, ask, Called(body=RegionsResolved(regions=answer.body.regions)))
-            return
-        found = self._desk.resolve(Name(name.scope, ask.peer), name.alias, body.link, body.names, same_host=True)
-        if isinstance(found, Refused):
-            self._answer(line, number, ask, found)
-            return
-        given: list[int] = []
-        try:
-            for fd, writable in found.fds:
-                given.append(again(fd, writable=writable))
-            called = Called(body=RegionsResolved(regions=found.regions, fds=found.names), same_host=True)
-            self._answer(line, number, ask, called, given)
-        except OSError as error:
-            reason = f"the peer-agent cannot pass the memory on: {error.strerror}"
-            self._answer(line, number, ask, Refused(code="unavailable", reason=reason, status=503, retry="later"))
-        finally:
-            close_fds(given)
-
     # --- what comes in over the bus ----------------------------------------------------------------------------------
-
-    async def on_call(self, called: PeerCalled) -> PeerAnswered | Refused:
-        name = Name(called.scope, called.peer)
-        line = self._lines.get(name)
-        if line is None:
-            reason = f"there is no {called.peer!r} on this node"
-            return Refused(code="not_found", reason=reason, field="peer", status=404)
-        match called.body:
-            case Connect() as body:
-                answer = await self._accept(line, name, called.alias, called.node_id, body, near=False)
-                return answer if isinstance(answer, Refused) else PeerAnswered(body=answer)
-            case Resolve() as body:
-                found = self._desk.resolve(name, called.alias, body.link, body.names, same_host=False)
-                return found if isinstance(found, Refused) else PeerAnswered(body=Resolved(regions=found.regions))
-            case Close() as body:
-                there, effects = self._desk.closed_by_peer(name, called.alias, body.link, body.reason)
-                self._do(effects)
-                return PeerAnswered(body=Closed(found=there))
 
     async def on_changed(self, changed: PeerChanged) -> None:
         name = Name(changed.scope, changed.alias)
@@ -763,71 +545,3 @@ class PeerAgentService:
         process.topology = topology
         if news:
             line.tell(Desired(topology=topology))
-
-    # --- transfers that are ordered over the bus ---------------------------------------------------------------------
-
-    async def on_transfer(self, transfer: Transfer) -> TransferBegun | Refused:
-        name = Name(transfer.scope, transfer.alias)
-        answer = self._desk.may_move(transfer) or self._transfers.begin(transfer, time.monotonic())
-        if answer is not None:
-            return answer
-        begun = await self._lines[name].ask(Order(transfer=transfer), timeout_s=ORDER_S)
-        if isinstance(begun, Refused):
-            self._transfers.forget(transfer.transfer_id)
-            return begun
-        if isinstance(begun, Begun):
-            return begun.body
-        return TransferBegun(transfer_id=transfer.transfer_id, state="running")
-
-    def _ended(self, ended: Transferred) -> None:
-        TRANSFERS.labels(ended.kind, "ok" if ended.ok else ended.code).inc()
-        if ended.bytes:
-            BYTES.labels(ended.transport or "").inc(ended.bytes)
-        self._untold.put_nowait(ended)
-        self._one_ended.set()
-
-    async def _tell_ends(self) -> None:
-        """Each end is told once, as soon as the bus takes it."""
-        while True:
-            ended = await self._untold.get()
-            while True:
-                try:
-                    await self._bus.publish(peers.TRANSFERRED, ended)
-                    self._untold.task_done()
-                    break
-                except BusError as error:
-                    _log.warning("cannot tell of a transfer", transfer_id=ended.transfer_id, reason=str(error))
-                    await asyncio.sleep(1.0)
-
-
-def _in_ask(refused: Refused) -> Refused:
-    """A refusal of a peer, or of the control plane, whose field is one of the question."""
-    return replace(refused, field=f"ask.{refused.field}") if refused.field else refused
-
-
-def size_of(fd: int) -> int:
-    """Bytes of the object behind a descriptor; -1 when it is no memory object or file."""
-    found = os.fstat(fd)
-    return found.st_size if stat.S_ISREG(found.st_mode) else -1
-
-
-def again(fd: int, *, writable: bool) -> int:
-    """The same object by another descriptor, which can write only if it may.
-
-    Raises:
-        OSError: there are no descriptors left.
-    """
-    return os.dup(fd) if writable else os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def zero(fd: int) -> None:
-    """Writes zeros over a page of epochs, if it is one that can be written."""
-    with contextlib.suppress(OSError):
-        os.pwrite(fd, bytes(min(size_of(fd), EPOCHS_BYTES_MAX)), 0)
-
-
-def allow_descriptors() -> None:
-    """As many descriptors as the system lets this process have; each region of shared memory takes one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -17,6 +17,7 @@ GRACE_S: Final = 2.0
 """How long after its time a transfer is still waited for: the process says itself that the time is over."""
 
 State = Literal["running", "completed", "failed"]
+_RUNNING: Final[State] = "running"
 
 
 @dataclass(slots=True)
@@ -24,7 +25,6 @@ class _Entry:
     terms: bytes
     transfer: Transfer
     began: float
-    state: State = "running"
 
 
 class Transfers:
@@ -45,24 +45,29 @@ class Transfers:
     def running(self) -> int:
         return len(self._running)
 
-    def begin(self, transfer: Transfer, now: float) -> TransferBegun | Refused | None:
-        """None: it is new, and runs from now on. Else where it stands, or why it cannot be.
+    def known(self, transfer: Transfer) -> TransferBegun | Refused | None:
+        """Where a transfer stands that was asked for before; None when its id is new."""
+        transfer_id = transfer.transfer_id
+        entry = self._running.get(transfer_id)
+        known = (entry.terms, _RUNNING) if entry is not None else self._ended.get(transfer_id)
+        if known is None:
+            return None
+        if known[0] != _terms(transfer):
+            reason = f"{transfer_id} stands for a transfer with other terms"
+            return Refused(code="conflict", reason=reason, field="transfer_id", status=409)
+        return TransferBegun(transfer_id=transfer_id, state=known[1])
+
+    def begin(self, transfer: Transfer, now: float) -> Refused | None:
+        """A transfer whose id is new runs from now on; or why it cannot.
 
         Args:
             now: seconds by a clock that never goes back.
         """
-        transfer_id, terms = transfer.transfer_id, _terms(transfer)
-        entry = self._running.get(transfer_id)
-        known = (entry.terms, entry.state) if entry is not None else self._ended.get(transfer_id)
-        if known is not None and known[0] != terms:
-            reason = f"{transfer_id} stands for a transfer with other terms"
-            return Refused(code="conflict", reason=reason, field="transfer_id", status=409)
-        if known is not None:
-            return TransferBegun(transfer_id=transfer_id, state=known[1])
+        assert self.known(transfer) is None, f"{transfer.transfer_id} was begun before"
         if len(self._running) >= self._running_max:
             reason = f"{self._running_max} transfers run on this node, and no more are taken"
             return Refused(code="too_many_requests", reason=reason, status=429, retry="later")
-        self._running[transfer_id] = _Entry(terms, transfer, now)
+        self._running[transfer.transfer_id] = _Entry(_terms(transfer), transfer, now)
         return None
 
     def forget(self, transfer_id: str) -> None:

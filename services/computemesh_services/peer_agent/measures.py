@@ -1,0 +1,48 @@
+"""What is counted, for ``/metrics``; answers to processes are, each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import Counter, Gauge
+
+from computemesh.contracts.base import Refused
+from computemesh.contracts.peers import Transferred
+from computemesh.peer.signals import Answer, Ended, Frame, Question
+from computemesh_services.peer_agent.door import Line
+
+PROCESSES: Final = Gauge("computemesh_peer_processes", "Processes of this node that are peers.")
+REGIONS: Final = Gauge("computemesh_peer_regions", "Pieces of memory that they offer.")
+LINKS: Final = Gauge("computemesh_peer_links", "Ends of connections that they have.")
+RUNNING: Final = Gauge("computemesh_peer_transfers_running", "Transfers that were ordered over the bus and run.")
+ASKED: Final = Counter(
+    "computemesh_peer_questions_total", "What processes asked, by kind and outcome.", ["kind", "outcome"]
+)
+REFUSED: Final = Counter("computemesh_peer_refusals_total", "What processes were refused, by code.", ["code"])
+TRANSFERS: Final = Counter(
+    "computemesh_peer_transfers_total",
+    "Transfers that were ordered over the bus, by kind and outcome.",
+    ["kind", "outcome"],
+)
+BYTES: Final = Counter(
+    "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
+)
+
+
+def answer(line: Line, number: int, ask: Question | Ended, answer: Answer | Refused, fds: Sequence[int] = ()) -> None:
+    kind = type(ask).__name__
+    if isinstance(answer, Refused):
+        REFUSED.labels(answer.code).inc()
+        ASKED.labels(kind, answer.code).inc()
+        line.say(Frame(id=number, refused=answer))
+    else:
+        ASKED.labels(kind, "ok").inc()
+        line.say(Frame(id=number, answer=answer), fds)
+
+
+def count(ended: Transferred) -> None:
+    """Counts a transfer that has ended."""
+    TRANSFERS.labels(ended.kind, "ok" if ended.ok else ended.code).inc()
+    if ended.bytes:
+        BYTES.labels(ended.transport or "").inc(ended.bytes)
