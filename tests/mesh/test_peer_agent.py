@@ -548,9 +548,14 @@ async def test_when_the_peer_agent_is_killed_its_processes_come_back_by_themselv
 async def test_while_nats_is_away_processes_of_a_node_still_connect(mesh: RunningMesh, attach: Attach) -> None:
     """What is put meanwhile is known when it is back."""
     a, b = await attach("a"), await attach("b")
+    await a.ask(PutRegion(name="before", length=8, epoch=1))
     mesh.kill("nats-server", signal.SIGSTOP)
     with memory(b"page" * 4) as page:
         await a.ask(PutEpochs(), page)
+        found = await b.ask(GetPeer(alias="a"))
+        assert isinstance(found, PeerFacts)
+        assert found.peer is not None
+        assert (found.peer.alias, found.peer.node_id, found.peer.memory_keys) == ("a", "n1", ["before"])
         link = await b.connect("a")
         assert (await b.resolve("a", link, "kv"))[1] == ()
     mesh.kill("nats-server", signal.SIGCONT)
@@ -563,7 +568,7 @@ async def test_while_nats_is_away_processes_of_a_node_still_connect(mesh: Runnin
     async def known() -> bool:
         found = await (await mesh.bus()).ask(peers.LIST, PeersList())
         return not isinstance(found, Refused) and {one.alias: one.memory_keys for one in found.peers} == {
-            "a": ["kv"],
+            "a": ["before", "kv"],
             "b": [],
         }
 

@@ -15,6 +15,7 @@ from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import (
     MEMORY_KEYS_MAX,
     MemoryPut,
+    Peer,
     PeerBeat,
     Piece,
     Region,
@@ -52,6 +53,8 @@ class Process:
 
     name: Name
     instance: str
+    peer: Peer | None = None
+    """What the control plane said of it when it was registered."""
     pid: int = 0
     regions: dict[str, tuple[PutRegion, int]] = field(default_factory=dict[str, tuple[PutRegion, int]])
     """By name, with the descriptor, or -1."""
@@ -309,6 +312,11 @@ class Desk:
             if (wrong := _no_piece(process, piece)) is not None:
                 return replace(wrong, field=f"pieces[{number}].{wrong.field}")
         return None
+
+
+def view(process: Process, now: float) -> Peer | None:
+    """A process of this node as the control plane would tell of it."""
+    return process.peer and replace(process.peer, memory_keys=sorted(process.regions), seen_at=now)
 
 
 def memory_of(process: Process, name: str) -> MemoryPut | None:

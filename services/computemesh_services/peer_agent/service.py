@@ -63,6 +63,7 @@ from computemesh_services.peer_agent.desk import (
     Desk,
     Name,
     Process,
+    view,
 )
 from computemesh_services.peer_agent.door import Door, Line
 from computemesh_services.peer_agent.hosted import Hosted, Hosts
@@ -302,7 +303,7 @@ class PeerAgentService:
             if self._desk.get(name) is None:
                 self._forget(name, instance)
             return Refused(code="unavailable", reason="the process has ended", status=503, retry="later")
-        process = Process(name=name, instance=instance, pid=line.pid)
+        process = Process(name=name, instance=instance, peer=peer, pid=line.pid)
         self._desk.enter(process, hello.links)
         self._lines[name] = line
         line.name = name
@@ -479,6 +480,9 @@ class PeerAgentService:
             case ListPeers():
                 return await self._aliases(name.scope)
             case GetPeer():
+                here = self._desk.get(Name(name.scope, ask.alias))
+                if here is not None:  # So that processes of one node find each other while the bus is away.
+                    return PeerFacts(peer=view(here, time.time()))
                 peer = await self._bus.ask(peers.GET, PeerGet(scope=name.scope, alias=ask.alias))
                 if isinstance(peer, Refused):
                     return PeerFacts(peer=None) if peer.code == "not_found" else peer
