@@ -212,7 +212,7 @@ class RdmaLink:
         """Regions here whose end the peer has not confirmed."""
         self._confirmed = threading.Condition(self._lock)
         self._memories: list[Memory] = []
-        self._alive_at = time.monotonic()
+        self._alive_at = self._progress_at = time.monotonic()
         self._close_by = 0.0
         buffers = bytearray(2 * BUFFERS * BUFFER_BYTES)  # to receive in, then to send from
         self._buffers = memoryview(buffers)
@@ -370,6 +370,7 @@ class RdmaLink:
         with self._within() as calls:
             if self._state == "gone":
                 return
+            self._progress_at = time.monotonic()
             self.completions.hush()
             self.completions.arm()
             flushed = False
@@ -401,7 +402,7 @@ class RdmaLink:
             if self._state not in ("connecting", "open"):
                 return
             oldest = min((work.since for work in self._flying.values()), default=now)
-            if now - oldest > STALL_S:
+            if now - max(oldest, self._progress_at) > STALL_S:
                 self._lose(calls, f"no progress for {STALL_S:g} s")
             elif not self._flying and now - self._alive_at >= ALIVE_S:
                 self._alive_at = now
@@ -434,7 +435,11 @@ class RdmaLink:
         keys: object = token.get("keys")
         rkey = cast(Mapping[str, object], keys).get(self._peer_nic) if isinstance(keys, Mapping) else None
         address, number = token.get("address"), token.get("number")
-        if not isinstance(rkey, int) or not isinstance(address, int) or not isinstance(number, int):
+        if (
+            not (isinstance(rkey, int) and isinstance(address, int) and isinstance(number, int))
+            or not 0 <= rkey < 1 << 32
+            or not 0 <= address < (1 << 64) - remote.length
+        ):
             return Outcome(NO_REGION, f"region {remote.name!r} of the peer is not registered with {self._peer_nic}")
         if number in self._revoked:
             return Outcome(STALE_EPOCH, f"region {remote.name!r} of the peer is no longer what it was")
@@ -632,6 +637,8 @@ class RdmaLink:
             self._refuse(calls, f"the peer said {kind.name} before the link was open")
         elif kind is Kind.MESSAGE:
             self._inbox.append(Incoming(content))
+        elif kind is Kind.LARGE and note.address + note.length >= 1 << 64:
+            self._refuse(calls, "the peer offered a message that no memory holds")
         elif kind is Kind.LARGE:
             self._inbox.append(Incoming(large=note))
         elif kind is Kind.TOOK:
