@@ -405,6 +405,9 @@ async def test_an_answer_that_is_none_is_an_error_as_any_other(
         assert await client.get_engine_info("e") is None
         assert await client.heartbeat() == "error"
         assert "Traceback" not in caplog.text
+        if not answer.startswith(b"HTTP/1.1 200"):
+            with pytest.raises(NanoCtrlError):
+                await client.check_connection()
         if b'{"status":"error"}' not in answer:
             with pytest.raises(NanoCtrlError):
                 await client.query_peers() if answer != http(b"[1]") else await client.heartbeat_peer("a")
@@ -429,8 +432,8 @@ async def test_the_token_is_shown_and_comes_from_the_environment(
     async with answering(OK) as (address, heads, _):
         for more in ({}, {"token": "of-the-argument"}, {"token": ""}):
             await connect(address, **more).list_engines()
-        assert [b"Bearer of-the-environment" in head for head in heads] == [True, False, False]
-        assert [b"Bearer of-the-argument" in head for head in heads] == [False, True, False]
+        assert [b"\r\nAuthorization: Bearer of-the-environment\r\n" in head for head in heads] == [True, False, False]
+        assert [b"\r\nAuthorization: Bearer of-the-argument\r\n" in head for head in heads] == [False, True, False]
         assert b"authorization" not in heads[2].lower()
 
 
