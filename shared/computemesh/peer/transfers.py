@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from computemesh.contracts.peers import PeerMemory, Region, Resolve
 from computemesh.peer.assignments import Wanted, parse
@@ -406,8 +406,7 @@ def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link
     copies: list[Copy] = []
     first: Link | None = None
     try:
-        items: Any = assign if type(assign) is list else (assign,)
-        for item in items:
+        for item in cast(list[Any], assign) if type(assign) is list else (assign,):
             if len(item) == 4:
                 name, here, there, length = item
                 route = routes[name]
