@@ -26,7 +26,7 @@ from tests.rdma.agent import PATTERN, SIZE
 pytestmark = pytest.mark.rdma
 
 HERE = Path(__file__).parent
-SLOW_S = 200.0
+SLOW_S = 400.0
 """How long things may take where every instruction is emulated."""
 
 
