@@ -34,7 +34,7 @@ test-fast: $(VENV)/.dev ## Run the tests that need no server
 
 test-rdma: $(VENV)/.dev ## Run the tests of RDMA, in a virtual machine that has RDMA devices (TESTS="-k name")
 	$(SAY) "Testing RDMA in a virtual machine"
-	@$(BIN)/python -m tests.rdma.vm --verbose --env PYTHONPATH=/usr/lib/python3/dist-packages -- $(BIN)/python -m pytest -p no:cacheprovider -m rdma --durations 5 tests/rdma $(TESTS)
+	@$(BIN)/python -m tests.rdma.vm --verbose --timeout 900 --env PYTHONPATH=/usr/lib/python3/dist-packages -- $(BIN)/python -m pytest -p no:cacheprovider -m rdma --durations 5 tests/rdma $(TESTS)
 
 chaos: $(VENV)/.dev ## Kill, stop and restart everything under load, N times (N=20, or SEEDS=7,8 to play those again)
 	@CHAOS_RUNS=$(or $(N),2) CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v --no-header tests/chaos/test_chaos.py \
