@@ -584,6 +584,23 @@ def test_what_a_peer_offers_can_be_learnt_anew(agents: Agents) -> None:
     assert a.read("b", ("kv", 0, 8, 8)).wait(WAIT_S) == 0
 
 
+def test_any_number_of_regions_is_learnt_anew(agents: Agents) -> None:
+    a, b = agents.pair()
+    for number in range(150):
+        b.allocate_memory_region(f"kv-{number}", 8)
+    a.allocate_memory_region("here", 8)
+    everything = [("here", f"kv-{number}", 0, 0, 8) for number in range(150)]
+    a.read("b", everything).wait(WAIT_S)
+    conn = a.query_connection("b")
+    assert conn is not None
+    for number in range(150):
+        b.register_memory_region(f"kv-{number}", bytearray(8))
+    conn.sync_memory_regions(timeout=WAIT_S)
+    asked = len(agents.exchange.seats["", "a"].asked)
+    assert a.read("b", everything).transport == "tcp"
+    assert len(agents.exchange.seats["", "a"].asked) == asked
+
+
 # --- what is known of others ------------------------------------------------------------------------------------
 
 

@@ -28,12 +28,15 @@ from computemesh.peer.errors import (
 from computemesh.peer.futures import Gathered, ImmFuture, MessageFuture, PeerFuture, TransferFuture
 from computemesh.peer.memory import Descriptor
 from computemesh.peer.regions import LocalRegions, check_name
-from computemesh.peer.signals import Call, Called, GetMemory, MemoryFacts, RegionsResolved
+from computemesh.peer.signals import FDS_MAX, Call, Called, GetMemory, MemoryFacts, RegionsResolved
 from computemesh.peer.transport import DONE, Copy, Drive, Endpoint, Link, Outcome, RemoteRegion
 
 logger: Final = logging.getLogger(__name__)
 
 Kind = Literal["read", "write"]
+
+NAMES_MAX: Final = FDS_MAX - 1
+"""Asked for in one question: the answer may have a descriptor for each, and one for the page of epochs."""
 
 
 class RemoteHandle(NamedTuple):
@@ -249,28 +252,36 @@ class Transfers:
     ) -> dict[str, dict[str, RemoteRegion]]:
         """Asks where regions of the peer are, and remembers; those that are gone are forgotten."""
         names = [check_name(name) for name in names]
+        found: dict[str, dict[str, RemoteRegion]] = {}
         with self._resolving:
-            question = Call(peer=conn.peer_alias, body=Resolve(link=conn.link_id, names=names))
-            answer, came = self._life.signals.ask(question, timeout_s=timeout_s)
-            descriptors = [Descriptor(fd) for fd in came]
-            said = answer.body if isinstance(answer, Called) else None
-            if not isinstance(said, RegionsResolved):
-                raise PeerError(BAD_MESSAGE, "the peer-agent answered something else than where the regions are")
-            fds = dict(zip(said.fds, descriptors, strict=False))
-            with self._life.lock:
-                if not conn.links:
-                    raise conn.failure()
-                found: dict[str, dict[str, RemoteRegion]] = {}
-                for region in said.regions:
-                    before = conn.remotes.get(region.name)
-                    same = before and all(one.epoch == region.epoch for one in before.values())
-                    found[region.name] = before if before and same else _remotes(region, conn.links, fds)
-                for name in names:
-                    if conn.remotes.pop(name, None) is not found.get(name):
-                        for key, route in list(conn.routes.items()):
-                            if route.remote.name == name:
-                                conn.routes.pop(key, None)
-                conn.remotes.update(found)
+            for first in range(0, len(names), NAMES_MAX):
+                found.update(self._learn_some(conn, names[first : first + NAMES_MAX], timeout_s))
+        return found
+
+    def _learn_some(
+        self, conn: PeerConnection, names: list[str], timeout_s: float
+    ) -> dict[str, dict[str, RemoteRegion]]:
+        question = Call(peer=conn.peer_alias, body=Resolve(link=conn.link_id, names=names))
+        answer, came = self._life.signals.ask(question, timeout_s=timeout_s)
+        descriptors = [Descriptor(fd) for fd in came]
+        said = answer.body if isinstance(answer, Called) else None
+        if not isinstance(said, RegionsResolved):
+            raise PeerError(BAD_MESSAGE, "the peer-agent answered something else than where the regions are")
+        fds = dict(zip(said.fds, descriptors, strict=False))
+        with self._life.lock:
+            if not conn.links:
+                raise conn.failure()
+            found: dict[str, dict[str, RemoteRegion]] = {}
+            for region in said.regions:
+                before = conn.remotes.get(region.name)
+                same = before and all(one.epoch == region.epoch for one in before.values())
+                found[region.name] = before if before and same else _remotes(region, conn.links, fds)
+            for name in names:
+                if conn.remotes.pop(name, None) is not found.get(name):
+                    for key, route in list(conn.routes.items()):
+                        if route.remote.name == name:
+                            conn.routes.pop(key, None)
+            conn.remotes.update(found)
         return found
 
     def _resolve_again(self, conn: PeerConnection, names: list[str], timeout_s: float) -> None:
