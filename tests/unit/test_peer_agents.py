@@ -365,6 +365,20 @@ def test_a_region_that_was_unregistered_is_out_of_reach(agents: Agents, transpor
     assert b.list_mem_keys() == a.list_mem_keys("b") == []
 
 
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_bytes_never_go_to_memory_that_is_registered_here_no_longer(agents: Agents, transport: str) -> None:
+    a, b = agents.pair(transport)
+    first, second = bytearray(8), bytearray(8)
+    a.register_memory_region("kv", first)
+    b.allocate_memory_region("kv", 8).view[:] = b"12345678"
+    a.read("b", ("kv", 0, 0, 4)).wait(WAIT_S)
+    a.register_memory_region("kv", second)
+    a.read("b", ("kv", 4, 4, 4)).wait(WAIT_S)
+    assert (bytes(first), bytes(second)) == (b"1234\0\0\0\0", b"\0\0\0\x005678")
+    a.unregister_memory_region("kv")
+    assert code_of(lambda: a.read("b", ("kv", 0, 0, 8))) == NO_REGION
+
+
 def test_memory_of_an_earlier_registration_ends_only_that_one(agents: Agents) -> None:
     a = agents("a")
     first = a.allocate_memory_region("kv", 8)

@@ -7,7 +7,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple
 
 from computemesh.contracts.peers import PeerMemory, Region, Resolve
 from computemesh.peer.assignments import Wanted, parse
@@ -417,7 +417,7 @@ def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link
     copies: list[Copy] = []
     first: Link | None = None
     try:
-        for item in cast(list[Any], assign) if type(assign) is list else (assign,):
+        for item in assign if assign.__class__ is list else (assign,):
             if len(item) == 4:
                 name, here, there, length = item
                 route = routes[name]
