@@ -43,7 +43,18 @@ REMEMBERED: Final = 16
 EPOCHS: Final = 64
 
 GONE: Final = frozenset(
-    {"link_lost", "not_connected", "closed", "not_found", "no_peer", "crossed", "cancelled", "unavailable", "timed_out"}
+    {
+        "cancelled",
+        "closed",
+        "crossed",
+        "link_lost",
+        "no_link",
+        "no_peer",
+        "not_connected",
+        "not_found",
+        "timed_out",
+        "unavailable",
+    }
 )
 """What may be said where a process was killed."""
 RENEWED: Final = frozenset({"stale_epoch", "no_region"})
