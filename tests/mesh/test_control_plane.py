@@ -69,6 +69,8 @@ from computemesh.contracts.peers import (
 )
 from computemesh.ids import new_id, token_of
 from computemesh.testing import RunningMesh, running_mesh, until
+from computemesh_services.control_plane import entities
+from computemesh_services.control_plane.shelf import Shelf
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -197,6 +199,25 @@ async def test_what_one_replica_stored_the_other_knows_by_name_at_once(mesh: Run
         assert (await here.post("/v1/engines/heartbeat", json=name)).json() == {"found": False}
     for client in clients:
         await client.aclose()
+
+
+async def test_a_record_that_memory_does_not_have_yet_is_looked_for_in_the_store(mesh: RunningMesh, scope: str) -> None:
+    """Before it is said that there is none; here memory never learns of anything."""
+    bus = await mesh.bus(Role.SERVICES)
+    shelf = Shelf(bus, storage.ENGINES, ttl_s=60)
+    await shelf.start()
+    record = await register(bus, scope, "e1")
+    key = entities.key(record)
+    assert shelf.known(key) is None
+    assert await shelf.get(key) == record
+    other = await register(bus, scope, "e2")
+    assert await shelf.move(entities.key(other), lambda known: known) == other
+    assert await shelf.remove(entities.key(await register(bus, scope, "e3"))) is not None
+    await bus.ask(engines.UNREGISTER, EngineUnregister(scope=scope, engine_id="e1"))
+    assert (shelf.known(key), await shelf.move(key, lambda known: known)) == (record, record)
+    assert (await shelf.read(key), await shelf.get(key)) == (None, None)
+    assert await shelf.remove(key) is None
+    await shelf.stop()
 
 
 async def test_registrations_of_one_engine_at_the_same_time_leave_one_of_them(mesh: RunningMesh, scope: str) -> None:
