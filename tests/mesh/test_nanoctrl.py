@@ -449,6 +449,24 @@ async def test_its_front_door_says_that_it_runs_as_long_as_it_does(mesh: Running
     assert answer.text.splitlines()[0] == "NanoCtrl Server Running"
 
 
+async def test_heartbeats_lists_and_questions_leave_no_log_line(mesh: RunningMesh, ask: Caller) -> None:
+    """NanoCtrl writes two or three for each request; here a registration has one, and so has what ends it."""
+
+    def about(word: str) -> int:
+        return sum(f'"{ask.scope}"' in line and word in line for line in mesh.lines)
+
+    await ask("/register_engine", engine_id="e", **ENGINE)
+    before = len(mesh.lines)
+    for _ in range(20):
+        await ask("/heartbeat_engine", engine_id="e")
+        await ask("/list_engines")
+        await ask("/get_engine_info", engine_id="e")
+    await ask("/unregister_engine", engine_id="e")
+    await until(lambda: about('"unregistered"') == 1, what="the line about the end")
+    assert about('"registered"') == 1
+    assert len(mesh.lines) - before <= 2
+
+
 async def test_what_came_by_one_door_is_found_by_the_other(mesh: RunningMesh, ask: Caller) -> None:
     await ask("/register_engine", engine_id="e", **ENGINE)
     bus = await mesh.bus()
