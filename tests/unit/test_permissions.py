@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from computemesh.contracts import work
+from computemesh.contracts import engines, work
 from computemesh.contracts.base import Role
 from computemesh.contracts.catalog import events, requests
 from computemesh.contracts.permissions import (
@@ -147,7 +147,8 @@ def test_service_discovery_is_asked_by_people_and_answered_by_services_and_nodes
 @pytest.mark.parametrize("role", ROLES)
 def test_nobody_publishes_the_recorded_state(role: Role) -> None:
     """The server republishes it from the store, so that it is true whenever it is seen."""
-    assert not _may(granted(role).publish, work.STATE.at("w-1"))
+    for fact in (work.STATE, engines.CHANGED):
+        assert not _may(granted(role).publish, fact.at("w-1"))
 
 
 # --- accounts ------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_what_crosses_is_what_somebody_there_may_send_and_somebody_here_may_hear
     sender, hearer = (
         (crossing.importer, crossing.exporter) if crossing.kind == "service" else (crossing.exporter, crossing.importer)
     )
-    from_the_server = crossing.subject == work.STATE.at("*")
+    from_the_server = crossing.subject in (work.STATE.at("*"), engines.CHANGED.at("*"))
     assert from_the_server or _may(granted(sender).publish, crossing.subject)
     assert _may(granted(hearer).subscribe, crossing.subject)
 
