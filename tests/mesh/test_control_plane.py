@@ -481,7 +481,7 @@ async def test_a_replica_that_wakes_up_after_another_took_over_tells_nothing_twi
             for number in range(10):
                 said = {**body, "engine_id": f"e{number}"}
                 assert (await http.post("/v1/engines/register", json=said)).status_code == 200
-            asked = {"scope": scope, "since": since}
+            asked: dict[str, str | int] = {"scope": scope, "since": since}
             while len((await http.get("/v1/engines/changes", params=asked)).json()["changes"]) < 10:
                 await asyncio.sleep(0.05)
             assert await mesh.holder("control-plane") == other
