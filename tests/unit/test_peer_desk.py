@@ -110,6 +110,8 @@ def test_a_connection_is_between_two_and_nobody_else_can_use_or_end_it() -> None
     assert desk.close(A, "c", "l-1", "") == (False, [])
     assert desk.closed_by_peer(A, "c", "l-1", "") == (False, [])
     assert desk.closed_by_peer(Name("s", "nobody"), "b", "l-1", "") == (False, [])
+    desk.enter(process(Name("s", "liar")), {"l-1": "b"})
+    assert desk.close(Name("s", "liar"), "b", "l-1", "") == (True, []), "b has it with another one"
     again = desk.opening(A, "c", "l-1")
     assert again is not None
     assert again.code == "bad_message"
