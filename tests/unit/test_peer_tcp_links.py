@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ import pytest
 
 from computemesh.peer.tcp import TcpEndpoint
 from computemesh.peer.tcp.endpoint import KNOCKS_MAX
-from computemesh.peer.tcp.wire import READ, pack_hello
+from computemesh.peer.tcp.wire import READ, pack_hello, prove
 from computemesh.peer.transport import DONE, Copy, TransportError
 from tests.unit.tcp_peers import (
     KEY,
@@ -282,6 +283,31 @@ def test_strangers_that_say_nothing_are_closed_after_a_while(
     with socket.create_connection(tuple(answer["address"]), timeout=PATIENCE_S) as silent:
         assert silent.recv(1) == b""
     assert b.stats()["strangers"] == 1
+
+
+def test_a_peer_that_goes_in_the_midst_of_the_beginning_leaves_nothing_behind(
+    endpoints: Callable[..., TcpEndpoint],
+) -> None:
+    """At any step, with all proofs that it could give; the same link may be begun again meanwhile."""
+    a, b = endpoints(), endpoints()
+    for turn in range(40):
+        link, answer = b.accept(parties("b", "a", link=f"l-{turn}"), a.offer(parties(link=f"l-{turn}")))
+        address = (str(answer["address"][0]), int(answer["address"][1]))
+        for lane, asks in ((0, True), (0, False), (1, True), (1, False))[: 1 + turn % 4]:
+            hello = pack_hello(f"l-{turn}", KEY, lane, dialler_asks=asks, nonce=bytes(32))
+            with socket.create_connection(address, timeout=PATIENCE_S) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends by a reset
+                sock.sendall(hello)
+                challenge = sock.recv(64)
+                sock.sendall(prove(KEY, 3, hello, challenge))
+        if turn % 4 == 3:
+            loss_of(link)
+        link.close()
+    until(lambda: not b._links)
+    assert not b._expected
+    ours, theirs = connect(a, b)
+    assert ours.is_open
+    assert theirs.is_open
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -420,9 +420,9 @@ class _Knock:
             return self.sock.send(self._challenge) == CHALLENGE_BYTES
         if not proven(key, said, 3, self._hello, self._challenge):
             return False
-        self._listener.release(self)
         self.sock.setblocking(True)
         _tune(self.sock, self._endpoint.stall_s)
+        self._listener.release(self)
         if not self._endpoint.attach(link, self.sock, hello.lane, asks=not hello.dialler_asks):
             self.sock.close()
         return True

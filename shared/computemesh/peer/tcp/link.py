@@ -198,7 +198,8 @@ class TcpLink:
         if len(self._sockets) < 2 * self.lanes or self._end is not None:
             return
         first = self._sockets[0, True]
-        self.detail |= {"local": _address(first.getsockname()), "remote": _address(first.getpeername())}
+        with contextlib.suppress(OSError):  # the peer may have gone already, which its lanes will find
+            self.detail |= {"local": _address(first.getsockname()), "remote": _address(first.getpeername())}
         for index in range(self.lanes):
             self._askers.append(Asker(self._sockets[index, True], self._reactors[index], self))
         for index in range(self.lanes):
