@@ -13,7 +13,8 @@ from typing import Literal
 import pytest
 
 from computemesh.peer.tcp import TcpEndpoint
-from computemesh.peer.tcp.link import SENDS_MAX, SMALL_MAX, STORED_MAX
+from computemesh.peer.tcp.link import SMALL_MAX
+from computemesh.peer.tcp.mail import SENDS_MAX, STORED_MAX
 from computemesh.peer.tcp.wire import EAGER_MAX, FRAME_MAX, PIECES_MAX
 from computemesh.peer.transport import DONE, Copy, Outcome, RemoteRegion
 from tests.unit.tcp_peers import (
@@ -230,6 +231,21 @@ def test_nothing_touches_a_region_once_it_is_concealed(pair: Pair, kind: Literal
     assert move(pair.back, "read", Copy(pair.theirs, 0, exposed(pair.a, pair.mine), 0, 100)) == DONE
 
 
+def test_a_region_may_go_between_any_two_frames(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane lets others go on after each of them, and what was begun is ended in good order."""
+    monkeypatch.setattr("computemesh.peer.tcp.answerer.TURN", 1)
+    for epoch in range(2, 42):
+        mine = region(bytearray(4 * MIB), handle=9, epoch=epoch)
+        remote = exposed(pair.a, mine)
+        settled = Settled()
+        before = sum(lane.progress for lane in pair.link._answerers)
+        pair.back.order("read", [Copy(pair.theirs, 0, remote, 0, 4 * MIB)] * 50, settled)
+        while sum(lane.progress for lane in pair.link._answerers) < before + epoch:
+            pass
+        pair.a.conceal(mine)
+        assert settled.wait().code == "stale_epoch"
+
+
 def test_concealing_one_region_does_not_end_orders_on_another(pair: Pair) -> None:
     other = region(bytearray(10), handle=5, epoch=5)
     pair.b.expose(other)
@@ -318,10 +334,10 @@ def test_messages_that_nobody_takes_have_bounded_room(pair: Pair) -> None:
     sent = [Settled() for _ in range(count)]
     for index, settled in enumerate(sent):
         pair.link.send(memoryview(index.to_bytes(8, "little") * (EAGER_MAX // 8)), settled)
-    until(lambda: len(pair.link._sends) == SENDS_MAX)
+    until(lambda: len(pair.link.mail._sends) == SENDS_MAX)
     until(lambda: not pair.link._askers[0].busy)
-    assert pair.back._stored <= STORED_MAX
-    assert len(pair.back._arrived) <= SENDS_MAX + STORED_MAX // EAGER_MAX
+    assert pair.back.mail._stored <= STORED_MAX
+    assert len(pair.back.mail._arrived) <= SENDS_MAX + STORED_MAX // EAGER_MAX
     into = bytearray(EAGER_MAX)
     for index in range(count):
         received = Settled()
@@ -329,7 +345,7 @@ def test_messages_that_nobody_takes_have_bounded_room(pair: Pair) -> None:
         assert received.wait() == Outcome(received=EAGER_MAX)
         assert into == index.to_bytes(8, "little") * (EAGER_MAX // 8)
     assert all(settled.wait() == DONE for settled in sent)
-    assert pair.back._stored == 0
+    assert pair.back.mail._stored == 0
 
 
 def test_a_large_message_that_waits_holds_up_nothing(pair: Pair) -> None:
@@ -374,7 +390,7 @@ def test_a_write_that_is_refused_brings_no_number(pair: Pair) -> None:
 
 
 def test_numbers_that_nobody_takes_have_bounded_room(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("computemesh.peer.tcp.link.IMMS_MAX", 3)
+    monkeypatch.setattr("computemesh.peer.tcp.mail.IMMS_MAX", 3)
     copy = Copy(pair.mine, 0, pair.remote, 0, 1)
     for number in range(3):
         assert move(pair.link, "write", copy, imm=number) == DONE

@@ -53,6 +53,10 @@ class AnswererOwner(Protocol):
 
     def disposed(self) -> None: ...
 
+
+class Mailbox(Protocol):
+    """Where messages and numbers go."""
+
     def place_message(self, length: int) -> tuple[memoryview | None, int, Then] | None:
         """Where a message goes that comes now (nowhere if it does not fit), the status, and what to call when it has
         come; None: it is to be kept."""
@@ -79,13 +83,16 @@ class Answerer:
     `_serve` is the whole conversation, written as if it could wait; where it would, it yields what it waits for.
     """
 
-    def __init__(self, sock: socket.socket, reactor: Reactor, owner: AnswererOwner, judge: Judge) -> None:
+    def __init__(
+        self, sock: socket.socket, reactor: Reactor, owner: AnswererOwner, mail: Mailbox, judge: Judge
+    ) -> None:
         self.sock = sock
         self.reactor = reactor
         self.busy = False
         """In the midst of a question, or of its answer."""
         self.progress = 0
         self._owner = owner
+        self._mail = mail
         self._judge = judge
         self._fd = sock.fileno()
         self._lock = threading.Lock()
@@ -195,23 +202,23 @@ class Answerer:
                 if self._concealed:
                     status = STATUS[STALE_EPOCH]
                 if flags & WITH_IMM and not status:
-                    status = self._tell(self._owner.take_imm(imm))
+                    status = self._tell(self._mail.take_imm(imm))
                 self._release()
             elif kind == MESSAGE:
                 messages += 1
                 status = yield from self._message(messages, length, announced=flags == ANNOUNCED)
             elif kind == PULL:
                 handle, _, offset, size = pieces[0]
-                message = self._owner.message_view(handle)
+                message = self._mail.message_view(handle)
                 if message is None or offset + size > len(message):
                     raise Malformed(f"a message {handle} is asked for that is not there")
                 self._targets = [message[offset : offset + size]]
                 del message
                 status = yield from self._bring(size, number)
             elif kind == FINISH:
-                self._tell((0, self._owner.message_ended(length, imm)))
+                self._tell((0, self._mail.message_ended(length, imm)))
             elif kind == IMM:
-                status = self._tell(self._owner.take_imm(imm))
+                status = self._tell(self._mail.take_imm(imm))
             if status != _ANSWERED:
                 self._out = [memoryview(FRAME.pack(status, 0, 0, number))]
                 while not self._push():
@@ -248,8 +255,8 @@ class Answerer:
 
     def _message(self, number: int, length: int, *, announced: bool) -> Generator[int, None, int]:
         if announced:
-            return self._tell(self._owner.keep_message(number, length, None))
-        place = self._owner.place_message(length)
+            return self._tell(self._mail.keep_message(number, length, None))
+        place = self._mail.place_message(length)
         if place is not None:
             into, status, then = place
             if into is not None and length:
@@ -261,7 +268,7 @@ class Answerer:
         if length:
             self._targets = [memoryview(kept)]
         yield from self._take(length)
-        return self._tell(self._owner.keep_message(number, length, bytes(kept)))
+        return self._tell(self._mail.keep_message(number, length, bytes(kept)))
 
     def _fill(self) -> None:
         """Reads into the buffer what there is."""
@@ -333,12 +340,12 @@ class Answerer:
                 yield _WRITE
             if not total:
                 return _ANSWERED
-            if self._concealed:
-                return STATUS[STALE_EPOCH]
             self._turn += size
             if self._turn >= TURN:
                 self._turn = 0
                 yield _WRITE
+            if self._concealed:
+                return STATUS[STALE_EPOCH]
 
     def _push(self) -> bool:
         """Sends what the socket takes; whether that was all."""

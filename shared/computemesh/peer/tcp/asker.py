@@ -65,6 +65,26 @@ class Question:
         self.asker.drive(self, timeout_s)
 
 
+class Gather:
+    """The parts of one order. It ends when the last of them has; the first failure is the outcome."""
+
+    __slots__ = ("_code", "_done", "_left", "_lock")
+
+    def __init__(self, parts: int, done: Callable[[int], None]) -> None:
+        self._left = parts
+        self._done = done
+        self._code = 0
+        self._lock = threading.Lock()
+
+    def answered(self, status: int) -> None:
+        with self._lock:
+            self._left -= 1
+            self._code = self._code or status
+            if self._left:
+                return
+        self._done(self._code)
+
+
 class Asker:
     """Any thread may ask; one at a time reads the answers.
 
