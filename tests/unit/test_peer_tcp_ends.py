@@ -44,7 +44,7 @@ def test_closing_ends_what_is_under_way_and_is_no_loss(pair: Pair) -> None:
         pair.link.send(memoryview(bytes(MIB)), sent)
         pair.link.recv(memoryview(bytearray(1)), received)
         pair.link.recv_imm(number)
-        pair.back.recv(memoryview(bytearray(1)), far)
+        pair.back.recv_imm(far)
         pair.link.close()
         assert [each.wait().code for each in (order, sent, received, number)] == ["cancelled"] * 4
     assert far.wait().code == "link_lost"
