@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from select import EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import Final, Protocol
 
-from computemesh.peer.tcp.asker import CLOSED, DIRECT, GONE, TURN
+from computemesh.peer.tcp.asker import CLOSED, DIRECT, GONE, TURN, why
 from computemesh.peer.tcp.reactor import Reactor
 from computemesh.peer.tcp.views import NOW, VIEWS_MAX, advance, upto
 from computemesh.peer.tcp.wire import (
@@ -149,7 +149,7 @@ class Answerer:
         except StopIteration:
             return  # it has failed already, and is about to be closed
         except (OSError, EOFError, Malformed) as error:
-            self._owner.lose(str(error) or type(error).__name__, breach=isinstance(error, Malformed))
+            self._owner.lose(why(error), breach=isinstance(error, Malformed))
         except Exception:
             logger.exception("a tcp connection failed")
             self._owner.lose("a defect, see the log")

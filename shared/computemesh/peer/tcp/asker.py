@@ -28,6 +28,11 @@ CLOSED: Final = "the peer has closed the connection"
 _READ: Final = EPOLLIN | EPOLLRDHUP
 
 
+def why(error: Exception) -> str:
+    """For what reason a connection ends."""
+    return CLOSED if isinstance(error, ConnectionError) else str(error) or type(error).__name__
+
+
 class AskerOwner(Protocol):
     """The link, as the lanes see it on which it asks."""
 
@@ -272,7 +277,7 @@ class Asker:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._owner.lose(str(error) or type(error).__name__, breach=isinstance(error, Malformed))
+        self._owner.lose(why(error), breach=isinstance(error, Malformed))
 
     def _receive(self, flags: int) -> int:
         """Reads once from the socket, and hands on what is whole; how many bytes came, 0 when there are none.
