@@ -15,7 +15,7 @@ import pytest
 
 from computemesh.peer.tcp import TcpEndpoint
 from computemesh.peer.tcp.endpoint import KNOCKS_MAX
-from computemesh.peer.tcp.wire import READ, pack_hello, prove
+from computemesh.peer.tcp.wire import FRAME, READ, pack_hello, prove
 from computemesh.peer.transport import DONE, Copy, TransportError
 from tests.unit.tcp_peers import (
     KEY,
@@ -26,6 +26,7 @@ from tests.unit.tcp_peers import (
     bytes_of,
     connect,
     exposed,
+    held,
     loss_of,
     move,
     parties,
@@ -338,3 +339,23 @@ def test_a_breach_is_counted(pair: Pair) -> None:
     assert "kind 1" in lost.wait().reason
     until(lambda: pair.b.stats().get("breaches") == 1)
     assert pair.b.stats() == {"links": 1, "lost": 1, "breaches": 1}
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        ((0, 0, 5, 1), "5 bytes too short"),
+        ((0, 0, 11, 1), "where there were 10"),
+        ((0, 0, 10, 2), "not asked"),
+        ((3, 0, 5, 1), "refusal"),
+    ],
+    ids=["short", "long", "another", "refused"],
+)
+def test_an_answer_that_is_none_fails_the_order(pair: Pair, frame: tuple[int, int, int, int], reason: str) -> None:
+    settled = Settled()
+    with held(pair.back):
+        pair.link.order("read", [Copy(pair.mine, 0, pair.remote, 0, 10)], settled)
+        pair.back._answerers[0].sock.sendall(FRAME.pack(*frame) + b"x" * frame[2])
+        outcome = settled.wait()
+    assert outcome.code == "link_lost"
+    assert reason in outcome.reason
