@@ -148,10 +148,13 @@ def test_a_large_order_is_cut_into_parts_that_are_all_of_it(lengths: list[int], 
     [(0, 1, 4096), (1, 0, 4096), (0, 4096, 1), (-1, 0, 1), (0, -1, 1), (0, 0, -1), (0, 2**63, 1), (0, 0, 8192)],
 )
 @pytest.mark.parametrize("kind", ["read", "write"])
+@pytest.mark.parametrize("mapped", [True, False])
 def test_what_leaves_a_region_is_refused_and_touches_nothing(
-    other: PeerProcess, mine: Reader, kind: str, here: int, there: int, length: int
+    other: PeerProcess, mine: Reader, kind: str, here: int, there: int, length: int, mapped: bool
 ) -> None:
     remote, local = other.put(length=4096, seed=1), room(4096)
+    if mapped:
+        assert moved(mine.link, kind, Copy(local, 0, remote, 0, 0)) == Outcome()
     assert moved(mine.link, kind, Copy(local, here, remote, there, length)).code == "out_of_range"
     assert other.digest() == digest(pattern(4096, 1))
     assert bytes(view_of(local)) == bytes(4096)
@@ -488,6 +491,9 @@ def test_a_child_goes_on_with_a_link_and_its_parent_too(other: PeerProcess, mine
             view_of(own)[:] = pattern(length, 5)
             assert moved(mine.link, "write", Copy(own, 0, remote, 0, length)) == Outcome()
             assert moved(mine.link, "write", Copy(own, 0, remote, 0, 10)) == Outcome()
+            ended = threading.Event()  # This time, only a thread of the endpoint can do it.
+            mine.link.order("read", [Copy(own, 0, remote, 0, length)], lambda _: ended.set())
+            assert ended.wait(60)
             mine.close()
             code = 0
         finally:
