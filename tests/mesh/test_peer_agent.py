@@ -719,7 +719,7 @@ async def test_a_transfer_is_begun_once_and_its_end_is_told_once(mesh: RunningMe
     assert await order(mesh, transfer("t-1", kind="write")) == "conflict"
     assert [told for told in a.told if isinstance(told, Order)] == [Order(transfer=transfer("t-1"))]
     outcome = Transferred(
-        transfer_id="t-1", node_id="zz", alias="zz", peer="b", kind="read", ok=True, bytes=4, transport="tcp", at=1.0
+        transfer_id="t-1", node_id="zz", alias="zz", peer="b", kind="read", ok=True, bytes=4, transports=["tcp"], at=1.0
     )
     a.end.tell(Ended(outcome=outcome))
     a.end.tell(Ended(outcome=outcome))

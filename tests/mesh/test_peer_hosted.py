@@ -142,7 +142,7 @@ async def test_hosted_processes_read_and_write_each_other_and_are_read_by_others
     """Bytes are compared, and sums told."""
     async with programs(mesh, "a", "b") as (a, b), library(mesh, "lib") as agent:
         read = await asyncio.to_thread(a.move, "b", checksums=True)
-        assert (read.ok, read.transport, read.bytes, read.code) == (True, "shm", SIZE, "")
+        assert (read.ok, read.transports, read.bytes, read.code) == (True, ["shm"], SIZE, "")
         assert read.checksums == [f"{zlib.crc32(b'B' * SIZE):08x}"]
         assert a.content == b"B" * SIZE
         piece = Piece(local="kv", local_offset=0, remote_offset=100, length=50)

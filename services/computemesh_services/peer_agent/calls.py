@@ -64,7 +64,7 @@ class Calls:
         """A process says something to a peer, and hears what that one says.
 
         Raises:
-            BusError: the control plane does not said.
+            BusError: the control plane does not answer.
         """
         here = self._lines.get(Name(name.scope, ask.peer))
         if ask.peer == name.alias:
@@ -95,6 +95,12 @@ class Calls:
             said = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True)
         else:
             said = await self._connect_far(name, ask.peer, body)
+            if isinstance(said, Refused) and said.code == "unavailable":
+                here = self._lines.get(Name(name.scope, ask.peer))  # It has just come.
+                if here is not None:
+                    said = await self._accept(
+                        here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True
+                    )
         if self._lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
             return
         if isinstance(said, Refused):
@@ -113,7 +119,7 @@ class Calls:
         except BusError as error:  # Whether the peer took it is not known.
             effect = CloseFar(peer, body.link, "nobody waits for it any more")
             self._spawn(self.close_far(name, process.instance, effect))
-            return Refused(code="unavailable", reason=f"no said: {error}", status=503, retry="later")
+            return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
         if isinstance(said, Refused):
             return said
         if not isinstance(said.body, Connected):
@@ -137,7 +143,7 @@ class Calls:
         self._desk.not_opened(name, body.link)
         if isinstance(said, Refused):
             return said
-        what = f"did not said within {timeout_s:g} s" if said is None else "answered something else"
+        what = f"did not answer within {timeout_s:g} s" if said is None else "answered something else"
         return Refused(code="unavailable", reason=f"{name.alias} {what}", status=503, retry="later")
 
     async def _resolve(self, line: Line, name: Name, number: int, ask: Call, body: Resolve, *, near: bool) -> None:
@@ -176,6 +182,10 @@ class Calls:
             reason = f"there is no {called.peer!r} on this node"
             return Refused(code="not_found", reason=reason, field="peer", status=404)
         match called.body:
+            case Connect() if called.node_id == self._node_id:
+                # Whoever asked did not find it here a moment ago, and finds it now: they share their memory then.
+                reason = f"{called.peer} has just come; ask again"
+                return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
             case Connect() as body:
                 said = await self._accept(line, name, called.alias, called.node_id, body, near=False)
                 return said if isinstance(said, Refused) else PeerAnswered(body=said)

@@ -45,4 +45,4 @@ def count(ended: Transferred) -> None:
     """Counts a transfer that has ended."""
     TRANSFERS.labels(ended.kind, "ok" if ended.ok else ended.code).inc()
     if ended.bytes:
-        BYTES.labels(ended.transport or "").inc(ended.bytes)
+        BYTES.labels("+".join(ended.transports)).inc(ended.bytes)

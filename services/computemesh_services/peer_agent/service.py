@@ -459,7 +459,7 @@ class PeerAgentService:
                 case _:
                     said = await self._found(name, ask)
         except BusError as error:
-            reason = f"the control plane does not said: {error}"
+            reason = f"the control plane does not answer: {error}"
             said = Refused(code="unavailable", reason=reason, status=503, retry="later")
         finally:
             line.busy -= 1

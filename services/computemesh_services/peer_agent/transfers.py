@@ -96,7 +96,7 @@ class Transfers:
             ok=outcome.ok,
             bytes=outcome.bytes,
             seconds=outcome.seconds,
-            transport=outcome.transport,
+            transports=outcome.transports,
             epochs=outcome.epochs,
             checksums=outcome.checksums,
             code=outcome.code,

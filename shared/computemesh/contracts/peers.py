@@ -379,7 +379,8 @@ class Transferred(Message, frozen=True, kw_only=True):
     bytes: Bytes = 0
     """That were moved, all or none of each piece."""
     seconds: float = 0.0
-    transport: Transport | None = None
+    transports: list[Transport] = []
+    """By which the bytes went."""
     epochs: list[Epoch] = []
     """Of the remote region of each piece."""
     checksums: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Final
+from typing import Final, get_args
 
 from computemesh.contracts.peers import Piece, Transfer, TransferBegun, Transferred, Transport
 from computemesh.peer.assignments import Wanted
@@ -41,14 +41,13 @@ class Orders:
         deadline = begun + transfer.timeout_s
         moved, sums = 0, list[str]()
         epochs: tuple[int, ...] = ()
-        transport: Transport | None = None
+        transports: list[Transport] = []
         code = reason = ""
         try:
             conn = self._transfers.connections.ready.get(transfer.peer) or self._transfers.connections.connect(
                 transfer.peer, timeout_s=transfer.timeout_s
             )
             conn.wait(max(0.0, deadline - time.monotonic()))
-            transport = conn.links[0].transport if conn.links else None
             wanted = [_wanted(piece) for piece in transfer.pieces]
             future = self._transfers.transfer(
                 transfer.kind,
@@ -60,6 +59,7 @@ class Orders:
             assert future is not None
             epochs = future.epochs
             future.wait(max(0.0, deadline - time.monotonic()))
+            transports = [link for link in get_args(Transport) if link in future.transport.split("+")]
             moved = sum(piece.length for piece in transfer.pieces)
             if transfer.checksums:
                 sums = [f"{self._transfers.checksum(one):08x}" for one in wanted]
@@ -80,7 +80,7 @@ class Orders:
             ok=not code,
             bytes=moved,
             seconds=time.monotonic() - begun,
-            transport=transport,
+            transports=transports,
             epochs=list(epochs),
             checksums=sums,
             code=code,
