@@ -123,9 +123,9 @@ async def test_a_program_without_our_library_reads_a_peers_memory(mesh: RunningM
             return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
         good = await asyncio.to_thread(run, "worker-a")
-        assert (good.stderr, good.stdout) == ("", "True shm 4096 \nb'0123456789abcdef'\n")
+        assert (good.stderr, good.stdout) == ("", "True ['shm'] 4096 \nb'0123456789abcdef'\n")
         bad = await asyncio.to_thread(run, "nobody")
-        assert bad.stdout.startswith("False None 0 ")
+        assert bad.stdout.startswith("False [] 0 ")
         assert "nobody" in bad.stdout
 
         async def alone() -> bool:

@@ -36,5 +36,5 @@ transfer = {
     "pieces": [{"local": "kv", "length": LENGTH}],
 }
 outcome = ask(3, {"kind": "hosted_transfer", "transfer": transfer})["outcome"]
-print(outcome["ok"], outcome.get("transports"), outcome["bytes"], outcome["reason"])
+print(outcome["ok"], outcome["transports"], outcome["bytes"], outcome["reason"])
 print(os.pread(memory, 16, 0))
