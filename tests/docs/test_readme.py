@@ -89,6 +89,8 @@ def test_every_command_and_program_of_the_readme_does_what_it_says(reader: Reade
     script = script.replace("http://localhost:8000", addresses["GATEWAY_URL"])
     assert ":8118" not in script
     assert ":8000" not in script
+    script = script.replace("http://localhost:3000", addresses["CONTROL_PLANE_URL"])
+    assert ":3000" not in script
     reader.run("computemesh nodes invite my-node")
     node_environment = json.loads(reader.run("computemesh env --role node --node my-node --json"))
     node = subprocess.Popen(["python", "node.py"], cwd=reader.folder, env={**reader.environment, **node_environment})
@@ -103,6 +105,8 @@ def test_every_command_and_program_of_the_readme_does_what_it_says(reader: Reade
     assert '"HELLO"' in said or "HELLO" in said
     assert f'"work_id":"{WORK_ID}"' in said, "the explanation"
     assert '"num_requests":2' in said, "the result of the task"
+    assert "b'hello' by shm" in said
+    assert '"zmq_address":"tcp://127.0.0.1:6001"' in said.replace(" ", "")
 
 
 @pytest.mark.model
