@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import random
 import signal
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -424,6 +425,13 @@ async def test_while_the_bus_is_away_a_caller_is_told_so(tmp_path: Path) -> None
         await register(await mesh.bus(), "s", "a")
         async with httpx.AsyncClient(base_url=mesh.http("control-plane"), timeout=60) as http:
 
+            async def refused(path: str, **fields: Any) -> float:
+                """How long it took to say that the bus is away, in seconds."""
+                asked_s = time.monotonic()
+                answer = await http.post(path, json={"scope": "s", "engine_id": "a", **fields})
+                assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+                return time.monotonic() - asked_s
+
             async def statuses(path: str, wanted: int) -> httpx.Response:
                 async with asyncio.timeout(60):
                     while (answer := await _asked(http, path)).status_code != wanted:
@@ -441,6 +449,9 @@ async def test_while_the_bus_is_away_a_caller_is_told_so(tmp_path: Path) -> None
                 assert refusal.headers["retry-after"]
                 beat = await http.post("/heartbeat_engine", json={"scope": "s", "engine_id": "other"})
                 assert (beat.status_code, beat.json()["code"]) == (503, "unavailable")
+                facts = {"role": "decode", "world_size": 1, "num_blocks": 1, "host": "h", "port": 1}
+                took_s = await asyncio.gather(refused("/heartbeat_engine"), refused("/register_engine", **facts))
+                assert max(took_s) < 20, "what is known already waits for as long as the bus is away"
             finally:
                 mesh.kill("nats-server", signal.SIGCONT)
             await statuses("/", 200)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from computemesh.bus import Bucket, Bus, Conflict, Mirror, Writer
+from computemesh.bus import Bucket, Bus, Conflict, Mirror, TimedOut, Writer
 from computemesh.bus.kv import OnChange
 from computemesh.contracts import storage
 from computemesh.contracts.base import Refused
 
 MARKER_S: Final = 3600
 """How long what was removed leaves a marker in the store."""
+
+WITHIN_S: Final = 4.0
+"""How long a change may take until who asked for it hears that nobody knows whether it was made. NanoCtrl's clients
+wait for 5 s; the writer, which goes on trying, for minutes."""
 
 V = TypeVar("V", bound=msgspec.Struct)
 Decide = Callable[[V | None], V | Refused | None]
@@ -76,6 +81,13 @@ class Shelf(Generic[V]):
         Raises:
             BusError: it could not be written, or nobody knows whether it was.
         """
+        moving = asyncio.ensure_future(self._move(key, decide))  # Shielded: the writer must not lose its turn.
+        try:
+            return await asyncio.wait_for(asyncio.shield(moving), WITHIN_S)
+        except TimeoutError:
+            raise TimedOut(f"{self.bucket.spec.name}: no acknowledgement in {WITHIN_S:g} s") from None
+
+    async def _move(self, key: str, decide: Decide[V]) -> V | Refused | None:
         for fresh in (False, True):
             refusal: list[Refused] = []
 
