@@ -191,8 +191,24 @@ def test_a_port_that_is_taken_is_said(commands: Commands, tmp_path: Path) -> Non
         port = str(taken.getsockname()[1])
         said = commands.run("start", "--port", port, "--wait", "60", expect=1)
     assert "cannot be bound" in said
+    assert "another program has it" in said
     assert "--port" in said
     until(lambda: not commands.processes(), "all of it to be gone")
+
+
+def test_an_address_that_this_machine_has_not_is_said(commands: Commands) -> None:
+    """And no other port is recommended, nor another program blamed."""
+    said = commands.run("start", "--host", "192.0.2.1", "--port", "0", "--wait", "60", expect=1)
+    assert "cannot be bound" in said
+    assert "another program" not in said
+    assert "--port" not in said
+
+
+def test_a_token_in_the_environment_is_that_of_its_clients(commands: Commands) -> None:
+    """As a shell has it in which `computemesh env` was evaluated."""
+    told = commands.json(*START, COMPUTEMESH_TOKEN="a-token-of-mine")
+    assert commands.json("status", COMPUTEMESH_TOKEN="a-token-of-mine")["healthy"]
+    assert NanoCtrlClient(told["address"]).register("e", ENGINE)
 
 
 def test_one_that_is_not_well_in_time_is_ended_again(commands: Commands) -> None:
@@ -238,6 +254,7 @@ def test_beyond_loopback_clients_show_a_token(commands: Commands) -> None:
         (("start",), {"NANOCTRL_RUST_LOG": "loud"}, "NANOCTRL_RUST_LOG"),
         (("start", "--port", "65536"), {}, "--port"),
         (("start", "--wait", "0"), {}, "--wait"),
+        (("start", "--log-file", "/proc/no/such.log"), {}, "--log-file"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(

@@ -307,12 +307,14 @@ def _wait_ready(
             )
         time.sleep(0.05)
     if problem:
-        raise NoMesh(f"{problem}, and did not change in {ready_s:g} s", hint="is it running, and reachable from here?")
-    raise Failure(f"{what} was not ready after {ready_s:g} s", hint=f"see {log_file}")
+        raise NoMesh(
+            f"{problem}, and did not change in {ready_s:.3g} s", hint="is it running, and reachable from here?"
+        )
+    raise Failure(f"{what} was not ready after {ready_s:.3g} s", hint=f"see {log_file}")
 
 
 def _hint(broken: list[ServiceStatus], place: Home) -> str:
-    if any("cannot be bound" in _last_words(place, service) for service in broken):
+    if any("another program has it" in _last_words(place, service) for service in broken):
         return "`--ports any` takes ports that are free; or is it another mesh of yours?"
     return f"see the logs in {place.logs}"
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import ipaddress
 import socket
@@ -462,9 +463,9 @@ class Edge:
             self._socket.bind((config.http_host, config.http_port))
         except OSError as error:
             self._socket.close()
+            taken = ": another program has it" if error.errno == errno.EADDRINUSE else ""
             raise ConfigError(
-                f"port {config.http_port} on {config.http_host} cannot be bound ({error.strerror}): "
-                "another program has it"
+                f"port {config.http_port} on {config.http_host} cannot be bound ({error.strerror}){taken}"
             ) from None
 
     @property

@@ -118,7 +118,8 @@ def _spec(host: str, port: int, *, no_token: bool) -> ServiceSpec:
 def _token(folder: Folder) -> str:
     place = folder.home
     private_folder(place.root)
-    return os.environ.get("COMPUTEMESH_TOKEN") or mesh.credentials(place, mesh.node_id(place)).token
+    made = mesh.credentials(place, mesh.node_id(place))  # The NATS server reads them, whatever the token is.
+    return os.environ.get("COMPUTEMESH_TOKEN") or made.token
 
 
 def _address(status: MeshStatus) -> str:
@@ -169,7 +170,7 @@ def start(
         with folder.starting(wait_s):
             found = read_status(folder.home)
             if found is None:
-                log = (log_file or folder.log).absolute()
+                log = _writable(log_file.absolute()) if log_file else folder.log
                 _started(folder, words, log, reached_at(health), deadline_s)
     except runtime.Busy:
         raise NotDone(f"another start has been under way for {wait_s:g} s") from None
@@ -181,6 +182,14 @@ def start(
     _print(told)
     if not found and not no_token and host not in (LOOPBACK, "localhost", "::1"):
         err.print(f"Its clients must show a token: export COMPUTEMESH_TOKEN=$({_command()} token)")
+
+
+def _writable(log: Path) -> Path:
+    try:
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise Failure(f"--log-file: {log}: {(error.strerror or str(error)).lower()}", field="--log-file") from None
+    return log
 
 
 def _started(folder: Folder, words: list[str], log: Path, health: str, deadline_s: float) -> None:
@@ -195,7 +204,7 @@ def _started(folder: Folder, words: list[str], log: Path, health: str, deadline_
             place, words, what="the control plane", module=module, log_file=log, ready_s=left_s()
         )
     except Failure as failure:
-        hint = "--port takes another one" if "cannot be bound" in failure.message else failure.hint
+        hint = "--port takes another one" if "another program has it" in failure.message else failure.hint
         raise NotDone(failure.message, hint=hint, code=failure.code) from None
     folder.note(
         Meta(
