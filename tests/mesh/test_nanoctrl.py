@@ -274,6 +274,9 @@ async def test_an_unknown_path_is_not_found(http: httpx.AsyncClient) -> None:
         ("/start_peer_agent", {"address": "h", "ib_port": 256}, "ib_port"),
         ("/register_mr", {"agent_name": "a", "mr_name": "kv", "addr": -1, "length": 2, "rkey": 3}, "addr"),
         ("/register_mr", {"agent_name": "a", "mr_name": "kv", "addr": 1, "length": 2, "rkey": 2**32}, "rkey"),
+        ("/register_mr", {"agent_name": "a", "mr_name": "kv", "addr": 2**64, "length": 2, "rkey": 3}, "addr"),
+        ("/register_engine", {"engine_id": "e", **ENGINE, "host": "a b"}, "host"),
+        ("/register_engine", {"engine_id": "e", **ENGINE, "p2p_host": "tcp://h"}, "p2p_host"),
         ("/v1/desired_topology/a", {"target_peers": "b"}, "target_peers"),
         ("/v1/desired_topology/a%2A", {"target_peers": []}, "agent"),
     ],
@@ -399,6 +402,18 @@ async def test_a_desired_topology_is_kept_and_a_symmetric_one_reaches_its_target
     assert (await targets("a"), await targets("b"), await targets("c")) == (["b", "c"], ["x", "a"], ["a"])
     await ask("/cleanup", agent_name="a")
     assert (await targets("a"), await targets("b"), await targets("c")) == ([], ["x"], [])
+
+
+async def test_an_alias_with_a_slash_has_a_topology_as_any_other(ask: Caller) -> None:
+    """It comes encoded in the path, as NanoCtrl's clients send it."""
+    assert await ask("/v1/desired_topology/rack-1%2Fa", target_peers=["b"]) == {"status": "ok"}
+    answer = await ask.http.get("/v1/peers/topology", params={"scope": ask.scope, "alias": "rack-1/a"})
+    assert answer.json()["target_peers"] == ["b"]
+
+
+async def test_more_of_a_peer_than_is_kept_is_too_large_and_not_to_be_tried_again(ask: Caller) -> None:
+    said = await ask("/start_peer_agent", 413, address="h", alias="a", resource={"nics": "x" * 600_000})
+    assert (said["code"], said["field"]) == ("too_large", "resource")
 
 
 async def test_a_peer_of_a_peer_agent_is_listed_and_not_for_others_to_drop(mesh: RunningMesh, ask: Caller) -> None:

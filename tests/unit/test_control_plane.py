@@ -76,9 +76,18 @@ def test_a_registration_makes_the_record() -> None:
     assert (record.kind, record.zmq_address, record.seen_at, record.registered_at) == ("prefill", "tcp://h:1", NOW, NOW)
 
 
-@pytest.mark.parametrize(("host", "address"), [("10.0.0.2", "tcp://10.0.0.2:6"), ("::1", "tcp://[::1]:6"), ("", "")])
-def test_the_socket_of_an_engine_is_its_host_and_port(host: str, address: str) -> None:
-    assert entities.zmq_address(host, 6) == address
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("10.0.0.2", 6, "tcp://10.0.0.2:6"),
+        ("::1", 6, "tcp://[::1]:6"),
+        ("[::1]", 6, "tcp://[::1]:6"),
+        ("", 6, ""),
+        ("10.0.0.2", 0, ""),
+    ],
+)
+def test_the_socket_of_an_engine_is_its_host_and_port(host: str, port: int, address: str) -> None:
+    assert entities.zmq_address(host, port) == address
 
 
 def test_an_engine_without_a_role_and_an_entity_without_a_kind_are_refused_by_field() -> None:

@@ -46,10 +46,10 @@ def registered(said: EngineRegister, now: float) -> Engine | Refused:
 
 
 def zmq_address(host: str, port: int) -> str:
-    """Where an engine's socket is; empty where it told no host."""
-    if not host:
+    """Where an engine's socket is; empty where it told no host, or no port."""
+    if not host or not port:
         return ""
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return f"tcp://[{host.strip('[]')}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def beaten(record: Engine, now: float, ttl_s: float) -> Engine:

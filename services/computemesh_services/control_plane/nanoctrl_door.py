@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -122,7 +123,8 @@ class NanoCtrlDoor:
             body = answer if isinstance(answer, bytes) else encode(answer)
             return Response(body, media_type="application/json")
 
-        return declared(route, handle)
+        # An alias may have a slash, and comes decoded.
+        return replace(declared(route, handle), path=route.http.path.replace("{agent}", "{agent:path}"))
 
     async def on_root(self, _: Request) -> Response:
         """What NanoCtrl says while it runs; but only while it can do anything."""

@@ -77,7 +77,7 @@ def registered(
     )
     if len(encode(after)) > RECORD_BYTES_MAX:
         reason = f"what is said of the machine has more than {RECORD_BYTES_MAX} bytes as JSON"
-        return Refused(code="full", reason=reason, field="resource", status=503)
+        return Refused(code="too_large", reason=reason, field="resource", status=413)
     return after if record is None or same(record, after) else replace(after, revision=revision)
 
 

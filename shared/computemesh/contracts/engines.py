@@ -35,7 +35,7 @@ RECORD_BYTES_MAX: Final = 64 * 1024
 EngineRole = Literal["prefill", "decode", "hybrid"]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-Host = Annotated[str, msgspec.Meta(max_length=253)]
+Host = Annotated[str, msgspec.Meta(max_length=253, pattern=r"^[^\s/]*$(?!\n)")]
 PeerAddresses = Annotated[list[Annotated[str, msgspec.Meta(max_length=300)]], msgspec.Meta(max_length=4096)]
 ModelPath = Annotated[str, msgspec.Meta(max_length=4096)]
 Kind = Annotated[str, msgspec.Meta(max_length=128)]
@@ -83,7 +83,7 @@ class Engine(Facts, frozen=True, kw_only=True):
     entity_type: EntityId = ENGINE
     engine_id: EntityId
     zmq_address: str = ""
-    """`tcp://` with its host and port, where it told a host."""
+    """`tcp://` with its host and port, where it told both."""
     registered_at: float
     """Unix seconds."""
     seen_at: float

@@ -88,7 +88,7 @@ class EngineInfo(Message, frozen=True, kw_only=True):
     max_num_seqs: int
     model_path: str | None
     zmq_address: str
-    """`tcp://` with its host and port."""
+    """`tcp://` with its host and port; empty where it told none."""
 
 
 class EngineFound(Message, frozen=True, kw_only=True):

@@ -32,7 +32,8 @@ MEMORY_KEYS_MAX: Final = 4096
 PEERS_PAGE_MAX: Final = 1000
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Address = Annotated[int, msgspec.Meta(ge=0)]
+Address = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""In the memory of a process, which is below the half of 64 bits."""
 Key32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """Counts the registrations of a process: what was registered later under the same name has a higher one."""
@@ -426,6 +427,7 @@ REGISTER: Final = Request(
     service=CONTROL_PLANE,
     refuses=(
         Refusal(code="alias_taken", status=409, when="another instance lives under that alias in this scope"),
+        Refusal(code="too_large", status=413, when="its resource is larger than what is kept of a peer"),
         _NO_PLACE,
     ),
     example=PeerRegister(scope="job-123", alias="worker-a", instance="i-1", node_id="node-1"),
