@@ -232,6 +232,16 @@ async def test_a_nats_server_that_is_there_is_used(commands: Commands, tmp_path:
         assert [engine["id"] for engine in NanoCtrlClient(again["address"]).list_engines()] == ["e"]
 
 
+def test_a_nats_server_that_is_not_there_is_named(commands: Commands) -> None:
+    """Without its password."""
+    said = commands.run(
+        "start", "--port", "0", "--wait", "3", "--nats-url", "nats://services:secret@127.0.0.1:1", expect=1
+    )
+    assert "nats://127.0.0.1:1" in said
+    assert "--nats-url" in said
+    assert "secret" not in said
+
+
 def test_beyond_loopback_clients_show_a_token(commands: Commands) -> None:
     """Which a command prints; or none, where that was asked for."""
     told = commands.json(*START, "--host", "0.0.0.0")

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 import psutil
 
+from computemesh.bus import Bus, Unreachable, Where
 from computemesh.cli import common, mesh, running
 from computemesh.cli.common import Failure, err, out, print_json
 from computemesh.cli.program import Program
@@ -32,6 +33,9 @@ EXIT_NOT_RUNNING: Final = 1
 EXIT_UNHEALTHY: Final = 2
 
 LOOK_S: Final = 0.05
+
+CONNECT_S: Final = 2.0
+"""How long a NATS server is waited for that a control plane did not reach."""
 
 FORCED_S: Final = 1.0
 """How long what was forced may take to end by itself, once its supervisor is gone."""
@@ -171,7 +175,7 @@ def start(
             found = read_status(folder.home)
             if found is None:
                 log = _writable(log_file.absolute()) if log_file else folder.log
-                _started(folder, words, log, reached_at(health), deadline_s)
+                _started(folder, words, log, reached_at(health), deadline_s, url)
     except runtime.Busy:
         raise NotDone(f"another start has been under way for {wait_s:g} s") from None
     told = _document(folder)
@@ -192,7 +196,19 @@ def _writable(log: Path) -> Path:
     return log
 
 
-def _started(folder: Folder, words: list[str], log: Path, health: str, deadline_s: float) -> None:
+async def _bus_problem(nats_url: str) -> str:
+    """Why a NATS server cannot be used; empty when it can."""
+    bus = Bus(Where(url=nats_url, role=Role.SERVICES, name="computemesh-nanoctrl"))
+    try:
+        await bus.connect(timeout_s=CONNECT_S, wait_for_server=False)
+    except Unreachable as error:
+        return str(error)
+    finally:
+        await bus.close()
+    return ""
+
+
+def _started(folder: Folder, words: list[str], log: Path, health: str, deadline_s: float, nats_url: str) -> None:
     """Starts it, and ends it again if it is not well in time."""
 
     def left_s() -> float:
@@ -204,6 +220,8 @@ def _started(folder: Folder, words: list[str], log: Path, health: str, deadline_
             place, words, what="the control plane", module=module, log_file=log, ready_s=left_s()
         )
     except Failure as failure:
+        if nats_url and (problem := common.run(_bus_problem(nats_url))):
+            raise NotDone(problem, hint="--nats-url, or NANOCTRL_REDIS_URL, names it") from None
         hint = "--port takes another one" if "another program has it" in failure.message else failure.hint
         raise NotDone(failure.message, hint=hint, code=failure.code) from None
     folder.note(
