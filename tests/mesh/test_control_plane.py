@@ -301,6 +301,19 @@ async def test_changes_that_are_no_longer_kept_make_the_reader_list_anew(mesh: R
     assert not (await changes(bus, scope, revision)).reset
 
 
+async def test_a_change_that_cannot_be_read_ends_no_replica(mesh: RunningMesh, scope: str) -> None:
+    """Who asks for what changed hears of the others, however often."""
+    bus, pids = await mesh.bus(), [mesh.pid(name) for name in REPLICAS]
+    await register(bus, scope, "a")
+    first = (await told(bus, scope, 1))[-1].revision
+    services = await mesh.bus(Role.SERVICES)
+    await services.call(storage.ENGINE_CHANGES.subject(f"{token_of(scope)}.engine/b"), b'{"no": "change"}')
+    await register(bus, scope, "c")
+    for _ in range(50):  # Either replica answers some of them.
+        assert [one.engine_id for one in await told(bus, scope, 1, first)] == ["c"]
+    assert [mesh.pid(name) for name in REPLICAS] == pids
+
+
 async def test_an_engine_of_which_nothing_is_heard_goes_and_that_is_told(brief: RunningMesh, scope: str) -> None:
     """One that sends heartbeats stays. NanoCtrl lets the first go without a word."""
     bus = await brief.bus()

@@ -146,12 +146,8 @@ class ChangeLedger:
         if stored.seq <= self._seen:
             return
         self._seen = stored.seq
-        if is_gone(stored.headers):
-            return
-        try:
-            self._arrived.put_nowait(_decode(stored.data))
-        except (ValueError, RecursionError) as error:
-            _log.error("a stored change cannot be read", key=stored.subject, reason=str(error))
+        if (change := _change_in(stored)) is not None:
+            self._arrived.put_nowait(change)
 
     async def take(self) -> None:
         """Takes changes over once memory reflects them, until cancelled."""
@@ -214,8 +210,8 @@ class ChangeLedger:
         enough = asyncio.Event()
 
         async def on_stored(stored: Stored) -> None:
-            if len(found) <= ask.limit and not is_gone(stored.headers):
-                found.append(_decode(stored.data))
+            if len(found) <= ask.limit and (change := _change_in(stored)) is not None:
+                found.append(change)
             if len(found) > ask.limit:
                 enough.set()
 
@@ -374,6 +370,17 @@ class ChangeLedger:
             return "expired", 0
         removed = stored.headers is not None and "KV-Operation" in stored.headers
         return ("removed" if removed else "expired"), stored.seq
+
+
+def _change_in(stored: Stored) -> EngineChange | None:
+    """A stored change. One that somebody else spoiled is reported and left out: it must not stop us."""
+    if is_gone(stored.headers):
+        return None
+    try:
+        return _decode(stored.data)
+    except (ValueError, RecursionError) as error:
+        _log.error("a stored change cannot be read", key=stored.subject, reason=str(error))
+        return None
 
 
 def _settle(done: asyncio.Future[Reply]) -> Callable[[Reply], Awaitable[None]]:
