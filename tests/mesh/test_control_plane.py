@@ -23,7 +23,7 @@ import pytest_asyncio
 from computemesh.bus import Bucket, Bus, BusError, MicroService
 from computemesh.bus.provision import drift
 from computemesh.contracts import engines, peers, storage
-from computemesh.contracts.base import Refused, Role, serve
+from computemesh.contracts.base import AT_ONCE, Refused, Role, serve
 from computemesh.contracts.engines import (
     Changes,
     ChangesGet,
@@ -745,3 +745,42 @@ async def test_what_a_peer_says_reaches_the_peer_agent_of_the_other_node(mesh: R
     codes = [(answer.code, answer.status) for answer in answers if isinstance(answer, Refused)]
     assert codes == [("no_link", 404), ("unavailable", 503), ("no_way", 409), ("not_found", 404)]
     await agent.drain()
+
+
+async def test_a_node_that_does_not_answer_keeps_no_other_waiting(mesh: RunningMesh, scope: str) -> None:
+    """However many wait for the one that hangs; those above a bound are told to come back."""
+    bus, far = await mesh.bus(Role.NODE), await mesh.bus(Role.NODE, "far")
+    stuck, held = asyncio.Event(), list[PeerCalled]()
+
+    async def on_called(called: PeerCalled) -> PeerAnswered | Refused:
+        if called.peer == "hung":
+            held.append(called)
+            await stuck.wait()
+        return PeerAnswered(body=Closed(found=True))
+
+    hung = await mesh.bus(Role.NODE, "hung")
+    agents = list[MicroService]()
+    for there, target in ((far, "far"), (hung, "hung")):
+        agent = MicroService(there, name="peer-agent", description="of a test", metadata={})
+        await agent.start([serve(peers.ANSWER, on_called, target=target)])
+        await there.flush()
+        agents.append(agent)
+    await join(bus, scope, node_id="n1")
+    await join(bus, scope, "b", node_id="far")
+    await join(bus, scope, "hung", node_id="hung")
+
+    async def say(peer: str) -> PeerAnswered | Refused:
+        body = peers.Close(link="l-1", reason="bye")
+        said = PeerCall(scope=scope, alias="a", instance="i1", peer=peer, body=body)
+        return await bus.ask(peers.CALL, said, timeout_s=30 if peer == "hung" else 2)
+
+    waiting = [asyncio.create_task(say("hung")) for _ in range(600)]
+    await until(lambda: len(held) == AT_ONCE, what="calls that hang")
+    assert await say("b") == PeerAnswered(body=Closed(found=True))
+    stuck.set()
+    answers = await asyncio.gather(*waiting)
+    refusals = [answer for answer in answers if isinstance(answer, Refused)]
+    assert any(one.reason.startswith("256 calls wait") for one in refusals), "two replicas keep 512 waiting"
+    assert {(one.code, one.status, one.retry) for one in refusals} == {("unavailable", 503, "later")}
+    for agent in agents:
+        await agent.drain()

@@ -25,10 +25,9 @@ import httpx
 import pytest
 
 from computemesh.bus import Bucket, Bus, NoResponder, Where
-from computemesh.bus.micro import CONCURRENCY
 from computemesh.cli.services import SERVICES
 from computemesh.contracts import nodes, storage
-from computemesh.contracts.base import Refused, Role
+from computemesh.contracts.base import AT_ONCE, Refused, Role
 from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery, NodeView
 from computemesh.nats_server import NatsServer
 from computemesh.paths import Home
@@ -122,7 +121,7 @@ async def in_hand(slow: Slow, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("sig", "count"),
-    [(signal.SIGTERM, CONCURRENCY + BEHIND), (signal.SIGTERM, 3), (signal.SIGINT, 3)],
+    [(signal.SIGTERM, AT_ONCE + BEHIND), (signal.SIGTERM, 3), (signal.SIGINT, 3)],
     ids=["SIGTERM, some wait", "SIGTERM, none waits", "SIGINT"],
 )
 async def test_a_signal_lets_requests_in_hand_and_those_behind_them_be_answered(
@@ -131,7 +130,7 @@ async def test_a_signal_lets_requests_in_hand_and_those_behind_them_be_answered(
     """Also those that wait for a slot. Then the process ends with status 0."""
     async with slow_service(server) as slow, connected(server) as bus:
         asked = [asyncio.create_task(get(bus, f"n{number}")) for number in range(count)]
-        await in_hand(slow, min(count, CONCURRENCY))
+        await in_hand(slow, min(count, AT_ONCE))
         await bus.flush()
         slow.process.send_signal(sig)
         await until(lambda: slow.said("draining"), what="the service to drain")

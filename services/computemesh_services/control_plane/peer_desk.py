@@ -58,6 +58,10 @@ GONE_S: Final = 30.0
 """How long a replica that does not act remembers who went, in case that it is to act next."""
 ANSWER_S: Final = 4.0
 """How long a peer may take to answer another one: less than that one waits for us."""
+CALLS_AT_ONCE: Final = 2048
+"""What peers say to each other and is not answered yet. Each only waits."""
+CALLS_TO_NODE_MAX: Final = 256
+"""Of these, those to one node: so one that hangs keeps nobody from the others."""
 COUNTER_TRIES: Final = 32
 ALIASES_AT_ONCE: Final = 100
 
@@ -95,6 +99,8 @@ class PeerDesk:
         self._gone: dict[str, tuple[PeerRecord, float]] = {}
         """Peers whose records went, and when, by key; in that order."""
         self._went = asyncio.Event()
+        self._calling: dict[str, int] = {}
+        """Calls that wait for an answer, by node."""
 
     def endpoints(self) -> list[AnyBound]:
         return [
@@ -109,7 +115,7 @@ class PeerDesk:
             serve(contracts.MEMORY_LIST, self.on_memory_list),
             serve(contracts.TOPOLOGY_PUT, self.on_topology_put),
             serve(contracts.TOPOLOGY_GET, self.on_topology_get),
-            serve(contracts.CALL, self.on_call),
+            serve(contracts.CALL, self.on_call, at_once=CALLS_AT_ONCE),
         ]
 
     async def start(self, spawn: Spawn) -> None:
@@ -450,11 +456,23 @@ class PeerDesk:
             reason = f"{alone!r} is reached through no peer-agent"
             return Refused(code="no_way", reason=reason, field="peer", status=409)
         called = PeerCalled(scope=said.scope, alias=said.alias, node_id=caller.node_id, peer=said.peer, body=said.body)
-        try:
-            return await self._bus.ask(contracts.ANSWER, called, target=peer.node_id, timeout_s=ANSWER_S)
-        except (NoResponder, TimedOut) as error:
-            reason = f"the peer-agent of {said.peer!r}, on node {peer.node_id}, does not answer: {error}"
+        return await self._pass_on(called, peer.node_id)
+
+    async def _pass_on(self, called: PeerCalled, node_id: str) -> PeerAnswered | Refused:
+        waiting = self._calling.get(node_id, 0)
+        if waiting >= CALLS_TO_NODE_MAX:
+            reason = f"{waiting} calls wait for the peer-agent of node {node_id} already"
             return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
+        self._calling[node_id] = waiting + 1
+        try:
+            return await self._bus.ask(contracts.ANSWER, called, target=node_id, timeout_s=ANSWER_S)
+        except (NoResponder, TimedOut) as error:
+            reason = f"the peer-agent of {called.peer!r}, on node {node_id}, does not answer: {error}"
+            return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
+        finally:
+            self._calling[node_id] -= 1
+            if not self._calling[node_id]:
+                del self._calling[node_id]
 
     # --- what is told ------------------------------------------------------------------------------------------------
 

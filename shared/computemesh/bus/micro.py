@@ -26,9 +26,6 @@ from computemesh.contracts.base import AnyBound, AnyInParts, AnyServed, InParts,
 from computemesh.contracts.permissions import is_inbox
 from computemesh.ids import new_id
 
-CONCURRENCY: Final = 64
-"""Requests of one endpoint in hand at once; more wait in the subscription."""
-
 R = TypeVar("R")
 
 _log = log.get("micro")
@@ -123,7 +120,7 @@ class SingleEndpoint(Endpoint):
         super().__init__(bus, bound, group)
         self._bound = bound
         self._acts = acts
-        self._slots = asyncio.Semaphore(CONCURRENCY)
+        self._slots = asyncio.Semaphore(bound.at_once)
 
     async def start(self) -> None:
         self._subscription = await self._bus.listen(self.subject, self._on_message, queue=self.group)

@@ -28,6 +28,9 @@ MESSAGE_BYTES_MAX: Final = 1024 * 1024
 """Bound on one captured message: the size the work stream accepts."""
 
 
+AT_ONCE: Final = 64
+"""Requests of one kind that a process has in hand at the same time, unless it says otherwise."""
+
 STRICT: Final = os.environ.get("COMPUTEMESH_STRICT", "").lower() in ("1", "true")
 """Whether a field that no contract declares is refused. In production it is ignored, as a newer peer may say more
 than we know; in tests it is a mistake. :mod:`computemesh.testing` sets it for the processes it starts."""
@@ -169,6 +172,8 @@ class _Served(Generic[Q, R]):
     """Answered on the bus only by the replica that acts; the HTTP edges of the others pass it on."""
     lasting: bool = False
     """Goes on being answered while the service drains."""
+    at_once: int = AT_ONCE
+    """Requests in hand at the same time; more wait. One that is answered in parts bounds them by itself."""
 
     @property
     def subject(self) -> str:
@@ -226,10 +231,11 @@ def serve(
     target: str = "",
     acting: bool = False,
     lasting: bool = False,
+    at_once: int = AT_ONCE,
 ) -> AnyBound:
     """Pairs a request with its handler; the type checker refuses a handler of another contract."""
     assert not contract.many, f"{contract.subject} is answered in parts"
-    return Bound(contract=contract, handler=handler, target=target, acting=acting, lasting=lasting)
+    return Bound(contract=contract, handler=handler, target=target, acting=acting, lasting=lasting, at_once=at_once)
 
 
 def serve_parts(
