@@ -784,3 +784,41 @@ async def test_a_node_that_does_not_answer_keeps_no_other_waiting(mesh: RunningM
     assert {(one.code, one.status, one.retry) for one in refusals} == {("unavailable", 503, "later")}
     for agent in agents:
         await agent.drain()
+
+
+def nested(levels: int) -> dict[str, Any]:
+    deep: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        deep = {"a": deep}
+    return deep
+
+
+async def test_what_is_nested_as_deep_as_may_be_is_in_every_answer_and_event(mesh: RunningMesh, scope: str) -> None:
+    """What is nested deeper is refused, by its field: no reader would take the whole list that holds it."""
+    bus, node = await mesh.bus(), await mesh.bus(Role.NODE)
+    events: list[EngineChange] = []
+
+    async def on_change(change: EngineChange) -> None:
+        events.append(change)
+
+    subscription = await bus.subscribe(engines.CHANGED, on_change, target=token_of(scope))
+    await bus.flush()
+    for field in ("endpoint", "metadata", "resource"):
+        facts: dict[str, Any] = {"role": "decode", field: nested(61)}
+        refusal = await bus.ask(engines.REGISTER, EngineRegister(scope=scope, engine_id="deeper", **facts))
+        assert isinstance(refusal, Refused)
+        assert (refusal.code, refusal.field) == ("bad_message", field)
+        await register(bus, scope, field, **{field: nested(60)})
+    assert [one.engine_id for one in (await listed(bus, scope)).engines] == ["endpoint", "metadata", "resource"]
+    assert len(await told(bus, scope, 3)) == 3
+    await until(lambda: len(events) == 3, what="three events")
+    await bus.forget(subscription)
+
+    peer = PeerRegister(scope=scope, alias="deeper", instance="i1", resource=nested(61))
+    refusal = await node.ask(peers.REGISTER, peer)
+    assert isinstance(refusal, Refused)
+    assert (refusal.code, refusal.field) == ("bad_message", "resource")
+    await join(node, scope, resource=nested(60))
+    found = await bus.ask(peers.LIST, PeersList(scope=scope))
+    assert isinstance(found, Peers)
+    assert [one.alias for one in found.peers] == ["a"]

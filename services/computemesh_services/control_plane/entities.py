@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from msgspec.structs import asdict, replace
 
-from computemesh.contracts.base import Refused, encode
+from computemesh.contracts.base import RECORD_DEPTH_MAX, Refused, encode, too_deep
 from computemesh.contracts.engines import ENGINE, RECORD_BYTES_MAX, Engine, EngineChange, EngineRegister
 from computemesh.ids import token_of
 
@@ -39,7 +39,12 @@ def registered(said: EngineRegister, now: float) -> Engine | Refused:
     if said.role is not None:
         facts["kind"] = said.role
     record = Engine(**facts, zmq_address=zmq_address(said.host, said.port), registered_at=now, seen_at=now)
-    if (size := len(encode(record))) > RECORD_BYTES_MAX:
+    data = encode(record)
+    if too_deep(data, RECORD_DEPTH_MAX):
+        free = {"endpoint": said.endpoint, "metadata": said.metadata, "resource": said.resource}
+        field = next(name for name, value in free.items() if too_deep(encode({name: value}), RECORD_DEPTH_MAX))
+        return Refused(code="bad_message", reason=f"nested deeper than {RECORD_DEPTH_MAX - 1} levels", field=field)
+    if (size := len(data)) > RECORD_BYTES_MAX:
         reason = f"{size} bytes of JSON, {RECORD_BYTES_MAX} are kept of one entity"
         return Refused(code="too_large", reason=reason, field="metadata", status=413)
     return record

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from computemesh.contracts.base import Refused, encode
+from computemesh.contracts.base import RECORD_DEPTH_MAX, Refused, encode, too_deep
 from computemesh.contracts.peer_records import MemoryEntry, MemoryRecord, PeerRecord, TopologyRecord
 from computemesh.contracts.peers import (
     MEMORY_KEYS_MAX,
@@ -75,7 +75,11 @@ def registered(
         seen_at=now,
         revision=record.revision if record is not None else revision,
     )
-    if len(encode(after)) > RECORD_BYTES_MAX:
+    data = encode(after)
+    if too_deep(data, RECORD_DEPTH_MAX):
+        reason = f"nested deeper than {RECORD_DEPTH_MAX - 1} levels"
+        return Refused(code="bad_message", reason=reason, field="resource")
+    if len(data) > RECORD_BYTES_MAX:
         reason = f"what is said of the machine has more than {RECORD_BYTES_MAX} bytes as JSON"
         return Refused(code="too_large", reason=reason, field="resource", status=413)
     return after if record is None or same(record, after) else replace(after, revision=revision)

@@ -24,6 +24,10 @@ from computemesh.ids import ID_PATTERN, is_token
 DEPTH_MAX: Final = 64
 """Bound on nested arrays and objects in a message. Readers in other languages give up not far above it."""
 
+RECORD_DEPTH_MAX: Final = DEPTH_MAX - 3
+"""The same for what is kept, so that the answers and events which hold it can be read: in a field, a list, and a field
+of that one's elements."""
+
 MESSAGE_BYTES_MAX: Final = 1024 * 1024
 """Bound on one captured message: the size the work stream accepts."""
 
@@ -386,19 +390,19 @@ _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def too_deep(data: bytes) -> bool:
-    """Whether *data* nests arrays or objects beyond :data:`DEPTH_MAX`.
+def too_deep(data: bytes, levels: int = DEPTH_MAX) -> bool:
+    """Whether *data* nests arrays or objects deeper than so many levels.
 
     Counting opening brackets is fast and settles nearly every message; only one with many of them is
     walked, outside its strings.
     """
-    if data.count(b"[") + data.count(b"{") <= DEPTH_MAX:
+    if data.count(b"[") + data.count(b"{") <= levels:
         return False
     depth = 0
     for byte in _STRING.sub(b"", data).translate(None, _NO_BRACKETS):
         if byte in b"[{":
             depth += 1
-            if depth > DEPTH_MAX:
+            if depth > levels:
                 return True
         else:
             depth -= 1
