@@ -460,6 +460,22 @@ async def test_an_endpoint_handles_requests_at_the_same_time_and_drains_what_wai
         await bus.ask(nodes.GET, NodeGet(node_id="late"))
 
 
+async def test_an_answer_that_the_bus_does_not_carry_is_a_refusal(bus: Bus) -> None:
+    """Whoever asks hears so at once, and need not wait in vain."""
+
+    async def on_get(ask: NodeGet) -> NodeView | Refused:
+        models = ["x" * bus.max_payload] if ask.node_id == "large" else []
+        return NodeView(node_id=ask.node_id, loaded_models=models)
+
+    micro = MicroService(bus, name="svc", description="", metadata={})
+    await micro.start([serve(nodes.GET, on_get)])
+    answer = await bus.ask(nodes.GET, NodeGet(node_id="large"))
+    assert isinstance(answer, Refused)
+    assert (answer.code, answer.status) == ("too_large", 413)
+    assert isinstance(await bus.ask(nodes.GET, NodeGet(node_id="small")), NodeView)
+    await micro.drain()
+
+
 async def test_anyone_can_discover_the_service_and_its_counters(bus: Bus) -> None:
     """``$SRV.INFO`` and ``$SRV.STATS`` answer as the NATS micro protocol says."""
 

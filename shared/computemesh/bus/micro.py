@@ -137,7 +137,11 @@ class SingleEndpoint(Endpoint):
         began_ns = time.perf_counter_ns()
         try:
             answer = await call(self._bound, message.data)
-            await self._bus.respond(message, encode(answer), headers=_error_headers(answer))
+            data = encode(answer)
+            if len(data) > self._bus.max_payload:
+                answer = Refused(code="too_large", reason=f"the answer has {len(data)} bytes", status=413)
+                data = encode(answer)
+            await self._bus.respond(message, data, headers=_error_headers(answer))
         except BusError as error:
             _log.warning("could not answer", subject=message.subject, reason=str(error))
             return
