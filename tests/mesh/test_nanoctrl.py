@@ -482,6 +482,20 @@ async def test_heartbeats_lists_and_questions_leave_no_log_line(mesh: RunningMes
     assert len(mesh.lines) - before <= 2
 
 
+async def test_a_registration_that_says_nothing_new_leaves_no_log_line(mesh: RunningMesh, ask: Caller) -> None:
+    """Some programs register where others send a heartbeat."""
+
+    def lines(word: str) -> int:
+        return sum(f'"{ask.scope}"' in line and word in line for line in mesh.lines)
+
+    for _ in range(5):
+        await ask("/register_engine", engine_id="e", **ENGINE)
+    await ask("/register_engine", engine_id="e", **{**ENGINE, "num_blocks": ENGINE["num_blocks"] + 1})
+    await ask("/unregister_engine", engine_id="e")
+    await until(lambda: lines('"unregistered"') == 1, what="the line about the end")
+    assert lines('"registered"') == 2
+
+
 async def test_what_came_by_one_door_is_found_by_the_other(mesh: RunningMesh, ask: Caller) -> None:
     await ask("/register_engine", engine_id="e", **ENGINE)
     bus = await mesh.bus()

@@ -70,6 +70,11 @@ def same(one: Engine, other: Engine) -> bool:
     return replace(one, seen_at=0.0) == replace(other, seen_at=0.0)
 
 
+def says_the_same(known: Engine | None, record: Engine) -> bool:
+    """Whether a registration says of an entity what was known of it already."""
+    return known is not None and record == replace(known, registered_at=record.registered_at, seen_at=record.seen_at)
+
+
 Gone = Literal["removed", "expired"]
 
 
