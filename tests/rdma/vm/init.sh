@@ -7,6 +7,8 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mkdir -p /dev/shm /dev/pts
 mount -t tmpfs shm /dev/shm
+# The kernel says of its first file system that it has no room, and a NATS server believes that.
+mount -t tmpfs -o size=16g tmp /tmp
 mount -t devpts pts /dev/pts
 ln -s /proc/self/fd /dev/fd
 chmod 1777 /tmp /dev/shm
