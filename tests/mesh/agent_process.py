@@ -1,7 +1,7 @@
 """A peer as a program of its own, which a test orders about and kills.
 
-``agent_process.py SOCKET SCOPE ALIAS``: offers `kv`, 64 KiB of shared memory, and `private`, as much of its own, both
-full of a pattern. Each line on standard input is one order in JSON; each gets a line in answer.
+``agent_process.py SOCKET SCOPE ALIAS [DEVICE]``: offers `kv`, 64 KiB of shared memory, and `private`, as much
+of its own, both full of a pattern. Each line on standard input is one order in JSON; each gets a line in answer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ def obey(agent: PeerAgent, memory: dict[str, Any], order: dict[str, Any]) -> Any
             return agent.connect_to(peer, **options).wait(30).conn_id
         case {"do": "imm", "peer": peer}:
             return agent.imm_recv(peer).imm_data()
+        case {"do": "send", "peer": peer, "length": length}:
+            return agent.send(peer, PATTERN[:length]).wait(30)
+        case {"do": "recv", "peer": peer, "length": length}:
+            into = bytearray(length)
+            agent.recv(peer, into).wait(30)
+            return into.hex()
+        case {"do": "connections", "peer": peer}:
+            return sorted(conn.transport for conn in agent.get_connections()[peer].values())
         case {"do": "register", "name": name}:
             memory[name] = bytearray(PATTERN)
             return agent.register_memory_region(name, memory[name])
@@ -39,8 +47,8 @@ def obey(agent: PeerAgent, memory: dict[str, Any], order: dict[str, Any]) -> Any
 
 
 def main() -> None:
-    path, scope, alias = sys.argv[1:]
-    agent = start_peer_agent(path, alias=alias, scope=scope)
+    path, scope, alias, device = [*sys.argv[1:], None][:4]
+    agent = start_peer_agent(path, alias=alias, scope=scope, device=device)
     shared = agent.allocate_memory_region("kv", SIZE)
     shared.view[:] = PATTERN
     memory: dict[str, Any] = {"kv": shared.view, "private": bytearray(PATTERN)}

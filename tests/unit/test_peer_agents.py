@@ -35,7 +35,7 @@ from computemesh.peer.errors import (
     STALE_EPOCH,
     PeerError,
 )
-from computemesh.peer.signals import Accept, Begun, Desired, Order
+from computemesh.peer.signals import Accept, Begun, Desired, Lost, Order
 from computemesh.testing.peers import Exchange
 
 WAIT_S = 20.0
@@ -543,14 +543,22 @@ def test_when_a_peer_ends_its_connections_fail_at_once_and_say_why(agents: Agent
     waiting = [a.imm_recv("b"), a.recv("b", bytearray(8))]
     b.shutdown()
     for future in waiting:
-        with pytest.raises(RuntimeError):
-            future.wait(WAIT_S)
+        assert code_of(partial(future.wait, WAIT_S)) == LINK_LOST
     until(lambda: conn.state == "failed")
     assert not conn.is_connected()
     assert code_of(lambda: a.read("b", ("kv", 0, 0, 8))) == LINK_LOST
     assert code_of(lambda: conn.wait(1)) == LINK_LOST
     assert a.list_agents() == ["a"]
     assert code_of(lambda: a.connect_to("b")) == NOT_FOUND
+
+
+def test_a_peer_whose_end_is_heard_of_from_the_peer_agent_first_is_lost_and_not_cancelled(agents: Agents) -> None:
+    a, _ = agents.pair("tcp")
+    waiting = a.imm_recv("b")
+    agents.exchange.tell("a", Lost(peer="b", reason="its process has ended"))
+    with pytest.raises(PeerError, match="its process has ended") as caught:
+        waiting.wait(WAIT_S)
+    assert caught.value.code == LINK_LOST
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

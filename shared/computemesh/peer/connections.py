@@ -27,7 +27,7 @@ from computemesh.peer.errors import (
     PeerError,
 )
 from computemesh.peer.signals import Accept, Accepted, Call, Called, GetPeer, Lost, PeerFacts
-from computemesh.peer.transport import Endpoint, Link, Parties, TransportError
+from computemesh.peer.transport import WAS_CLOSED, Endpoint, Link, Outcome, Parties, TransportError
 
 logger: Final = logging.getLogger(__name__)
 
@@ -287,8 +287,9 @@ class Connections:
             self._sort_ready(conn.peer_alias)
             links, conn.links = conn.links, ()
             conn.remotes, conn.routes = {}, {}
+        why = Outcome(LINK_LOST, error.reason) if error.code == LINK_LOST else WAS_CLOSED
         for one in links:
-            one.close()
+            one.close(why)
         logger.debug("%s: %s", conn.conn_id, error)
         if tell and not self._life.closed:
             close = Call(peer=conn.peer_alias, body=Close(link=conn.link_id, reason=error.reason[:200]))

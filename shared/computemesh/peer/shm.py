@@ -38,6 +38,7 @@ from computemesh.peer.transport import (
     STALE_EPOCH,
     STALL_S,
     TIMED_OUT,
+    WAS_CLOSED,
     Copy,
     Done,
     Drive,
@@ -240,7 +241,7 @@ class ShmLink:
     def recv_imm(self, done: Done) -> None:
         done(_NO_MESSAGES)
 
-    def close(self) -> None:
+    def close(self, _why: Outcome = WAS_CLOSED, /) -> None:
         """What is under way fails after its present piece. Regions stay mapped until they are dropped."""
         self._closed = True
         self._page = None

@@ -111,6 +111,7 @@ class Outcome:
 
 
 DONE: Final = Outcome()
+WAS_CLOSED: Final = Outcome(CANCELLED, "the connection was closed")
 
 Done = Callable[[Outcome], None]
 OnLost = Callable[[str], None]
@@ -186,7 +187,9 @@ class Link(Protocol):
         """Takes the next number that came with a write, also one that came before this was called."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, why: Outcome = WAS_CLOSED, /) -> None:
+        """Ends it. What is under way ends with `why`, unless it has ended by itself."""
+        ...
 
 
 class Endpoint(Protocol):

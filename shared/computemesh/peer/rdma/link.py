@@ -36,7 +36,6 @@ from computemesh.peer.rdma.verbs import (
     status_text,
 )
 from computemesh.peer.transport import (
-    CANCELLED,
     DONE,
     LINK_LOST,
     NO_REGION,
@@ -46,6 +45,7 @@ from computemesh.peer.transport import (
     STALL_S,
     TIMED_OUT,
     TOO_LARGE,
+    WAS_CLOSED,
     Copy,
     Done,
     OnLost,
@@ -191,6 +191,7 @@ class RdmaLink:
         self._lock = threading.Lock()
         self._state: State = "new"
         self._lost: str | None = None
+        self._why_closed = WAS_CLOSED
         self._opened = threading.Event()
         self._lanes = [Lane(pair) for pair in pairs]
         self._next_lane = itertools.cycle(range(len(pairs)))
@@ -321,17 +322,18 @@ class RdmaLink:
             else:
                 self._imms_wanted.append(done)
 
-    def close(self) -> None:
+    def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         with self._within() as calls:
             if self._state in ("closing", "gone"):
                 return
+            self._why_closed = why
             if self._state == "open":
                 self._state = "closing"
                 self._close_by = time.monotonic() + GOODBYE_S
                 self._say(Note(Kind.BYE))
                 self._pump(calls)
             else:
-                self._end(calls, CANCELLED, "the link was closed")
+                self._end(calls, self._why_closed.code, self._why_closed.reason)
 
     def _unusable(self) -> Outcome | None:
         if self._state == "open":
@@ -339,9 +341,7 @@ class RdmaLink:
         if self._lost is not None:
             return Outcome(LINK_LOST, self._lost)
         return (
-            Outcome(CANCELLED, "the link was closed")
-            if self._state in ("closing", "gone")
-            else Outcome(LINK_LOST, "the link is not ready yet")
+            self._why_closed if self._state in ("closing", "gone") else Outcome(LINK_LOST, "the link is not ready yet")
         )
 
     # --- regions that end ---------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ class RdmaLink:
             self._match(calls)
             self._pump(calls)
             if self._state == "closing" and not self._notes and not self._flying:
-                self._end(calls, CANCELLED, "the link was closed")
+                self._end(calls, self._why_closed.code, self._why_closed.reason)
 
     def _is_gone(self) -> bool:
         return self._state == "gone"
@@ -397,7 +397,7 @@ class RdmaLink:
         """Called now and then: asks for a sign of life, and gives up what makes no progress."""
         with self._within() as calls:
             if self._state == "closing" and now >= self._close_by:
-                self._end(calls, CANCELLED, "the link was closed")
+                self._end(calls, self._why_closed.code, self._why_closed.reason)
                 return
             if self._state not in ("connecting", "open"):
                 return
@@ -729,7 +729,7 @@ class RdmaLink:
 
     def _lose(self, calls: Calls, reason: str) -> None:
         if self._state == "closing":
-            self._end(calls, CANCELLED, "the link was closed")
+            self._end(calls, self._why_closed.code, self._why_closed.reason)
             return
         if self._state == "gone":
             return

@@ -27,13 +27,13 @@ from computemesh.peer.tcp.wire import (
     cut,
 )
 from computemesh.peer.transport import (
-    CANCELLED,
     DONE,
     LINK_LOST,
     NO_REGION,
     OUT_OF_RANGE,
     READ_ONLY,
     TIMED_OUT,
+    WAS_CLOSED,
     Copy,
     Done,
     Drive,
@@ -166,8 +166,8 @@ class TcpLink:
     def count(self, what: str) -> None:
         self._host.count(what)
 
-    def close(self) -> None:
-        self._finish(Outcome(CANCELLED, "the connection was closed"), lost=False)
+    def close(self, why: Outcome = WAS_CLOSED, /) -> None:
+        self._finish(why, lost=False)
 
     def _finish(self, outcome: Outcome, *, lost: bool) -> bool:
         """Begins the end; False when it has begun already."""
