@@ -765,7 +765,7 @@ def test_a_transfer_that_is_ordered_is_done_and_told_with_epochs_and_checksums(a
     said = order(agents, pieces=[Piece(local="kv", local_offset=4, length=4)], checksums=True)
     assert isinstance(said, Begun)
     end = outcome(agents)
-    assert (end.ok, end.bytes, end.transport, end.code) == (True, 4, "shm", "")
+    assert (end.ok, end.bytes, end.transports, end.code) == (True, 4, ["shm"], "")
     assert end.checksums == [f"{zlib.crc32(b'1234'):08x}"]
     assert bytes(here.view) == b"\0\0\0\x001234"
     piece = Piece(local="kv", length=4, epoch=end.epochs[0], checksum=end.checksums[0])
