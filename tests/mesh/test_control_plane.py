@@ -815,9 +815,9 @@ async def test_what_is_nested_as_deep_as_may_be_is_in_every_answer_and_event(mes
     await bus.forget(subscription)
 
     peer = PeerRegister(scope=scope, alias="deeper", instance="i1", resource=nested(61))
-    refusal = await node.ask(peers.REGISTER, peer)
-    assert isinstance(refusal, Refused)
-    assert (refusal.code, refusal.field) == ("bad_message", "resource")
+    refused = await node.ask(peers.REGISTER, peer)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.field) == ("bad_message", "resource")
     await join(node, scope, resource=nested(60))
     found = await bus.ask(peers.LIST, PeersList(scope=scope))
     assert isinstance(found, Peers)
