@@ -4,9 +4,18 @@ import multiprocessing
 import sys
 import time
 
-from computemesh.peer import start_peer_agent
+from computemesh.peer import PeerAgent, start_peer_agent
 
 PART = 1024 * 1024
+
+
+def meet(agent: PeerAgent, others: list[str]) -> None:
+    """Returns when all others are here, too: each tells every other one so."""
+    told = [agent.recv(other, (bytearray(4), 0, 4)) for other in others]
+    for other in others:
+        agent.send(other, (bytearray(b"here"), 0, 4)).wait()
+    for message in told:
+        message.wait()
 
 
 def worker(number: int, count: int) -> None:
@@ -22,18 +31,16 @@ def worker(number: int, count: int) -> None:
         for connection in [agent.connect_to(other) for other in others]:
             connection.wait()
 
+        # Others find the memory as soon as it is there, so nobody reads before all have filled in their parts.
+        meet(agent, others)
         # All reads are under way at once.
         places = {other: int(other.removeprefix("worker-")) * PART for other in others}
         for read in [agent.read(other, ("parts", place, place, PART)) for other, place in places.items()]:
             read.wait()
         print(agent.alias, "has", [everything[part * PART] for part in range(count)], flush=True)
 
-        # Nobody leaves before all others have read, too: each tells every other one so.
-        told = [agent.recv(other, (bytearray(4), 0, 4)) for other in others]
-        for other in others:
-            agent.send(other, (bytearray(b"done"), 0, 4)).wait()
-        for message in told:
-            message.wait()
+        # Nobody leaves before all others have read.
+        meet(agent, others)
 
 
 if __name__ == "__main__":
