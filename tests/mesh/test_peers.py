@@ -22,12 +22,12 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from computemesh.peer import PeerAgent, PeerError, start_async_peer_agent, start_peer_agent
-from computemesh.peer.errors import ALIAS_TAKEN, LINK_LOST, NO_AGENT, OTHER_MESH, OUT_OF_RANGE
+from computemesh.peer.errors import ALIAS_TAKEN, LINK_LOST, NO_AGENT, OTHER_MESH, OUT_OF_RANGE, UNAVAILABLE
 from computemesh.peer.signals import SOCKET_NAME
 from computemesh.testing import RunningMesh, running_mesh
 from tests.mesh.agent_process import PATTERN, SIZE
@@ -392,10 +392,41 @@ def test_a_program_that_was_told_of_another_mesh_hears_so(mesh: RunningMesh, mon
         bus = agent.core.welcome.bus
     start_peer_agent(address=bus, scope="told").shutdown()
     assert code_of(lambda: start_peer_agent("nats://127.0.0.1:1", scope="told")) == OTHER_MESH
-    with pytest.raises(PeerError, match="cannot be asked"):
+    with pytest.raises(PeerError, match=r"nanoctrl_url: no control plane answers at http://127\.0\.0\.1:1 ") as caught:
         start_peer_agent("http://127.0.0.1:1", scope="told")
+    assert caught.value.code == UNAVAILABLE
+    assert caught.value.__suppress_context__
+    with pytest.raises(ValueError, match=r"nanoctrl_url: .* is no address"):
+        start_peer_agent("http://[::1", scope="told")
+    with pytest.raises(TypeError, match="nanoctrl_url: text is wanted, not int"):
+        start_peer_agent(cast(Any, 5), scope="told")
+    with pytest.raises(TypeError, match="device: text is wanted, not int"):
+        start_peer_agent(device=cast(Any, 5), scope="told")
+    with pytest.raises(ValueError, match="name_prefix: it has 65 characters"):
+        start_peer_agent(name_prefix="x" * 65, scope="told")
+    with start_peer_agent(alias="taken", scope="told"), pytest.raises(PeerError, match=r"^alias: 'taken' is another"):
+        start_peer_agent(alias="taken", scope="told")
     with pytest.raises(TypeError, match="names of one argument"):
         start_peer_agent("http://127.0.0.1:1", ctrl_url="http://127.0.0.1:1")
+
+
+def test_a_child_made_by_fork_is_refused_at_once_and_does_not_disturb_its_parent(place: Place) -> None:
+    with start_peer_agent(place.path, alias="a", scope=place.scope) as agent:
+        child = os.fork()
+        if child == 0:
+            code = code_of(lambda: agent.register_memory_region("kv", bytearray(8)))
+            os._exit(0 if code == UNAVAILABLE else 1)
+        waited = time.monotonic() + 5
+        ended, status = 0, -1
+        while not ended and time.monotonic() < waited:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert status == 0
+        assert agent.list_agents() == ["a"]
+        assert agent.list_mem_keys() == []
 
 
 async def test_the_same_is_awaited_in_programs_with_an_event_loop(place: Place) -> None:

@@ -93,13 +93,15 @@ def test_a_tensor_of_a_gpu_has_no_bytes_that_the_processor_could_read() -> None:
         (memoryview(bytearray(8))[::2], 0, None, ValueError, "do not lie in one piece"),
         (tensor(is_contiguous=lambda: False), 0, None, ValueError, "do not lie in one piece"),
         (tensor(), 0, 17, ValueError, "leave the object"),
+        ((ctypes.py_object * 2)(), 0, None, ValueError, "ptr: it holds Python objects"),
     ],
 )
 def test_what_is_no_memory_is_refused_by_the_name_of_the_argument(
     ptr: Any, offset: Any, length: Any, error: type[Exception], says: str
 ) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=says) as caught:
         memory_of(ptr, offset, length)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__  # Nothing of how it was found out.
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\0b", 3, None])

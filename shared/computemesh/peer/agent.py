@@ -12,6 +12,7 @@ be called from any thread.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -34,11 +35,11 @@ from computemesh.peer.attachment import Attach, OnClosed, OnTold, Signals
 from computemesh.peer.choice import DEMANDS
 from computemesh.peer.connection import PeerConnection
 from computemesh.peer.core import Core
-from computemesh.peer.errors import NO_WAY, NOT_FOUND, OTHER_MESH, PeerError
+from computemesh.peer.errors import NO_WAY, OTHER_MESH, UNAVAILABLE, PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, TransferFuture
 from computemesh.peer.memory import Descriptor, SharedMemory
 from computemesh.peer.rdma import RdmaEndpoint
-from computemesh.peer.regions import Memory, check_name, memory_of
+from computemesh.peer.regions import Memory, check_name, memory_of, whole_number
 from computemesh.peer.resource import accelerators
 from computemesh.peer.shm import ShmEndpoint
 from computemesh.peer.signals import Hello
@@ -118,11 +119,20 @@ class PeerAgent:
         where = [one for one in (nanoctrl_url, ctrl_url, address) if one is not None]
         if len(where) > 1:
             raise TypeError("nanoctrl_url, ctrl_url and address are names of one argument; give one of them")
+        for field, value in (
+            ("nanoctrl_url", where[0] if where else None),
+            ("device", device),
+            ("local_host", local_host),
+        ):
+            if value is not None and not isinstance(value, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{field}: text is wanted, not {type(value).__name__}")
         place = os.fspath(where[0]) if where else ""
         url = place if "://" in place and not place.startswith("unix:") else ""
         scope = _checked("scope", scope or "", Scope)
         hello_alias = None if alias is None else _checked("alias", alias, EntityId)
         prefix = _checked("name_prefix", name_prefix, EntityId)
+        if len(prefix) > 64:
+            raise ValueError(f"name_prefix: it has {len(prefix)} characters; at most 64 leave room for a number")
         local_host = local_host or os.environ.get(HOST_VARIABLE) or None
         self._device = device
         if endpoints is None:
@@ -193,6 +203,8 @@ class PeerAgent:
         Args:
             symmetric: each of them is to be connected to this one as well.
         """
+        if isinstance(target_peers, str) or not isinstance(target_peers, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"target_peers: a list of aliases is wanted, not {type(target_peers).__name__}")
         self._core.set_topology(target_peers, min_bw=min_bw, symmetric=symmetric)
 
     # --- connections -------------------------------------------------------------------------------------------
@@ -235,8 +247,10 @@ class PeerAgent:
         ):
             raise ValueError(f"local_host, local_port: give local_host to start_peer_agent, or set {HOST_VARIABLE}")
         ib_port, qp_num = 1 if ib_port is None else ib_port, 1 if qp_num is None else qp_num
+        if min_bw is not None and not isinstance(min_bw, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"min_bw: text is wanted, not {type(min_bw).__name__}")
         for what, value, most in (("ib_port", ib_port, 255), ("qp_num", qp_num, 1024)):
-            if not 1 <= value <= most:
+            if not 1 <= whole_number(value, what) <= most:
                 raise ValueError(f"{what}: {value} is not between 1 and {most}")
         return self._core.connections.connect(
             peer_alias,
@@ -316,7 +330,11 @@ class PeerAgent:
         held: object = memory.held
         shared_fd, shared_offset = -1, 0
         if fd is not None:
-            descriptor = Descriptor(os.dup(fd))
+            fd_offset = whole_number(fd_offset, "fd_offset")
+            try:
+                descriptor = Descriptor(os.dup(whole_number(fd, "fd")))
+            except (OSError, OverflowError) as error:
+                raise ValueError(f"fd: {fd} is no descriptor of this process ({error})") from None
             shared_fd, shared_offset, held = descriptor.fd, fd_offset + offset, (descriptor, memory.held)
         elif (found := shared_memory.shared_at(memory.address, memory.length)) is not None:
             whole, inside = found
@@ -336,7 +354,7 @@ class PeerAgent:
         check_name(name)
         if memory_kind != PeerMemoryRegion.memory_kind:
             raise ValueError(f"memory_kind: {memory_kind!r} cannot be had here; 'shared' can")
-        memory = SharedMemory.allocate(length, peers_write=writable)
+        memory = SharedMemory.allocate(whole_number(length, "length"), peers_write=writable)
         handle = self.register_memory_region(name, memory.view(), writable=writable)
         return PeerMemoryRegion(self, name, memory, handle)
 
@@ -350,8 +368,11 @@ class PeerAgent:
             False if nothing has that name.
 
         Raises:
+            TypeError: the name is none; a handle goes with it, not in its place.
             PeerError: `timed_out`; a peer was stopped in the middle of a write to it, which may still end some day.
         """
+        if not isinstance(mr_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"mr_name: text is wanted, not {type(mr_name).__name__}")
         if handle is not None:
             region = self._core.regions.by_name.get(mr_name)
             if region is None or region.handle != handle:
@@ -583,8 +604,8 @@ class PeerAgent:
             assign,
             local_nic=local_nic,
             remote_nic=remote_nic,
-            epochs=_each(epoch, count),
-            checksums=_each(checksum, count),
+            epochs=_each("epoch", epoch, count),
+            checksums=_each("checksum", checksum, count),
             cached_only=cached_only,
         )
 
@@ -729,10 +750,12 @@ def _is_address(ptr: object) -> bool:
     return hasattr(ptr, "__index__") and not hasattr(ptr, "data_ptr") and not isinstance(ptr, bool)
 
 
-def _each(expected: Expected, count: int) -> Sequence[int | None] | None:
-    if expected is None or not isinstance(expected, int):
-        return expected
-    return [expected] * count
+def _each(field: str, expected: Expected, count: int) -> Sequence[int | None] | None:
+    if expected is None:
+        return None
+    if isinstance(expected, (list, tuple)):
+        return [None if one is None else whole_number(one, field) for one in expected]
+    return [whole_number(expected, field)] * count
 
 
 def _no_stream(stream: object) -> None:
@@ -757,11 +780,15 @@ def _checked(field: str, value: str, kind: Any) -> str:
 
 def _check_mesh(url: str, core: Core) -> None:
     """Whether the peer-agent of this machine belongs to the mesh that a program was told of."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"nanoctrl_url: {url!r} is no address: {error}") from None
     other = PeerError(OTHER_MESH, f"the peer-agent of this machine belongs to another mesh than {url}")
     if parts.scheme in ("nats", "tls"):
         bus = urlsplit(core.welcome.bus)
-        if (parts.hostname, parts.port or 4222) != (bus.hostname, bus.port or 4222):
+        if (parts.hostname, port or 4222) != (bus.hostname, bus.port or 4222):
             raise other
         return
     if parts.scheme not in ("http", "https"):
@@ -774,8 +801,13 @@ def _check_mesh(url: str, core: Core) -> None:
     try:
         with opener.open(request, timeout=_HTTP_TIMEOUT_S) as answer:
             found: Any = json.loads(answer.read())
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise PeerError(NOT_FOUND, f"the control plane at {url} cannot be asked: {error}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise PeerError(
+            UNAVAILABLE,
+            f"nanoctrl_url: no control plane answers at {url} ({why}); `computemesh status` shows where that of this "
+            "machine listens, and without an address none is asked",
+        ) from None
     names: set[object] = set()
     if isinstance(found, list):
         names = {cast(dict[str, Any], one).get("name") for one in cast(list[object], found) if isinstance(one, dict)}

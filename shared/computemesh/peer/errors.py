@@ -68,5 +68,6 @@ class PeerError(RuntimeError):
 
     @classmethod
     def of(cls, refused: Refused) -> PeerError:
-        """What a refusal says, naming the field at fault."""
-        return cls(refused.code, f"{refused.field}: {refused.reason}" if refused.field else refused.reason)
+        """What a refusal says, naming the field at fault: of what was asked, not of the frame it came in."""
+        field = refused.field.removeprefix("ask.")
+        return cls(refused.code, f"{field}: {refused.reason}" if field else refused.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -59,15 +60,19 @@ def memory_of(ptr: Any, offset: int = 0, length: int | None = None, *, field: st
         TypeError: it is none of these, or an address comes without a length.
         ValueError: its bytes do not lie in one piece, or the range is empty or leaves the object.
     """
-    offset = _whole(offset, "offset")
-    wanted = None if length is None else _whole(length, "length")
+    offset = whole_number(offset, "offset")
+    wanted = None if length is None else whole_number(length, "length")
     if hasattr(ptr, "data_ptr") and hasattr(ptr, "is_contiguous"):
         return _tensor(ptr, offset, wanted, field)
     if isinstance(ptr, bool):
         raise TypeError(f"{field}: an address or an object with the buffer protocol is wanted, not bool")
+    if not hasattr(ptr, "__index__"):
+        return _buffer(ptr, offset, wanted, field)
     try:
         address = index(ptr)
-    except TypeError:
+    except TypeError:  # Arrays of numpy have the method, but only those of one number can do it.
+        address = None
+    if address is None:
         return _buffer(ptr, offset, wanted, field)
     if wanted is None:
         raise TypeError("length: it must be given with an address")
@@ -85,6 +90,10 @@ def _buffer(thing: Any, offset: int, length: int | None, field: str) -> Memory:
         raise TypeError(
             f"{field}: an address or an object with the buffer protocol is wanted, not {type(thing).__name__}"
         ) from None
+    except ValueError as error:  # As that of numpy, whose dates are no bytes to it.
+        raise ValueError(f"{field}: {error}") from None
+    if "O" in re.sub(":[^:]*:", "", whole.format):
+        raise ValueError(f"{field}: it holds Python objects, of which other processes can make nothing")
     if not whole.c_contiguous:
         raise ValueError(f"{field}: its bytes do not lie in one piece; register a contiguous copy")
     length = _range(whole.nbytes, offset, length)
@@ -110,7 +119,12 @@ def _range(size: int, offset: int, length: int | None) -> int:
     return length
 
 
-def _whole(value: Any, field: str) -> int:
+def whole_number(value: Any, field: str) -> int:
+    """*value*, which must be 0 or more.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
     if isinstance(value, bool):
         raise TypeError(f"{field}: a whole number is wanted, not bool")
     try:

@@ -24,7 +24,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from computemesh.contracts.base import Refused
-from computemesh.contracts.peers import Close, Connect, Connected
+from computemesh.contracts.peers import Close, Connect, Connected, Resolve
 from computemesh.ids import EntityId
 from computemesh.paths import home
 from computemesh.peer.errors import BAD_MESSAGE, CLOSED, NO_AGENT, UNAVAILABLE, PeerError
@@ -250,6 +250,7 @@ class AgentSocket:
     ) -> None:
         self.path: Final = path
         self._hello = hello
+        self._pid = os.getpid()
         self._on_told = on_told
         self._on_closed = on_closed
         self._numbers = 1
@@ -271,7 +272,7 @@ class AgentSocket:
                 NO_AGENT,
                 f"no peer-agent listens at {path} ({error.strerror or error}): start a mesh with `computemesh up`, "
                 "or join one with `computemesh join`; COMPUTEMESH_HOME names its home if it is another",
-            ) from error
+            ) from None
         self._questions: queue.SimpleQueue[tuple[_Connection, int, Told] | None] = queue.SimpleQueue()
         self._notices: queue.SimpleQueue[tuple[_Connection, int, Told] | None] = queue.SimpleQueue()
         self._threads = [
@@ -295,12 +296,15 @@ class AgentSocket:
         """The answer, and the descriptors that came along, which are the caller's to close.
 
         The descriptors that are sent are copied. What may be asked twice is asked again when the peer-agent went away
-        and came back in time; a :class:`Call` and a :class:`HostedTransfer` fail then.
+        and came back in time; a :class:`HostedTransfer` fails then, and a :class:`Call` unless it only asks where
+        regions are.
 
         Raises:
             PeerError: a refusal, by its code; ``unavailable`` when the peer-agent is not there or does not answer in
                 time, ``closed`` after :meth:`close`.
         """
+        if os.getpid() != self._pid:  # The socket is the parent's, and so would be the answer.
+            raise PeerError(UNAVAILABLE, "this process is a fork of the one that is the peer; it needs its own agent")
         deadline_s = time.monotonic() + timeout_s
         self._remember(question, fds)
         while True:
@@ -321,7 +325,9 @@ class AgentSocket:
                 raise PeerError.of(waiting.answer)
             if waiting.answer is not None:
                 return waiting.answer, waiting.fds
-            if isinstance(question, Call | HostedTransfer):
+            if isinstance(question, HostedTransfer) or (
+                isinstance(question, Call) and not isinstance(question.body, Resolve)
+            ):
                 raise PeerError(UNAVAILABLE, "the peer-agent went away before it answered")
 
     def tell(self, said: Ended) -> None:
