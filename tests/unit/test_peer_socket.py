@@ -438,6 +438,19 @@ def test_a_call_is_not_made_twice_when_the_peer_agent_goes_away(far: Far, start:
     assert raised.value.code == "unavailable"
 
 
+def test_where_regions_are_is_asked_again_when_the_peer_agent_comes_back(far: Far, start: Start) -> None:
+    end = start()
+    call = Call(peer="b", body=Resolve(link="l-1", names=["kv"]))
+    asking = Asking(lambda: end.ask(call))
+    far.heard()
+    far.drop()
+    far.welcome()
+    again = far.heard()
+    assert again.frame.ask == call
+    far.answer(again.frame, Aliases(aliases=[]))
+    asking.end()
+
+
 def test_a_process_that_is_not_taken_back_is_told_so_once(far: Far, start: Start) -> None:
     """After that nothing can be asked any more."""
     closed: queue.SimpleQueue[str] = queue.SimpleQueue()
