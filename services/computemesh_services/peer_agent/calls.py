@@ -117,8 +117,10 @@ class Calls:
         try:
             said = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
         except BusError as error:  # Whether the peer took it is not known.
-            effect = CloseFar(peer, body.link, "nobody waits for it any more")
-            self._spawn(self.close_far(name, process.instance, effect))
+            # One that has come here since refuses what comes by the bus, and is about to be asked without it.
+            if Name(name.scope, peer) not in self._lines:
+                effect = CloseFar(peer, body.link, "nobody waits for it any more")
+                self._spawn(self.close_far(name, process.instance, effect))
             return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
         if isinstance(said, Refused):
             return said

@@ -1,0 +1,126 @@
+"""A peer that comes to a node while another one of that node asks for it over the bus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from computemesh.bus import Bus, MicroService, TimedOut
+from computemesh.contracts import peers
+from computemesh.contracts.base import Refused, Role
+from computemesh.contracts.peers import Close, Connect, Connected, PeerAnswered, PeerCall, PeerCalled
+from computemesh.lifecycle import end_all
+from computemesh.peer.signals import Accept, Accepted, Answer, Call, Called, Hello, Lost, Told
+from computemesh.peer.socket import AgentSocket
+from computemesh.testing import running_mesh
+from computemesh_services.peer_agent.config import PeerAgentConfig
+from computemesh_services.peer_agent.service import PeerAgentService
+
+WAIT_S = 20.0
+CONNECT = Connect(conn_id="x", link="l-1", key="0" * 64, offers={"tcp": {}}, wants=["tcp"])
+
+
+class Held(Bus):
+    """A connection to the bus on which something else happens before a peer is called."""
+
+    before: Any = None
+    """Awaited once; what it raises is what becomes of the call."""
+
+    async def ask(self, request: Any, question: Any, **options: Any) -> Any:
+        if isinstance(question, PeerCall) and isinstance(question.body, Connect) and self.before is not None:
+            before, self.before = self.before, None
+            await before()
+        return await super().ask(request, question, **options)
+
+
+class Node:
+    """A peer-agent in the test's own process, on a real bus with a real control plane."""
+
+    def __init__(self, bus: Held, control_plane: Bus, path: Path) -> None:
+        self.bus = bus
+        self.control_plane = control_plane
+        self.told: list[Told] = []
+        self._path = path
+        self._ends: list[AgentSocket] = []
+
+    async def attach(self, alias: str) -> AgentSocket:
+        end = await asyncio.to_thread(AgentSocket, self._path, Hello(alias=alias), on_told=self._on_told)
+        self._ends.append(end)
+        return end
+
+    def _on_told(self, told: Told) -> Answer | None:
+        self.told.append(told)
+        if isinstance(told, Accept):
+            return Accepted(body=Connected(link=told.body.link, answers={"tcp": {"port": 1}}))
+        return None
+
+    async def end(self) -> None:
+        for end in self._ends:
+            await asyncio.to_thread(end.close)
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncGenerator[Node]:
+    async with AsyncExitStack() as stack:
+        mesh = await stack.enter_async_context(running_mesh(tmp_path, ["control-plane"]))
+        where = (await mesh.bus(Role.NODE)).where
+        bus = Held(where)
+        await bus.connect(timeout_s=WAIT_S)
+        stack.push_async_callback(bus.close)
+        path = tmp_path / "run" / "peer-agent.sock"
+        service = PeerAgentService(bus, PeerAgentConfig(nats_url=where.url, node_id="n1", drain_timeout_s=2.0), path)
+        micro = MicroService(bus, name="peer-agent", description="of a test", metadata={})
+        background: list[asyncio.Task[None]] = []
+        await service.start(lambda work: background.append(asyncio.create_task(work)), micro)
+        await micro.start(service.endpoints())
+        stack.push_async_callback(end_all, background)
+        stack.push_async_callback(service.drain)
+        made = Node(bus, await mesh.bus(Role.SERVICES), path)
+        stack.push_async_callback(made.end)
+        yield made
+
+
+async def test_who_is_asked_over_the_bus_by_its_own_node_is_to_be_asked_again(node: Node) -> None:
+    await node.attach("b")
+    called = PeerCalled(alias="a", node_id="n1", peer="b", body=CONNECT)
+    refused = await node.control_plane.ask(peers.ANSWER, called, target="n1")
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.field, refused.status, refused.retry) == ("unavailable", "peer", 503, "later")
+    assert not node.told, "the peer was asked all the same"
+    from_afar = PeerCalled(alias="a", node_id="n2", peer="b", body=CONNECT)
+    elsewhere = await node.control_plane.ask(peers.ANSWER, from_afar, target="n1")
+    assert isinstance(elsewhere, PeerAnswered)
+    assert [told.same_host for told in node.told if isinstance(told, Accept)] == [False]
+
+
+@pytest.mark.parametrize("bus_fails", [False, True])
+async def test_a_peer_that_comes_while_it_is_asked_for_is_connected_within_the_node(
+    node: Node, bus_fails: bool
+) -> None:
+    """Also when the bus does not say what became of the question; the connection then stays."""
+    a = await node.attach("a")
+    came: list[AgentSocket] = []
+
+    async def come() -> None:
+        came.append(await node.attach("b"))
+        if bus_fails:
+            raise TimedOut("nobody answered")
+
+    node.bus.before = come
+    answer, _ = await asyncio.to_thread(a.ask, Call(peer="b", body=CONNECT))
+    assert came
+    assert isinstance(answer, Called)
+    assert (answer.body, answer.same_host) == (Connected(link="l-1", answers={"tcp": {"port": 1}}), True)
+    accepts = [told for told in node.told if isinstance(told, Accept)]
+    assert [(told.peer, told.node_id, told.same_host) for told in accepts] == [("a", "n1", True)]
+    # Whatever was said over the bus of this connection has come by now, since this goes the same way.
+    await asyncio.sleep(0.3)
+    assert not [told for told in node.told if isinstance(told, Lost)]
+    closed, _ = await asyncio.to_thread(a.ask, Call(peer="b", body=Close(link="l-1")))
+    assert isinstance(closed, Called)
+    assert closed.body.found  # type: ignore[union-attr]
