@@ -427,6 +427,31 @@ def test_when_the_peer_agent_comes_back_the_process_is_who_it_was(far: Far, star
     assert asking.end()[0] == Aliases(aliases=["a"])
 
 
+def test_a_region_that_was_refused_is_not_said_again_but_the_one_before_it_is(far: Far, start: Start) -> None:
+    end = start()
+    before = len(os.listdir(FOLDER))
+    first, second, other = (
+        PutRegion(name=name, length=1, epoch=epoch) for name, epoch in [("kv", 1), ("kv", 2), ("x", 3)]
+    )
+    asking = Asking(lambda: end.ask(first))
+    far.answer(far.heard().frame, Done())
+    asking.end()
+    for refused in (second, other):
+        asking = Asking(lambda refused=refused: end.ask(refused))
+        far.say(Frame(id=far.heard().frame.id, refused=Refused(code="full", reason="no room", status=503)))
+        with pytest.raises(PeerError):
+            asking.end()
+    far.drop()
+    far.welcome()
+    assert far.heard().frame.ask == first
+    asking = Asking(lambda: end.ask(ListPeers()))
+    frame = far.heard().frame
+    assert frame.ask == ListPeers()
+    far.answer(frame, Aliases(aliases=[]))
+    asking.end()
+    assert len(os.listdir(FOLDER)) == before
+
+
 def test_a_call_is_not_made_twice_when_the_peer_agent_goes_away(far: Far, start: Start) -> None:
     """Whether the peer heard of it is not known."""
     end = start()

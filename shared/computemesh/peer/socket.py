@@ -305,8 +305,18 @@ class AgentSocket:
         """
         if os.getpid() != self._pid:  # The socket is the parent's, and so would be the answer.
             raise PeerError(UNAVAILABLE, "this process is a fork of the one that is the peer; it needs its own agent")
+        replaced = self._remember(question, fds)
+        try:
+            answer = self._ask(question, fds, timeout_s)
+        except BaseException:
+            self._unlearn(question, replaced)
+            raise
+        if replaced is not None:
+            close_fds(replaced[1])
+        return answer
+
+    def _ask(self, question: Question, fds: Sequence[int], timeout_s: float) -> tuple[Answer, tuple[int, ...]]:
         deadline_s = time.monotonic() + timeout_s
-        self._remember(question, fds)
         while True:
             connection, number, waiting = self._begin(question, deadline_s)
             try:
@@ -361,15 +371,15 @@ class AgentSocket:
 
     # --- what is said again ----------------------------------------------------------------------------------------
 
-    def _remember(self, question: Question, fds: Sequence[int]) -> None:
+    def _remember(self, question: Question, fds: Sequence[int]) -> tuple[PutRegion, tuple[int, ...]] | None:
+        """What is said again. Returns the region that another one takes the place of, if that is not refused."""
         match question:
             case PutRegion():
                 kept = (question, copy_fds(fds))
                 with self._lock:
                     old = self._regions.pop(question.name, None)
                     self._regions[question.name] = kept
-                if old is not None:
-                    close_fds(old[1])
+                return old
             case PutEpochs():
                 copy = os.dup(fds[0])
                 with self._lock:
@@ -380,7 +390,7 @@ class AgentSocket:
                 with self._lock:
                     there = self._regions.get(question.name)
                     if there is None or there[0].epoch != question.epoch:
-                        return
+                        return None
                     del self._regions[question.name]
                 close_fds(there[1])
             case Call(body=Close() as body):
@@ -388,6 +398,21 @@ class AgentSocket:
                     self._links.pop(body.link, None)
             case _:
                 pass
+        return None
+
+    def _unlearn(self, question: Question, replaced: tuple[PutRegion, tuple[int, ...]] | None) -> None:
+        """A region was not taken: it is not said again, but the one before it is."""
+        if not isinstance(question, PutRegion):
+            return
+        with self._lock:
+            there = self._regions.get(question.name)
+            useless = replaced
+            if there is not None and there[0] is question:
+                useless = self._regions.pop(question.name)
+                if replaced is not None:
+                    self._regions[question.name] = replaced
+        if useless is not None:
+            close_fds(useless[1])
 
     def _learn(self, said: Frame, question: Question | None) -> None:
         """By the reader, so that what is told of a link comes behind what made it."""
