@@ -137,3 +137,27 @@ def test_parts_are_one_whole_which_fails_as_its_first_failure_and_only_when_all_
     assert not ends
     gathered.settle(Outcome("other"))
     assert ends == [LOST]
+
+
+def test_the_collector_may_end_a_future_while_somebody_begins_to_wait_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes by whenever objects are made, as that by which is waited."""
+    ends: list[PeerFuture] = []
+    forgotten = PeerFuture()
+    forgotten.add_done_callback(ends.append)
+    make = threading.Event
+    waited = threading.Event()
+
+    def collect() -> threading.Event:
+        forgotten.settle(LOST)
+        return make()
+
+    def wait() -> None:
+        monkeypatch.setattr(threading, "Event", collect)
+        PeerFuture().wait_for(0)
+        waited.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert waited.wait(20)
+    assert ends == [forgotten]

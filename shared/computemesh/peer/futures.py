@@ -13,8 +13,9 @@ from computemesh.peer.transport import Copy, Drive, Outcome
 
 logger: Final = logging.getLogger(__name__)
 
-_lock: Final = threading.Lock()
-"""For the rare moments in which somebody begins to wait for a future, or asks to be called."""
+_lock: Final = threading.RLock()
+"""For the rare moments in which somebody begins to wait for a future, or asks to be called. The collector may come by
+within them, and end an agent that nobody holds any more, and with it other futures."""
 
 F = TypeVar("F", bound="PeerFuture")
 
