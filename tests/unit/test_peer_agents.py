@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
 import zlib
 from collections.abc import Callable, Generator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -19,6 +22,8 @@ from hypothesis import strategies as st
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Connect, Piece, Topology, Transfer
 from computemesh.peer.agent import PeerAgent
+from computemesh.peer.attachment import Attachment
+from computemesh.peer.connections import FAILED_MAX
 from computemesh.peer.errors import (
     ALIAS_TAKEN,
     BAD_CHECKSUM,
@@ -35,6 +40,7 @@ from computemesh.peer.errors import (
     STALE_EPOCH,
     PeerError,
 )
+from computemesh.peer.shm import ShmEndpoint, ShmLink
 from computemesh.peer.signals import Accept, Begun, Desired, Lost, Order
 from computemesh.testing.peers import Exchange
 
@@ -832,3 +838,104 @@ def test_desired_connections_are_made_and_made_again_when_the_peer_comes_back(ag
     until(lambda: "b" not in a.core.connections.ready)
     agents("b")
     until(lambda: "b" in a.core.connections.ready)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------
+
+FORGETFUL = """
+from computemesh.peer.agent import PeerAgent
+from computemesh.testing.peers import Exchange
+
+exchange = Exchange()
+a = PeerAgent(alias="a", attach=exchange.attach("a"))
+b = PeerAgent(alias="b", attach=exchange.attach("b"))
+a.register_memory_region("kv", bytearray(8))
+b.register_memory_region("kv", bytearray(8))
+a.connect_to("b", transport="tcp").wait(20)
+a.read("b", ("kv", 0, 0, 8)).wait(20)
+"""
+
+
+def test_a_program_that_forgets_to_shut_its_agents_down_ends_all_the_same(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FORGETFUL)
+    assert subprocess.run([sys.executable, program], timeout=WAIT_S, check=False).returncode == 0
+
+
+def test_who_interrupts_a_thread_that_copies_ends_the_transfer(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = agents.pair("shm")
+    size = 64 * 1024**2
+    for agent in (a, b):
+        agent.allocate_memory_region("kv", size)
+    a.read("b", ("kv", 0, 0, 8)).wait(WAIT_S)
+    move = ShmLink.move
+
+    def interrupted(*arguments: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return move(*arguments)
+
+    monkeypatch.setattr(ShmLink, "move", interrupted)
+    monkeypatch.setattr(ShmEndpoint, "work", lambda endpoint, job: None)  # The one that waits is faster than they are.
+    future = a.write("b", ("kv", 0, 0, size))
+    with pytest.raises(KeyboardInterrupt):
+        future.wait(WAIT_S)
+    assert future.done()
+    assert future.error() is not None
+    b.unregister_memory_region("kv")  # Nobody writes to it any more.
+
+
+def test_what_a_transfer_left_to_be_done_is_done_also_when_the_peer_has_ended_meanwhile() -> None:
+    life, first, last = Attachment(), threading.Event(), threading.Event()
+    life.chore(first.set)
+    assert first.wait(WAIT_S)
+    life.end("the end")
+    life.chore(last.set)
+    assert last.wait(WAIT_S)
+
+
+def test_an_agent_may_be_shut_down_by_who_is_told_that_a_transfer_has_ended(agents: Agents) -> None:
+    a, b = agents.pair("tcp")
+    a.register_memory_region("kv", bytearray(8))
+    b.register_memory_region("kv", bytearray(8))
+    future = a.read("b", ("kv", 0, 0, 8))
+    ended = threading.Event()
+
+    def end(_: object) -> None:
+        a.shutdown()
+        ended.set()
+
+    def wait() -> None:
+        future.add_done_callback(end)
+        future.wait(WAIT_S)
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert ended.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("address", [["127.0.0.1", 10**9], ["a" * 70, 1], ["\0", 1], ["..", 1]])
+def test_an_offer_with_an_address_that_is_none_is_refused_and_the_next_one_is_taken(
+    agents: Agents, address: list[Any]
+) -> None:
+    b = agents("b")
+    offers: dict[Any, Any] = {"tcp": {"version": 1, "lanes": 2, "address": address}}
+    connect = Connect(conn_id="a:tcp:port1->b:tcp:port1#qp1", link="l-1", key="0" * 64, offers=offers, wants=["tcp"])
+    refused = agents.exchange.tell("b", Accept(peer="a", node_id="node-2", same_host=False, body=connect))
+    assert isinstance(refused, Refused)
+    assert refused.code == NO_WAY
+    agents("a")
+    b.connect_to("a", transport="tcp").wait(WAIT_S)
+
+
+def test_an_agent_that_lives_long_forgets_the_first_of_its_failed_connections(agents: Agents) -> None:
+    b = agents("b")
+    for number in range(FAILED_MAX + 10):
+        connect = Connect(
+            conn_id=f"a-{number}:tcp:port1->b:tcp:port1#qp1", link=f"l-{number}", key="0" * 64, offers={}, wants=["tcp"]
+        )
+        told = agents.exchange.tell("b", Accept(peer=f"a-{number}", node_id="n", same_host=True, body=connect))
+        assert isinstance(told, Refused)
+    found = b.get_connections()
+    assert len(found) == FAILED_MAX
+    assert "a-0" not in found
+    assert f"a-{FAILED_MAX + 9}" in found

@@ -429,7 +429,7 @@ def test_when_the_peer_agent_comes_back_the_process_is_who_it_was(far: Far, star
 
 def test_a_region_that_was_refused_is_not_said_again_but_the_one_before_it_is(far: Far, start: Start) -> None:
     end = start()
-    before = len(os.listdir(FOLDER))
+    before = len(list(FOLDER.iterdir()))
     first, second, other = (
         PutRegion(name=name, length=1, epoch=epoch) for name, epoch in [("kv", 1), ("kv", 2), ("x", 3)]
     )
@@ -449,7 +449,7 @@ def test_a_region_that_was_refused_is_not_said_again_but_the_one_before_it_is(fa
     assert frame.ask == ListPeers()
     far.answer(frame, Aliases(aliases=[]))
     asking.end()
-    assert len(os.listdir(FOLDER)) == before
+    assert len(list(FOLDER.iterdir())) == before
 
 
 def test_a_call_is_not_made_twice_when_the_peer_agent_goes_away(far: Far, start: Start) -> None:

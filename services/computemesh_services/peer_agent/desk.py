@@ -121,7 +121,7 @@ class Desk:
         return len(self._here)
 
     def __iter__(self) -> Iterator[Process]:
-        return iter(self._here.values())
+        return iter(list(self._here.values()))  # Who is told something may turn out to have ended.
 
     def get(self, name: Name) -> Process | None:
         return self._here.get(name)

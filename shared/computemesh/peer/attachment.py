@@ -117,12 +117,20 @@ class Attachment:
         threading.Thread(target=run, name=f"peer-{what}-{self.alias}", daemon=True).start()
 
     def chore(self, run: Callable[[], None]) -> None:
-        """Runs, one after the other, what a transport's thread must not wait for."""
+        """Runs, one after the other, what a transport's thread must not wait for; also when the peer has ended, since
+        there may be somebody who waits for what comes of it."""
         with self.lock:
-            if self._chores is None:
+            if self.closed:
+                chores = queue.SimpleQueue[Callable[[], None] | None]()
+                chores.put(run)
+                chores.put(None)
+            elif self._chores is None:
                 self._chores = chores = queue.SimpleQueue[Callable[[], None] | None]()
-                self.spawn("chores", lambda: _do(chores))
-            self._chores.put(run)
+                chores.put(run)
+            else:
+                self._chores.put(run)
+                return
+        self.spawn("chores", lambda: _do(chores))
 
 
 def _do(chores: queue.SimpleQueue[Callable[[], None] | None]) -> None:

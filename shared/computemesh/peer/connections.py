@@ -33,6 +33,8 @@ logger: Final = logging.getLogger(__name__)
 
 CONNECT_S: Final = 30.0
 """After so long a connection that does not come about has failed."""
+FAILED_MAX: Final = 256
+"""Failed connections that are still told of; peers under ever new aliases would otherwise leave ever more."""
 
 Resolve = Callable[[PeerConnection, list[str], float], None]
 
@@ -164,7 +166,12 @@ class Connections:
     def _new_connection(self, ident: ConnId, link_id: str, transport: str, reason: str) -> PeerConnection:
         conn = PeerConnection(ident, link_id, transport, reason)
         conn.bind(self._resolve, self.disconnect)
+        self._connections.pop(ident.place(), None)  # The new one is the last.
         self._connections[ident.place()] = conn
+        if len(self._connections) > FAILED_MAX:
+            failed = [place for place, one in self._connections.items() if one.state == "failed"]
+            for place in failed[: max(0, len(failed) - FAILED_MAX + 1)]:
+                del self._connections[place]
         return conn
 
     def _reach(self, conn: PeerConnection, choice: Choice, parties: Parties) -> None:
@@ -352,6 +359,11 @@ class Connections:
             for link in links.values():
                 link.close()
             self._fail(conn, PeerError(error.code, str(error)), link=body.link)
+            raise
+        except BaseException as error:  # A defect must not leave a connection that is in the way of all later ones.
+            for link in links.values():
+                link.close()
+            self._fail(conn, PeerError("failed", f"{type(error).__name__}: {error}"), link=body.link)
             raise
         self._life.spawn("accept", lambda: self._stand_up(conn, links, body, parties, missing))
         return Accepted(body=Connected(link=body.link, answers=answers))

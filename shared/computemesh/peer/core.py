@@ -6,10 +6,13 @@ threads, one for each connection that is being made, and one for what must be as
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -80,6 +83,7 @@ class Core:
         self.scope = signals.welcome.scope
         self.node_id = signals.welcome.node_id
         self._life.begin(signals)
+        _living.add(self)
 
     @property
     def welcome(self) -> Welcome:
@@ -224,6 +228,8 @@ class Core:
         """Ends it: memory is out of reach, connections end, futures fail, the alias is free. Twice is fine."""
         if os.getpid() != self._pid:  # A copy of the process that was made by fork: none of this is its own.
             return
+        if sys.is_finalizing():  # There are no threads any more, and who waited for one would wait forever.
+            return
         if not self._life.end(reason):
             return
         self._keeper.end()
@@ -236,3 +242,14 @@ class Core:
         self._life.signals.close()
         for endpoint in self._all:
             endpoint.close()
+
+
+_living: Final[weakref.WeakSet[Core]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A program that ends without a word: its agents do so while there are threads that can do it."""
+    for core in list(_living):
+        with contextlib.suppress(Exception):
+            core.close("the process has ended")

@@ -537,7 +537,7 @@ class _Job:
     def _copy(self, part: list[Span]) -> None:
         try:
             failure = self._link.move(self._kind, part)
-        except Exception as error:  # Whatever it is, somebody waits.
+        except BaseException as error:  # Whatever it is, an interrupt as well, somebody waits.
             self._finish(Outcome(IO_ERROR, f"{type(error).__name__}: {error}"))
             raise
         self._finish(failure)

@@ -248,7 +248,7 @@ class TcpEndpoint:
         """
         try:
             host, port = str(address[0]), int(address[1])
-        except (TypeError, ValueError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, OverflowError, IndexError, KeyError) as error:
             raise TransportError(NO_WAY, f"address: {address!r} is no host and port") from error
         with self._lock:
             reactors = self._threads()
@@ -278,7 +278,7 @@ class TcpEndpoint:
                     raise TransportError(NO_WAY, "the link has ended meanwhile")
         except TimeoutError as error:
             raise TransportError(TIMED_OUT, f"{host} port {port} did not answer in time") from error
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # The last two: a port or a name that can be none.
             raise TransportError(NO_WAY, f"{host} port {port} cannot be reached: {error}") from error
         finally:
             for sock, *_ in opened:

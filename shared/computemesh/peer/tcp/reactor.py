@@ -13,6 +13,9 @@ from typing import Final
 
 logger: Final = logging.getLogger(__name__)
 
+STOP_S: Final = 2.0
+"""So long the end of a thread is waited for: it may itself wait for the one that ends it."""
+
 Handler = Callable[[int], None]
 """Is told what epoll says of its socket."""
 
@@ -59,13 +62,14 @@ class Reactor:
         what()
 
     def stop(self) -> None:
-        """Runs what it was given, and ends. Returns when it has, unless it was called by the reactor itself."""
+        """Runs what it was given, and ends. Returns when it has, unless it was called by the reactor itself, or by what
+        the reactor waits for, as a callback of a transfer that another thread drives."""
         with self._lock:
             self._stopping = True
             if not self._stopped:
                 os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(STOP_S)
 
     def _run(self) -> None:
         handlers = self._handlers
