@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -437,7 +441,7 @@ def test_a_region_that_was_refused_is_not_said_again_but_the_one_before_it_is(fa
     far.answer(far.heard().frame, Done())
     asking.end()
     for refused in (second, other):
-        asking = Asking(lambda refused=refused: end.ask(refused))
+        asking = Asking(partial(end.ask, refused))
         far.say(Frame(id=far.heard().frame.id, refused=Refused(code="full", reason="no room", status=503)))
         with pytest.raises(PeerError):
             asking.end()
@@ -520,6 +524,32 @@ def test_closing_ends_the_peer_and_whatever_waits(far: Far, start: Start) -> Non
     assert raised.value.code == "closed"
     assert closed == []
     assert threading.active_count() == threads
+
+
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from computemesh.peer.signals import Hello
+from computemesh.peer.socket import AgentSocket
+
+end = AgentSocket(Path(sys.argv[1]), Hello(alias="a"), on_told=lambda told: None)
+child = os.fork()
+if child:
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_killed_is_gone_though_a_child_of_it_lives(far: Far) -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKS, far.path], stdout=subprocess.PIPE) as process:
+        far.welcome()
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            assert far.ended()
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_socket_in_a_deep_folder_can_be_reached(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -273,6 +274,7 @@ class AgentSocket:
                 f"no peer-agent listens at {path} ({error.strerror or error}): start a mesh with `computemesh up`, "
                 "or join one with `computemesh join`; COMPUTEMESH_HOME names its home if it is another",
             ) from None
+        _living.add(self)
         self._questions: queue.SimpleQueue[tuple[_Connection, int, Told] | None] = queue.SimpleQueue()
         self._notices: queue.SimpleQueue[tuple[_Connection, int, Told] | None] = queue.SimpleQueue()
         self._threads = [
@@ -368,6 +370,10 @@ class AgentSocket:
             deadline_s = time.monotonic() + CLOSE_S
             for thread in self._threads:
                 thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def after_fork(self) -> None:
+        """The child closes its end. The connection shows that the parent lives, and must not outlive it."""
+        self._connection.sock.close()
 
     # --- what is said again ----------------------------------------------------------------------------------------
 
@@ -589,3 +595,14 @@ class AgentSocket:
             case _:
                 pass
         return answer
+
+
+_living: Final[weakref.WeakSet[AgentSocket]] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for one in list(_living):
+        one.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)
