@@ -14,9 +14,9 @@ from computemesh.bus import Bus, MicroService, TimedOut
 from computemesh.contracts import peers
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.peers import Close, Connect, Connected, PeerAnswered, PeerCall, PeerCalled
-from computemesh.lifecycle import end_all
 from computemesh.peer.signals import Accept, Accepted, Answer, Call, Called, Hello, Lost, Told
 from computemesh.peer.socket import AgentSocket
+from computemesh.tasks import end_all
 from computemesh.testing import running_mesh
 from computemesh_services.peer_agent.config import PeerAgentConfig
 from computemesh_services.peer_agent.service import PeerAgentService

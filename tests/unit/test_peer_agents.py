@@ -875,8 +875,11 @@ def test_who_interrupts_a_thread_that_copies_ends_the_transfer(agents: Agents, m
             raise KeyboardInterrupt
         return move(*arguments)
 
+    def nothing(endpoint: Any, job: Any) -> None:
+        pass
+
     monkeypatch.setattr(ShmLink, "move", interrupted)
-    monkeypatch.setattr(ShmEndpoint, "work", lambda endpoint, job: None)  # The one that waits is faster than they are.
+    monkeypatch.setattr(ShmEndpoint, "work", nothing)  # The one that waits is faster than they are.
     future = a.write("b", ("kv", 0, 0, size))
     with pytest.raises(KeyboardInterrupt):
         future.wait(WAIT_S)
