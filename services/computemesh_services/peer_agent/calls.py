@@ -31,7 +31,7 @@ from computemesh_services.peer_agent.desk import CloseFar, CloseFd, Desk, Effect
 from computemesh_services.peer_agent.door import Line
 from computemesh_services.peer_agent.measures import answer
 
-ACCEPT_S: Final = 4.0
+ACCEPT_S: Final = 3.0
 """For a process to take a connection from another node; less than those who ask wait."""
 ACCEPT_HERE_S: Final = 20.0
 CALL_S: Final = 8.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 import msgspec
 
-from computemesh.config import ServiceConfig
+from computemesh.config import ConfigError, ServiceConfig
 from computemesh.ids import Id
 
 
@@ -21,3 +22,13 @@ class PeerAgentConfig(ServiceConfig, frozen=True, kw_only=True):
     """Transfers that were ordered over the bus and run at once."""
     peer_host: str = ""
     """Address of this machine on the network over which peers of others reach the memory of hosted processes."""
+
+    def data_host(self) -> str:
+        """That address. Raises ConfigError for one that no peer can be told."""
+        try:
+            wildcard = ipaddress.ip_address(self.peer_host).is_unspecified
+        except ValueError:  # A name, or nothing.
+            wildcard = False
+        if wildcard:
+            raise ConfigError(f"COMPUTEMESH_PEER_HOST={self.peer_host!r} is no address that a peer can be told")
+        return self.peer_host

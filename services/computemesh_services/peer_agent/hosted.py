@@ -113,6 +113,9 @@ class Hosts:
             return await self.run(lambda: Hosted(hello, self._path, self._local_host))
         except PeerError as error:
             return _refused(error)
+        except OSError as error:  # No descriptors are left, say.
+            reason = f"the peer-agent has no place for it: {error.strerror or error}"
+            return Refused(code="unavailable", reason=reason, status=503, retry="later")
 
     async def leave(self, hosted: Hosted) -> None:
         """Ends one; its memory and its descriptors are given back."""

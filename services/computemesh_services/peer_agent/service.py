@@ -93,7 +93,7 @@ class PeerAgentService:
         self._node_id = config.node_id
         self._desk = Desk()
         self._door = Door(path, config.peer_processes_max, self)
-        self._hosts = Hosts(path, config.peer_host)
+        self._hosts = Hosts(path, config.data_host())
         self._plane = Plane(bus, self._desk, self._on_lost, peers.HEARTBEAT_S)
         self._lines: dict[Name, Line] = {}
         self._leaving: dict[Name, asyncio.Task[None]] = {}
