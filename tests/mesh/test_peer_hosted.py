@@ -219,9 +219,9 @@ async def test_memory_of_a_hosted_process_is_what_it_says(mesh: RunningMesh, tmp
                 with pytest.raises(PeerError, match=f"^{field}"):
                     a.end.ask(question, fds)
             file.close()
-            with pytest.raises(PeerError, match=r"^ask\.transfer\.alias: "):
+            with pytest.raises(PeerError, match=r"^transfer\.alias: "):
                 a.end.ask(HostedTransfer(transfer=transfer("ro", "a", 1)))
-            with pytest.raises(PeerError, match=r"^ask\.transfer\.pieces\[0\]\.local_offset: "):
+            with pytest.raises(PeerError, match=r"^transfer\.pieces\[0\]\.local_offset: "):
                 a.move("ro", pieces=[Piece(local="kv", length=SIZE + 1)])
             outcome = a.move("ro", kind="write")
             assert (outcome.ok, outcome.code) == (False, "read_only")

@@ -116,6 +116,7 @@ def application(config: ServiceConfig, doors: Doors, bounds: Sequence[AnyServed]
         routes=routes,
         exception_handlers={HTTPException: http_error, Exception: defect},  # type: ignore[dict-item]
     )
+    app.router.redirect_slashes = False  # What is not here is not found.
     return Observed(Gate(app, config, say))
 
 
