@@ -129,7 +129,7 @@ def refusals(a: PeerAgent, b: Program, memory: bytearray) -> None:
     token["keys"] = {name: key ^ 0x5500 for name, key in token["keys"].items()}
     conn.remotes["kv"]["rdma"] = dataclasses.replace(there, token=token)
     conn.routes.clear()
-    assert code_of(lambda: a.read("b", ("kv", 0, 0, 1000)).wait(SLOW_S)) == OUT_OF_RANGE
+    assert code_of(lambda: a.read("b", ("kv", 0, 0, 1000)).wait(SLOW_S)) == LINK_LOST
     assert not conn.is_connected()
     assert memory == before
     again = connected(a)

@@ -580,8 +580,10 @@ class RdmaLink:
         if one.status:
             text = status_text(one.status)
             if order is not None:
-                code = OUT_OF_RANGE if one.status in REFUSED else LINK_LOST
-                order.outcome = Outcome(code, f"the peer's interface refused it: {text}" if code != LINK_LOST else text)
+                # What is out of range was refused before it was sent. An honest order meets this when the peer dies:
+                # its regions may end before its queue pairs do.
+                reason = f"the peer's interface refused it: {text}" if one.status in REFUSED else text
+                order.outcome = Outcome(LINK_LOST, reason)
                 self._lanes[work.pair].waiting.appendleft(work)  # where `_end` finds it
             else:
                 self._release(work)
