@@ -304,8 +304,9 @@ class Door:
                 self.lines.add(Line(sock, pid, self._on, self.lines.discard))
 
     def _pause(self) -> None:
+        assert self._listener is not None, "it has just accepted"
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._listener)  # type: ignore[arg-type]
+        loop.remove_reader(self._listener)
         loop.call_later(PAUSE_S, self._go_on)
 
     def _go_on(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -205,5 +205,4 @@ async def start_async_peer_agent(
     **options: Any,
 ) -> AsyncPeerAgent:
     """As :func:`start_peer_agent`, with methods that are awaited."""
-    start: Callable[[], PeerAgent] = lambda: start_peer_agent(nanoctrl_url, alias, device, scope, **options)  # noqa: E731
-    return AsyncPeerAgent(await asyncio.to_thread(start))
+    return AsyncPeerAgent(await asyncio.to_thread(start_peer_agent, nanoctrl_url, alias, device, scope, **options))

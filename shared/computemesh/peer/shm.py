@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import abc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -377,7 +378,7 @@ class ShmLink:
         return Filed(epochs, slot, remote, fd, offset, writable=writable)
 
 
-class Reach:
+class Reach(ABC):
     """A peer's region, as this process reaches it."""
 
     __slots__ = ("epoch", "epochs", "length", "slot", "slots", "writable")
@@ -394,17 +395,17 @@ class Reach:
         """Whether it is still the region that was found."""
         return self.slots[self.slot] == self.epoch
 
+    @abstractmethod
     def read(self, view: memoryview, address: int, here: int, there: int, length: int) -> None:
         """Copies `length` bytes at `there` to `here` of the local region, which is `view`, at `address`.
 
         Raises:
             OSError: the system can't.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, view: memoryview, address: int, here: int, there: int, length: int) -> None:
         """The other way round."""
-        raise NotImplementedError
 
 
 class Mapped(Reach):
