@@ -110,7 +110,7 @@ def test_machines_join_with_what_invite_printed_and_run_work(
     first = machines[0]
     status = first.json("status")
     assert (status["joined"], status["node_id"], status["embedded"]) == (True, "worker-0", False)
-    assert {service["name"] for service in status["services"]} == {"resource-detector", "node-agent"}
+    assert {service["name"] for service in status["services"]} == {"resource-detector", "node-agent", "peer-agent"}
     assert "worker-0" in first.ok("status")
     before = nodes["worker-0"]["session"]
     assert "worker-0 left the mesh" in first.ok("down")

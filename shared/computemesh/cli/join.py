@@ -195,8 +195,8 @@ def join(
 
     Takes what `computemesh nodes invite NAME` printed on the mesh's machine: in a FILE, or on standard input
     (`-`), or only the URL in it, or NATS_URL. Left out, it is the mesh that this machine joined last. Runs
-    the resource-detector and the node-agent until `computemesh down` or Ctrl-C, and waits for a server that
-    is away. No port of this machine need be open to others.
+    the resource-detector, the node-agent and the peer-agent until `computemesh down` or Ctrl-C, and waits
+    for a server that is away. No port of this machine need be open to others.
 
     \b
       computemesh nodes invite gpu-7 > gpu-7.env       on the mesh's machine
