@@ -47,6 +47,9 @@ GC_THRESHOLDS: Final = (50_000, 20, 100)
 """Young objects between two collections, and so on. Messages are freed by counting references, so collecting
 as often as Python does by default costs a fifth of the time under load and finds nothing."""
 
+PROVISION_S: Final = (0.5, 4.0)
+"""The first pause before streams and buckets are tried again, which doubles, and the longest."""
+
 _UP = Gauge("computemesh_service_info", "Which service this process is.", ["service", "version", "instance"])
 _log = log.get("lifecycle")
 
@@ -147,13 +150,17 @@ async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Ev
             await bus.connect()
         except Unreachable as error:  # Not for want of a server, for which it waits: the URL is none.
             raise ConfigError(f"NATS_URL: {error}") from None
+        pause_s, told = PROVISION_S[0], ""
         while role is Role.SERVICES:
             try:
                 await provision(bus, replicas=config.replicas)
                 return
             except BusError as error:
-                _log.warning("cannot set up streams and buckets yet", reason=str(error))
-                await asyncio.sleep(0.5)
+                if (reason := str(error)) != told:
+                    _log.warning("cannot set up streams and buckets yet", reason=reason)
+                told = reason
+                await asyncio.sleep(pause_s)
+                pause_s = min(PROVISION_S[1], 2 * pause_s)
 
     connecting = asyncio.create_task(connect())
     stopping = asyncio.create_task(stop.wait())

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -131,6 +132,8 @@ class Supervised:
         self._on_change = on_change
         self._log_file = log_file
         self._process: Process | None = None
+        self._port = ""
+        """Of the life before, where any will do: whoever was told of it finds the service there again."""
         self._stopping = asyncio.Event()
 
     async def keep(self) -> None:
@@ -141,6 +144,9 @@ class Supervised:
             status = await self._live()
             if self._stopping.is_set():
                 break
+            if status == EXIT_CONFIG and self._port:
+                self._port = ""  # Another program may have it now.
+                continue
             if status == EXIT_CONFIG:
                 self._set(state="failed", reason=f"wrong configuration; see {self._log_file}")
                 self.ready.set()
@@ -164,6 +170,9 @@ class Supervised:
 
     async def _live(self) -> int:
         read_fd, write_fd = os.pipe()
+        environment = {**self._environment, "COMPUTEMESH_READY_FD": str(write_fd)}
+        if self._port:
+            environment["COMPUTEMESH_HTTP_PORT"] = self._port
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -173,7 +182,7 @@ class Supervised:
                 stdout=PIPE,
                 stderr=STDOUT,
                 limit=LINE_BYTES_MAX,
-                env={**self._environment, "COMPUTEMESH_READY_FD": str(write_fd)},
+                env=environment,
                 pass_fds=(write_fd,),
                 start_new_session=True,
                 preexec_fn=dies_with_parent(signal.SIGTERM),
@@ -203,7 +212,10 @@ class Supervised:
         try:
             if line := await reader.readline():
                 said = msgspec.json.decode(line, type=dict[str, str])
-                self._set(state="ready", http=said.get("http", ""), reason="")
+                http = said.get("http", "")
+                if self._environment["COMPUTEMESH_HTTP_PORT"] == "0":
+                    self._port = str(urlsplit(http).port or "")
+                self._set(state="ready", http=http, reason="")
                 self.ready.set()
         finally:
             transport.close()

@@ -14,18 +14,22 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from computemesh.bus import Bucket, Bus, NoResponder, Where
+from computemesh import lifecycle
+from computemesh.bus import Bucket, Bus, NoResponder, NotStored, Where
 from computemesh.cli.services import SERVICES
+from computemesh.config import ServiceConfig
 from computemesh.contracts import nodes, storage
 from computemesh.contracts.base import AT_ONCE, Refused, Role
 from computemesh.contracts.nodes import Discover, NodeGet, NodeList, NodeRecord, NodesQuery, NodeView
@@ -324,12 +328,65 @@ async def test_a_service_that_anyone_ended_is_started_again(
     """Killed or asked: unless the supervisor wanted it, it comes back."""
     async with watched(tmp_path, server, slow_spec()) as seen:
         (service,) = seen.supervisor.services
-        before = service.status.pid
+        before, http = service.status.pid, service.status.http
         os.kill(before, sig)
         await until(lambda: service.status.restarts == 1 and service.status.state == "ready", what="the next life")
         assert service.status.pid != before
+        assert service.status.http == http, "who was told where it is finds it again"
         how = exit_text(-sig if sig is signal.SIGKILL else 0)
         assert how in {status.reason for status in seen.states}
+
+
+async def test_a_service_whose_port_was_taken_meanwhile_gets_another_one(tmp_path: Path, server: NatsServer) -> None:
+    """If any would do in the first place."""
+    async with watched(tmp_path, server, slow_spec()) as seen:
+        (service,) = seen.supervisor.services
+        before = urlsplit(service.status.http).port
+        os.kill(service.status.pid, signal.SIGKILL)
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+            def taken() -> bool:
+                with contextlib.suppress(OSError):
+                    other.bind(("127.0.0.1", before))
+                    other.listen()
+                    return True
+                return False
+
+            await until(taken, what="the port is free")
+            await until(lambda: service.status.restarts == 1 and service.status.state == "ready", what="the next life")
+            assert urlsplit(service.status.http).port not in (before, None)
+
+
+async def test_what_cannot_be_set_up_is_tried_ever_more_seldom_and_said_when_the_reason_changes(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a disk that is too small for a stream."""
+    reasons = ["no space"] * 5 + ["no leader"] + ["no space"]
+    pauses: list[float] = []
+
+    async def provision(_: Bus, *, replicas: int) -> None:
+        if reasons:
+            raise NotStored(f"{reasons.pop(0)}, {replicas}")
+
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real_sleep(0)
+
+    monkeypatch.setattr(lifecycle, "provision", provision)
+    monkeypatch.setattr(lifecycle, "PROVISION_S", (0.57, 4.0))  # As nobody else pauses.
+    monkeypatch.setattr(lifecycle.asyncio, "sleep", sleep)
+    bus = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="t"))
+    try:
+        assert await lifecycle._connect(bus, Role.SERVICES, ServiceConfig(), asyncio.Event())
+    finally:
+        monkeypatch.undo()
+        await bus.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot set up" in line]
+    assert [next(word for word in ("space", "leader") if word in line) for line in said] == ["space", "leader", "space"]
+    assert [one for one in pauses if one in (0.57, 1.14, 2.28, 4.0)] == [0.57, 1.14, 2.28, 4.0, 4.0, 4.0, 4.0]
 
 
 # --- the server goes and comes back ------------------------------------------------------------------------------
