@@ -377,7 +377,7 @@ async def test_what_cannot_be_set_up_is_tried_ever_more_seldom_and_said_when_the
 
     monkeypatch.setattr(lifecycle, "provision", provision)
     monkeypatch.setattr(lifecycle, "PROVISION_S", (0.57, 4.0))  # As nobody else pauses.
-    monkeypatch.setattr(lifecycle.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     bus = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="t"))
     try:
         assert await lifecycle._connect(bus, Role.SERVICES, ServiceConfig(), asyncio.Event())

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from computemesh.contracts.peers import Region, Resolve
 from computemesh.peer.frames import (
     OUTBOX_BYTES_MAX,
+    OUTBOX_FDS_MAX,
     FrameError,
     Outbox,
     Said,
@@ -247,6 +248,23 @@ def test_what_waits_for_a_side_that_does_not_read_is_bounded_and_gives_its_descr
             outbox.put(big, fds)
         outbox.close()
         assert not outbox
+
+
+def test_descriptors_that_wait_for_a_side_that_does_not_read_are_bounded() -> None:
+    """Small frames may carry many. Those that were taken count no more."""
+    small = Frame(id=1, answer=Called(body=RegionsResolved(regions=[], fds=["x"] * FDS_MAX)))
+    here, there = socket.socketpair()
+    with here, there, files(FDS_MAX) as fds:
+        outbox = Outbox()
+        outbox.put(small, fds)
+        assert outbox.flush(here)
+        for fd in receive(there)[1]:
+            os.close(fd)
+        for _ in range(OUTBOX_FDS_MAX // FDS_MAX):
+            outbox.put(small, fds)
+        with pytest.raises(FrameError, match="wait to be taken"):
+            outbox.put(small, fds)
+        outbox.close()
 
 
 def test_a_descriptor_that_cannot_be_copied_sends_nothing() -> None:

@@ -23,7 +23,8 @@ from computemesh.contracts.base import Refused, decode, encode
 from computemesh.peer.signals import FDS_MAX, FRAME_MAX, Called, Frame, PutEpochs, PutRegion, RegionsResolved
 
 OUTBOX_BYTES_MAX: Final = 16 * 1024 * 1024
-"""Bound on what waits for a side that does not read."""
+OUTBOX_FDS_MAX: Final = 1024
+"""Bounds on what waits for a side that does not read."""
 
 _HEAD: Final = struct.Struct("!I")
 _CHUNK: Final = 256 * 1024
@@ -163,6 +164,7 @@ class Outbox:
     def __init__(self) -> None:
         self._waiting: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._size = 0
+        self._fds = 0
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -178,8 +180,11 @@ class Outbox:
         data = pack(frame)
         if self._size + len(data) > OUTBOX_BYTES_MAX and self._waiting:
             raise FrameError(f"{self._size} bytes wait to be read; {OUTBOX_BYTES_MAX} may")
+        if self._fds + len(fds) > OUTBOX_FDS_MAX:
+            raise FrameError(f"{self._fds} descriptors wait to be taken; {OUTBOX_FDS_MAX} may")
         self._waiting.append((memoryview(data), copy_fds(fds)))
         self._size += len(data)
+        self._fds += len(fds)
 
     def flush(self, sock: socket.socket) -> bool:
         """Sends what the socket takes, and says whether that was all.
@@ -196,6 +201,7 @@ class Outbox:
                 return False
             close_fds(fds)
             self._size -= sent
+            self._fds -= len(fds)
             if sent < len(data):
                 self._waiting[0] = (data[sent:], ())
             else:
@@ -207,7 +213,7 @@ class Outbox:
         for _, fds in self._waiting:
             close_fds(fds)
         self._waiting.clear()
-        self._size = 0
+        self._size = self._fds = 0
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
