@@ -40,6 +40,8 @@ KNOCKS_MAX: Final = 64
 """Connections that have not proven themselves; when another one comes, the oldest is closed."""
 KNOCK_S: Final = 5.0
 """So long they may take for it."""
+DIAL_S: Final = 2.0
+"""So long the side that is asked for a link dials: who passes the question on waits little longer for the answer."""
 _LOOPBACK: Final = ("127.0.0.1", "::1")
 
 
@@ -56,14 +58,14 @@ class TcpEndpoint:
         stall_s: after so many seconds without any progress of what was ordered, a link is lost.
 
     Raises:
-        ValueError: `host` stands for every address, which is none that a peer could be told.
+        ValueError: `host` stands for every address, which is none that a peer could be told, or is none of
+            this machine.
     """
 
     name: Transport = "tcp"
 
     def __init__(self, host: str | None = None, *, lanes: int = LANES, stall_s: float = STALL_S) -> None:
-        if host and _is_wildcard(host):
-            raise ValueError(f"{HOST_VARIABLE}: {host} is no address that a peer can be told; name one of this machine")
+        check_host(host or "")
         if not 1 <= lanes <= LANES_MAX:
             raise ValueError(f"lanes: {lanes} is not between 1 and {LANES_MAX}")
         self.stall_s = stall_s
@@ -163,7 +165,7 @@ class TcpEndpoint:
                 with self._lock:
                     self._expected[link_digest(parties.link)] = link
             else:
-                self._dial(link, offer["address"])
+                self._dial(link, offer["address"], min(parties.deadline, time.monotonic() + DIAL_S))
         except BaseException:
             link.close()
             raise
@@ -180,7 +182,7 @@ class TcpEndpoint:
                 with self._lock:
                     self._unexpect(link)
                 link.lanes = lanes
-                self._dial(link, address)
+                self._dial(link, address, parties.deadline)
             else:
                 link.agree(lanes)
         except BaseException:
@@ -240,8 +242,11 @@ class TcpEndpoint:
 
     # --- the side that dials
 
-    def _dial(self, link: TcpLink, address: Any) -> None:
+    def _dial(self, link: TcpLink, address: Any, deadline: float) -> None:
         """Opens all sockets of a link, in the calling thread.
+
+        Args:
+            deadline: by ``time.monotonic()``.
 
         Raises:
             TransportError: the peer cannot be reached, or did not prove itself.
@@ -257,14 +262,14 @@ class TcpEndpoint:
         try:
             for lane in range(link.lanes):
                 for asks in (True, False):
-                    sock = socket.create_connection((host, port), timeout=self._left(parties))
+                    sock = socket.create_connection((host, port), timeout=_left(deadline))
                     hello = pack_hello(parties.link, parties.key, lane, asks, secrets.token_bytes(NONCE_BYTES))
                     opened.append((sock, lane, asks, hello))
                     _tune(sock, self.stall_s)
                     sock.sendall(hello)
             while opened:
                 sock, lane, asks, hello = opened[0]
-                sock.settimeout(self._left(parties))
+                sock.settimeout(_left(deadline))
                 challenge = _exactly(sock, CHALLENGE_BYTES)
                 nonce, proof = challenge[:NONCE_BYTES], challenge[NONCE_BYTES:]
                 if not proven(parties.key, proof, 2, hello, nonce):
@@ -285,13 +290,6 @@ class TcpEndpoint:
                 sock.close()
         link.detail["dialled"] = True
         self.count("links")
-
-    @staticmethod
-    def _left(parties: Parties) -> float:
-        left = parties.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
 
     # --- the side that listens
 
@@ -428,6 +426,21 @@ class _Knock:
         return True
 
 
+def check_host(host: str) -> None:
+    """
+    Raises:
+        ValueError: peers of other machines cannot be told to dial this. Empty is fine: they are told nothing then.
+    """
+    if not host:
+        return
+    if _is_wildcard(host):
+        raise ValueError(f"{HOST_VARIABLE}: {host} is no address that a peer can be told; name one of this machine")
+    try:
+        _listening(host).close()
+    except TransportError as error:
+        raise ValueError(str(error)) from None
+
+
 def _listening(host: str) -> socket.socket:
     """A listening socket on this address or name; on loopback when it is empty.
 
@@ -450,6 +463,13 @@ def _listening(host: str) -> socket.socket:
         except OSError as error:
             reason = error
     raise TransportError(NO_WAY, f"{HOST_VARIABLE}: cannot listen on {host or 'loopback'}: {reason}")
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _tune(sock: socket.socket, stall_s: float) -> None:
