@@ -144,8 +144,11 @@ def test_memory_under_a_name_is_replaced_by_what_is_newer_only() -> None:
     desk = desk_of(A)
     desk.put_epochs(A, 10)
     assert desk.put_epochs(A, 20) == [CloseFd(10)]
-    assert desk.put(A, put(epoch=1, **SHARED), 11, size=8) == []
-    assert desk.put(A, put(epoch=2), -1, size=0) == [CloseFd(11)]
+    first, second = put(epoch=1, **SHARED), put(epoch=2)
+    assert desk.put(A, first, 11, size=8) == desk.taken(A, first) == []
+    assert desk.put(A, second, -1, size=0) == []
+    assert desk.taken(A, second) == [CloseFd(11)]
+    assert desk.taken(A, second) == desk.taken(A, first) == desk.refused(A, first) == []
     refused = desk.put(A, put(epoch=1), -1, size=0)
     assert isinstance(refused, Refused)
     assert refused.code == "stale_epoch"
@@ -153,6 +156,28 @@ def test_memory_under_a_name_is_replaced_by_what_is_newer_only() -> None:
     assert desk.drop(A, "kv", 1) == (False, [])
     assert desk.drop(A, "kv", 2) == (True, [])
     assert desk.drop(A, "kv", 2) == (False, [])
+
+
+def test_memory_that_the_control_plane_refuses_leaves_the_one_before_it() -> None:
+    """The process still has that one; of several that were not known yet, the one that was taken last stays."""
+    desk = desk_of(A)
+    desk.put_epochs(A, 10)
+    first, second, third = put(epoch=1, **SHARED), put(epoch=2, **SHARED), put(epoch=3, **SHARED)
+    assert desk.put(A, first, 11, size=8) == []
+    assert desk.refused(A, first) == [CloseFd(11)]
+    assert desk.regions() == 0
+    desk.put(A, first, 12, size=8)
+    desk.taken(A, first)
+    assert desk.put(A, second, 13, size=8) == []
+    assert desk.put(A, third, 14, size=8) == [CloseFd(13)]
+    assert desk.refused(A, second) == desk.taken(A, second) == [], "it is not offered any more"
+    assert desk.refused(A, third) == [CloseFd(14)]
+    here = desk.get(A)
+    assert here is not None
+    assert (here.offers["kv"].put, here.offers["kv"].fd) == (first, 12)
+    desk.put(A, second, 15, size=8)
+    assert desk.leave(A, "gone") == [ZeroEpochs(10), CloseFd(10), CloseFd(15), CloseFd(12)]
+    assert desk.taken(A, second) == desk.refused(A, second) == []
 
 
 def test_a_process_offers_no_more_than_is_kept_of_it() -> None:
@@ -275,10 +300,17 @@ class Histories(RuleBasedStateMachine):
     @rule(name=NAMES, region=st.sampled_from("xy"))
     def drop(self, name: Name, region: str) -> None:
         here = self.desk.get(name)
-        if here is not None and region in here.regions:
-            found, effects = self.desk.drop(name, region, here.regions[region][0].epoch)
+        if here is not None and region in here.offers:
+            found, effects = self.desk.drop(name, region, here.offers[region].put.epoch)
             assert found
             self.do(effects)
+
+    @rule(name=NAMES, region=st.sampled_from("xy"), taken=st.booleans())
+    def settle(self, name: Name, region: str, taken: bool) -> None:
+        here = self.desk.get(name)
+        if here is not None and region in here.offers and not here.offers[region].taken:
+            said = here.offers[region].put
+            self.do(self.desk.taken(name, said) if taken else self.desk.refused(name, said))
 
     @rule(name=NAMES, peer=st.sampled_from(["a", "b", "c", FAR]))
     def connect(self, name: Name, peer: str) -> None:
@@ -326,7 +358,13 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def every_end_is_told_and_no_descriptor_lost(self) -> None:
         kept = {one.epochs_fd for one in self.desk if one.epochs_fd >= 0}
-        kept |= {fd for one in self.desk for _, fd in one.regions.values() if fd >= 0}
+        kept |= {
+            end.fd
+            for one in self.desk
+            for offer in one.offers.values()
+            for end in offer.close()
+            if isinstance(end, CloseFd)
+        }
         assert kept == self.open_fds
         for (end, link), peer in self.ends.items():
             here = self.desk.get(end)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from msgspec.structs import replace
 
-from computemesh.bus import Bus, BusError
+from computemesh.bus import BusError
 from computemesh.contracts import peers
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import (
@@ -27,36 +26,24 @@ from computemesh.contracts.peers import (
 from computemesh.peer.frames import close_fds
 from computemesh.peer.signals import Accept, Accepted, Call, Called, Lost, RegionsResolved
 from computemesh_services.peer_agent.descriptors import again, zero
-from computemesh_services.peer_agent.desk import CloseFar, CloseFd, Desk, Effect, Name, TellLost, ZeroEpochs
-from computemesh_services.peer_agent.door import Line
+from computemesh_services.peer_agent.desk import CloseFar, CloseFd, Effect, Name, TellLost, ZeroEpochs
+from computemesh_services.peer_agent.line import Line
 from computemesh_services.peer_agent.measures import answer
+from computemesh_services.peer_agent.node import Node
 
 ACCEPT_S: Final = 3.0
 """For a process to take a connection from another node; less than those who ask wait."""
 ACCEPT_HERE_S: Final = 20.0
+CALLS_AT_ONCE: Final = 1024
+"""Calls from other nodes that are not answered yet. Each only waits, and of those for one process there are few."""
 CALL_S: Final = 8.0
 
 
 class Calls:
-    """
-    Args:
-        lines: of the processes that are here.
-        spawn: runs something beside.
-    """
+    """What peers say to each other."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        desk: Desk,
-        lines: Mapping[Name, Line],
-        node_id: str,
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-    ) -> None:
-        self._bus = bus
-        self._desk = desk
-        self._lines = lines
-        self._node_id = node_id
-        self._spawn = spawn
+    def __init__(self, node: Node) -> None:
+        self._node = node
 
     # --- what a process says to a peer -------------------------------------------------------------------------------
 
@@ -66,7 +53,7 @@ class Calls:
         Raises:
             BusError: the control plane does not answer.
         """
-        here = self._lines.get(Name(name.scope, ask.peer))
+        here = self._node.lines.get(Name(name.scope, ask.peer))
         if ask.peer == name.alias:
             reason = "a peer is not connected to itself"
             answer(line, number, ask, Refused(code="no_way", reason=reason, field="ask.peer", status=409))
@@ -77,50 +64,50 @@ class Calls:
             case Resolve():
                 await self._resolve(line, name, number, ask, ask.body, near=here is not None)
             case Close():
-                found, effects = self._desk.close(name, ask.peer, ask.body.link, ask.body.reason)
-                process = self._desk.get(name)
+                found, effects = self._node.desk.close(name, ask.peer, ask.body.link, ask.body.reason)
+                process = self._node.desk.get(name)
                 assert process is not None, "who asks is here"
                 for effect in effects:
                     if isinstance(effect, CloseFar):
-                        self._spawn(self.close_far(name, process.instance, effect))
+                        self._node.spawn(self.close_far(name, process.instance, effect))
                     else:
                         self.do([effect])
                 answer(line, number, ask, Called(body=Closed(found=found), same_host=here is not None))
 
     async def _connect(self, line: Line, name: Name, number: int, ask: Call, body: Connect, here: Line | None) -> None:
-        if (refused := self._desk.opening(name, ask.peer, body.link)) is not None:
+        if (refused := self._node.desk.opening(name, ask.peer, body.link)) is not None:
             answer(line, number, ask, _in_ask(refused))
             return
         if here is not None:
-            said = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True)
+            said = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node.id, body, near=True)
         else:
             said = await self._connect_far(name, ask.peer, body)
             if isinstance(said, Refused) and said.code == "unavailable":
-                here = self._lines.get(Name(name.scope, ask.peer))  # It has just come.
+                here = self._node.lines.get(Name(name.scope, ask.peer))  # It has just come.
                 if here is not None:
                     said = await self._accept(
-                        here, Name(name.scope, ask.peer), name.alias, self._node_id, body, near=True
+                        here, Name(name.scope, ask.peer), name.alias, self._node.id, body, near=True
                     )
-        if self._lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
+        if self._node.lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
             return
         if isinstance(said, Refused):
-            self._desk.not_opened(name, body.link)
+            self._node.desk.not_opened(name, body.link)
             answer(line, number, ask, _in_ask(said))
             return
         answer(line, number, ask, Called(body=said, same_host=here is not None))
-        self.do(self._desk.opened(name, body.link))
+        self.do(self._node.desk.opened(name, body.link))
 
     async def _connect_far(self, name: Name, peer: str, body: Connect) -> Connected | Refused:
-        process = self._desk.get(name)
+        process = self._node.desk.get(name)
         assert process is not None, "who asks is here"
         call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=peer, body=body)
         try:
-            said = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
+            said = await self._node.bus.ask(peers.CALL, call, timeout_s=CALL_S)
         except BusError as error:  # Whether the peer took it is not known.
             # One that has come here since refuses what comes by the bus, and is about to be asked without it.
-            if Name(name.scope, peer) not in self._lines:
+            if Name(name.scope, peer) not in self._node.lines:
                 effect = CloseFar(peer, body.link, "nobody waits for it any more")
-                self._spawn(self.close_far(name, process.instance, effect))
+                self._node.spawn(self.close_far(name, process.instance, effect))
             return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
         if isinstance(said, Refused):
             return said
@@ -132,17 +119,17 @@ class Calls:
         self, line: Line, name: Name, asker: str, node_id: str, body: Connect, *, near: bool
     ) -> Connected | Refused:
         """A process of this node is asked whether it takes a connection."""
-        if (refused := self._desk.opening(name, asker, body.link)) is not None:
+        if (refused := self._node.desk.opening(name, asker, body.link)) is not None:
             return refused
         accept = Accept(peer=asker, node_id=node_id, same_host=near, body=body)
         timeout_s = ACCEPT_HERE_S if near else ACCEPT_S
         said = await line.ask(accept, timeout_s=timeout_s)
-        if self._lines.get(name) is not line:
+        if self._node.lines.get(name) is not line:
             return Refused(code="unavailable", reason=f"{name.alias} has ended", status=503, retry="later")
         if isinstance(said, Accepted) and said.body.link == body.link:
-            self.do(self._desk.opened(name, body.link))
+            self.do(self._node.desk.opened(name, body.link))
             return said.body
-        self._desk.not_opened(name, body.link)
+        self._node.desk.not_opened(name, body.link)
         if isinstance(said, Refused):
             return said
         what = f"did not answer within {timeout_s:g} s" if said is None else "answered something else"
@@ -150,16 +137,16 @@ class Calls:
 
     async def _resolve(self, line: Line, name: Name, number: int, ask: Call, body: Resolve, *, near: bool) -> None:
         if not near:
-            process = self._desk.get(name)
+            process = self._node.desk.get(name)
             assert process is not None, "who asks is here"
             call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=ask.peer, body=body)
-            said = await self._bus.ask(peers.CALL, call, timeout_s=CALL_S)
+            said = await self._node.bus.ask(peers.CALL, call, timeout_s=CALL_S)
             if isinstance(said, Refused):
                 answer(line, number, ask, _in_ask(said))
             elif isinstance(said.body, Resolved):
                 answer(line, number, ask, Called(body=RegionsResolved(regions=said.body.regions)))
             return
-        found = self._desk.resolve(Name(name.scope, ask.peer), name.alias, body.link, body.names, same_host=True)
+        found = self._node.desk.resolve(Name(name.scope, ask.peer), name.alias, body.link, body.names, same_host=True)
         if isinstance(found, Refused):
             answer(line, number, ask, found)
             return
@@ -179,12 +166,12 @@ class Calls:
 
     async def on_call(self, called: PeerCalled) -> PeerAnswered | Refused:
         name = Name(called.scope, called.peer)
-        line = self._lines.get(name)
+        line = self._node.lines.get(name)
         if line is None:
             reason = f"there is no {called.peer!r} on this node"
             return Refused(code="not_found", reason=reason, field="peer", status=404)
         match called.body:
-            case Connect() if called.node_id == self._node_id:
+            case Connect() if called.node_id == self._node.id:
                 # Whoever asked did not find it here a moment ago, and finds it now: they share their memory then.
                 reason = f"{called.peer} has just come; ask again"
                 return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
@@ -192,10 +179,10 @@ class Calls:
                 said = await self._accept(line, name, called.alias, called.node_id, body, near=False)
                 return said if isinstance(said, Refused) else PeerAnswered(body=said)
             case Resolve() as body:
-                found = self._desk.resolve(name, called.alias, body.link, body.names, same_host=False)
+                found = self._node.desk.resolve(name, called.alias, body.link, body.names, same_host=False)
                 return found if isinstance(found, Refused) else PeerAnswered(body=Resolved(regions=found.regions))
             case Close() as body:
-                there, effects = self._desk.closed_by_peer(name, called.alias, body.link, body.reason)
+                there, effects = self._node.desk.closed_by_peer(name, called.alias, body.link, body.reason)
                 self.do(effects)
                 return PeerAnswered(body=Closed(found=there))
 
@@ -206,7 +193,7 @@ class Calls:
         for effect in effects:
             match effect:
                 case TellLost():
-                    if (line := self._lines.get(effect.to)) is not None:
+                    if (line := self._node.lines.get(effect.to)) is not None:
                         line.tell(Lost(peer=effect.peer, link=effect.link, reason=effect.reason[:500]))
                 case CloseFd():
                     os.close(effect.fd)
@@ -220,7 +207,7 @@ class Calls:
         body = Close(link=effect.link, reason=effect.reason[:500])
         call = PeerCall(scope=name.scope, alias=name.alias, instance=instance, peer=effect.peer, body=body)
         with contextlib.suppress(BusError):
-            await self._bus.ask(peers.CALL, call)
+            await self._node.bus.ask(peers.CALL, call)
 
 
 def _in_ask(refused: Refused) -> Refused:

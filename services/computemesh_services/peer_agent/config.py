@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated
 
 import msgspec
 
 from computemesh.config import ConfigError, ServiceConfig
 from computemesh.ids import Id
+from computemesh.peer.tcp.endpoint import check_host
 
 
 class PeerAgentConfig(ServiceConfig, frozen=True, kw_only=True):
@@ -26,9 +26,7 @@ class PeerAgentConfig(ServiceConfig, frozen=True, kw_only=True):
     def data_host(self) -> str:
         """That address. Raises ConfigError for one that no peer can be told."""
         try:
-            wildcard = ipaddress.ip_address(self.peer_host).is_unspecified
-        except ValueError:  # A name, or nothing.
-            wildcard = False
-        if wildcard:
-            raise ConfigError(f"COMPUTEMESH_PEER_HOST={self.peer_host!r} is no address that a peer can be told")
+            check_host(self.peer_host)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return self.peer_host

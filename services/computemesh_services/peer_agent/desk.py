@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -23,10 +23,7 @@ from computemesh.contracts.peers import (
     Transfer,
     Transport,
 )
-from computemesh.peer.signals import FDS_MAX, PutRegion
-
-LINKS_MAX: Final = 16_384
-"""Of one process."""
+from computemesh.peer.signals import FDS_MAX, LINKS_MAX, PutRegion
 
 
 class Name(NamedTuple):
@@ -48,6 +45,22 @@ class Link:
 
 
 @dataclass(slots=True, eq=False)
+class Offer:
+    """A piece of memory that a process offers."""
+
+    put: PutRegion
+    fd: int
+    """Of the object it lies in, or -1."""
+    taken: bool = False
+    """The control plane knows of it, or hears of it as soon as it can. Until then it may still refuse it."""
+    before: Offer | None = None
+    """What was taken under the name before; the process still has it, and offers it again if this one is refused."""
+
+    def close(self) -> list[Effect]:
+        return [CloseFd(one.fd) for one in (self, self.before) if one is not None and one.fd >= 0]
+
+
+@dataclass(slots=True, eq=False)
 class Process:
     """A process of this node that has said hello."""
 
@@ -56,8 +69,8 @@ class Process:
     peer: Peer | None = None
     """What the control plane said of it when it was registered."""
     pid: int = 0
-    regions: dict[str, tuple[PutRegion, int]] = field(default_factory=dict[str, tuple[PutRegion, int]])
-    """By name, with the descriptor, or -1."""
+    offers: dict[str, Offer] = field(default_factory=dict[str, Offer])
+    """By name."""
     epochs_fd: int = -1
     links: dict[str, Link] = field(default_factory=dict[str, Link])
     topology: Topology | None = None
@@ -127,7 +140,7 @@ class Desk:
         return self._here.get(name)
 
     def regions(self) -> int:
-        return sum(len(process.regions) for process in self)
+        return sum(len(process.offers) for process in self)
 
     def links(self) -> int:
         return sum(len(process.links) for process in self)
@@ -149,7 +162,8 @@ class Desk:
         effects: list[Effect] = []
         if process.epochs_fd >= 0:
             effects += [ZeroEpochs(process.epochs_fd), CloseFd(process.epochs_fd)]
-        effects += [CloseFd(fd) for _, fd in process.regions.values() if fd >= 0]
+        for offer in process.offers.values():
+            effects += offer.close()
         for link, state in process.links.items():
             effects += self._end_at_peer(name, link, state, reason)
         return effects
@@ -157,8 +171,10 @@ class Desk:
     def forget(self, name: Name) -> list[Effect]:
         """A process is no longer here, but has not ended: it says hello again."""
         process = self._here.pop(name)
-        fds = [process.epochs_fd, *(fd for _, fd in process.regions.values())]
-        return [CloseFd(fd) for fd in fds if fd >= 0]
+        effects: list[Effect] = [CloseFd(process.epochs_fd)] if process.epochs_fd >= 0 else []
+        for offer in process.offers.values():
+            effects += offer.close()
+        return effects
 
     def _end_at_peer(self, name: Name, link: str, state: Link, reason: str) -> list[Effect]:
         """What the other side of a connection is told when it ends on this one."""
@@ -188,14 +204,14 @@ class Desk:
         return [CloseFd(old)] if old >= 0 else []
 
     def put(self, name: Name, put: PutRegion, fd: int, size: int) -> list[Effect] | Refused:
-        """A process offers memory.
+        """A process offers memory. :meth:`taken` or :meth:`refused` says what the control plane says of it.
 
         Args:
             fd: of the object it lies in, which is the desk's from now on unless this is refused; -1 without.
             size: of that object, in bytes.
         """
         process = self._here[name]
-        if put.name not in process.regions and len(process.regions) >= MEMORY_KEYS_MAX:
+        if put.name not in process.offers and len(process.offers) >= MEMORY_KEYS_MAX:
             reason = f"{name.alias} offers {MEMORY_KEYS_MAX} regions, and no more are kept"
             return Refused(code="full", reason=reason, field="ask.name", status=503)
         token = put.tokens.get("shm")
@@ -207,21 +223,51 @@ class Desk:
         if token is not None and process.epochs_fd < 0:
             reason = "shared memory needs a page of epochs first: put_epochs"
             return Refused(code="bad_message", reason=reason, field="ask.tokens.shm")
-        old = process.regions.get(put.name)
-        if old is not None and old[0].epoch > put.epoch:
-            reason = f"{put.name} was registered again with epoch {old[0].epoch}"
+        old = process.offers.get(put.name)
+        if old is not None and old.put.epoch > put.epoch:
+            reason = f"{put.name} was registered again with epoch {old.put.epoch}"
             return Refused(code="stale_epoch", reason=reason, field="ask.epoch", status=409)
-        process.regions[put.name] = (put, fd)
-        return [CloseFd(old[1])] if old is not None and old[1] >= 0 else []
+        process.offers[put.name] = new = Offer(put, fd)
+        if old is None or old.taken:
+            new.before = old
+            return []
+        new.before, old.before = old.before, None
+        return old.close()
+
+    def taken(self, name: Name, put: PutRegion) -> list[Effect]:
+        """The control plane knows of a region, or cannot be told now: the one before it is over."""
+        offer = self._offered(name, put)
+        if offer is None:
+            return []
+        before, offer.taken, offer.before = offer.before, True, None
+        return before.close() if before is not None else []
+
+    def refused(self, name: Name, put: PutRegion) -> list[Effect]:
+        """The control plane does not take a region: the one before it is offered as if nothing had been."""
+        offer = self._offered(name, put)
+        if offer is None:
+            return []
+        before, offer.before = offer.before, None
+        if before is not None:
+            self._here[name].offers[put.name] = before
+        else:
+            del self._here[name].offers[put.name]
+        return offer.close()
+
+    def _offered(self, name: Name, put: PutRegion) -> Offer | None:
+        """A region that the control plane was asked about, if it is still offered."""
+        process = self._here.get(name)
+        offer = process.offers.get(put.name) if process is not None else None
+        return offer if offer is not None and offer.put is put else None
 
     def drop(self, name: Name, region: str, epoch: int) -> tuple[bool, list[Effect]]:
         """A process offers memory no longer; what was registered under the name since then stays."""
         process = self._here[name]
-        old = process.regions.get(region)
-        if old is None or old[0].epoch != epoch:
+        old = process.offers.get(region)
+        if old is None or old.put.epoch != epoch:
             return False, []
-        del process.regions[region]
-        return True, [CloseFd(old[1])] if old[1] >= 0 else []
+        del process.offers[region]
+        return True, old.close()
 
     def resolve(self, owner: Name, asker: str, link: str, names: Sequence[str], *, same_host: bool) -> Found | Refused:
         """How a connected peer reaches regions of a process."""
@@ -233,10 +279,11 @@ class Desk:
             return Refused(code="no_link", reason=f"{owner.alias} has no connection {link} with {asker}", status=404)
         found = Found([], [], [])
         for name in dict.fromkeys(names):
-            put, fd = process.regions.get(name, (None, -1))
-            if put is None:
+            offer = process.offers.get(name)
+            if offer is None:
                 continue
-            shared = same_host and fd >= 0
+            put = offer.put
+            shared = same_host and offer.fd >= 0
             tokens: dict[Transport, dict[str, Any]] = {
                 transport: token for transport, token in put.tokens.items() if transport != "shm" or shared
             }
@@ -248,7 +295,7 @@ class Desk:
                     found.names.append("")
                     found.fds.append((process.epochs_fd, False))
                 found.names.append(name)
-                found.fds.append((fd, put.writable))
+                found.fds.append((offer.fd, put.writable))
         if len(found.fds) > FDS_MAX:
             reason = f"{len(found.fds) - 1} regions of shared memory; {FDS_MAX - 1} can be had at once"
             return Refused(code="bad_message", reason=reason, field="ask.body.names")
@@ -316,14 +363,15 @@ class Desk:
 
 def view(process: Process, now: float) -> Peer | None:
     """A process of this node as the control plane would tell of it."""
-    return process.peer and replace(process.peer, memory_keys=sorted(process.regions), seen_at=now)
+    return process.peer and replace(process.peer, memory_keys=sorted(process.offers), seen_at=now)
 
 
 def memory_of(process: Process, name: str) -> MemoryPut | None:
     """A region as the control plane keeps it; None when there is none of that name."""
-    put, _ = process.regions.get(name, (None, -1))
-    if put is None:
+    offer = process.offers.get(name)
+    if offer is None:
         return None
+    put = offer.put
     rdma = put.tokens.get("rdma", {})
     rkey = rdma.get("rkey", 0)
     return MemoryPut(
@@ -354,11 +402,11 @@ def _no_place(token: Mapping[str, Any], length: int, size: int) -> str:
 
 
 def _no_piece(process: Process, piece: Piece) -> Refused | None:
-    put, _ = process.regions.get(piece.local, (None, -1))
-    if put is None:
+    offer = process.offers.get(piece.local)
+    if offer is None:
         reason = f"{process.name.alias} has no region {piece.local!r}"
         return Refused(code="no_region", reason=reason, field="local", status=404)
-    if piece.local_offset + piece.length > put.length:
-        reason = f"{piece.length} bytes from {piece.local_offset} on, and {piece.local!r} has {put.length}"
+    if piece.local_offset + piece.length > offer.put.length:
+        reason = f"{piece.length} bytes from {piece.local_offset} on, and {piece.local!r} has {offer.put.length}"
         return Refused(code="out_of_range", reason=reason, field="local_offset")
     return None

@@ -7,8 +7,6 @@ its memory as descriptors and says what is to be moved; a program in any languag
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,19 +22,19 @@ from computemesh.peer.attachment import OnClosed, OnTold, Signals
 from computemesh.peer.core import Core
 from computemesh.peer.errors import PeerError
 from computemesh.peer.frames import close_fds
-from computemesh.peer.memory import SharedMemory
+from computemesh.peer.memory import SharedMemory, seal
 from computemesh.peer.regions import memory_of
 from computemesh.peer.signals import Done, DropRegion, Hello, PutRegion, Welcome
 from computemesh.peer.socket import AgentSocket
 
-AT_ONCE: Final = 64
-"""Transfers of all hosted processes that run at once; more wait."""
+MOVES_MAX: Final = 8
+"""Transfers of one hosted process that run at once; more of it wait, and those of others do not."""
 
 T = TypeVar("T")
 
 
 class Hosted:
-    """One of them. Its methods block, but for :meth:`close`."""
+    """One of them. What is not ``async`` blocks."""
 
     def __init__(self, hello: Hello, path: Path, local_host: str) -> None:
         """
@@ -53,6 +51,7 @@ class Hosted:
         self._core = Core(attach, default_endpoints(hello.device or None, local_host or None))
         self._epochs: dict[str, int] = {}
         """What the process calls the epochs of its regions, by name."""
+        self._movers = ThreadPoolExecutor(MOVES_MAX, thread_name_prefix="hosted-move")
 
     @property
     def welcome(self) -> Welcome:
@@ -68,7 +67,7 @@ class Hosted:
             if not isinstance(offset, int) or offset < 0:
                 reason = f"offset {offset!r} is no place in an object"
                 return Refused(code="bad_message", reason=reason, field="ask.tokens.shm")
-            keep_whole(fds[0])
+            seal(fds[0])  # Where that is possible; what can shrink is refused next.
             memory = SharedMemory.attach(fds[0], offset, ask.length)
             self._core.register(
                 ask.name, memory_of(memory.view()), writable=ask.writable, fd=memory.fd, fd_offset=memory.offset
@@ -92,21 +91,27 @@ class Hosted:
         except PeerError as error:
             return _refused(error)
 
-    def move(self, transfer: Transfer) -> Transferred:
+    async def move(self, transfer: Transfer) -> Transferred:
         """Moves bytes, and says how it ended."""
-        return self._core.orders.run(transfer)
+        return await asyncio.get_running_loop().run_in_executor(self._movers, self._core.orders.run, transfer)
 
     def close(self) -> None:
+        """Ends it; transfers that run fail."""
+        self._movers.shutdown(wait=False, cancel_futures=True)
         self._core.close("the process has ended")
 
 
 class Hosts:
-    """Where they run: threads beside the event loop."""
+    """Where they begin, are told of memory, and end: threads beside the event loop.
 
-    def __init__(self, path: Path, local_host: str) -> None:
+    Args:
+        hosted_max: processes at once. Each does one of these at a time, so none waits for another one's.
+    """
+
+    def __init__(self, path: Path, local_host: str, hosted_max: int) -> None:
         self._path = path
         self._local_host = local_host
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hosted")
+        self._threads = ThreadPoolExecutor(hosted_max, thread_name_prefix="hosted")
 
     async def enter(self, hello: Hello) -> Hosted | Refused:
         try:
@@ -130,12 +135,6 @@ class Hosts:
     def end(self) -> None:
         """Does not wait for what runs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def keep_whole(fd: int) -> None:
-    """Seals a memory object against shrinking, where that is possible: who maps it must not lose it."""
-    with contextlib.suppress(OSError):  # It is sealed already, or cannot be; whether it can shrink is looked at next.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 def _refused(error: PeerError) -> Refused:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import Counter, Gauge
 
 from computemesh.contracts.base import Refused
-from computemesh.contracts.peers import Transferred
+from computemesh.contracts.peers import Transferred, Transport
+from computemesh.peer import errors
 from computemesh.peer.signals import Answer, Ended, Frame, Question
-from computemesh_services.peer_agent.door import Line
+from computemesh_services.peer_agent.line import Line
 
 PROCESSES: Final = Gauge("computemesh_peer_processes", "Processes of this node that are peers.")
 REGIONS: Final = Gauge("computemesh_peer_regions", "Pieces of memory that they offer.")
@@ -25,16 +26,42 @@ TRANSFERS: Final = Counter(
     "Transfers that were ordered over the bus, by kind and outcome.",
     ["kind", "outcome"],
 )
+UNTOLD: Final = Counter(
+    "computemesh_peer_transfers_untold_total", "Ends of transfers that were not told, since too many waited."
+)
 BYTES: Final = Counter(
     "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
 )
 
 
+_CODES: Final = {getattr(errors, name) for name in errors.__all__ if name.isupper()} | {
+    "conflict",
+    "failed",
+    "full",
+    "io_error",
+    "no_link",
+    "no_peer",
+    "not_hosted",
+    "not_yours",
+    "refused",
+    "too_many_requests",
+}
+
+
+def outcome_of(code: str) -> str:
+    """A code as it is counted. Processes say what they like, and each new word would be a series for ever."""
+    return code if code in _CODES else "other"
+
+
+def refused(code: str) -> None:
+    REFUSED.labels(outcome_of(code)).inc()
+
+
 def answer(line: Line, number: int, ask: Question | Ended, answer: Answer | Refused, fds: Sequence[int] = ()) -> None:
     kind = type(ask).__name__
     if isinstance(answer, Refused):
-        REFUSED.labels(answer.code).inc()
-        ASKED.labels(kind, answer.code).inc()
+        refused(answer.code)
+        ASKED.labels(kind, outcome_of(answer.code)).inc()
         line.say(Frame(id=number, refused=answer))
     else:
         ASKED.labels(kind, "ok").inc()
@@ -43,6 +70,6 @@ def answer(line: Line, number: int, ask: Question | Ended, answer: Answer | Refu
 
 def count(ended: Transferred) -> None:
     """Counts a transfer that has ended."""
-    TRANSFERS.labels(ended.kind, "ok" if ended.ok else ended.code).inc()
+    TRANSFERS.labels(ended.kind, "ok" if ended.ok else outcome_of(ended.code)).inc()
     if ended.bytes:
-        BYTES.labels("+".join(ended.transports)).inc(ended.bytes)
+        BYTES.labels("+".join(one for one in get_args(Transport) if one in ended.transports)).inc(ended.bytes)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from computemesh import log
-from computemesh.bus import Bus, BusError
+from computemesh.bus import BusError
 from computemesh.contracts import peers
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import (
@@ -22,7 +22,8 @@ from computemesh.contracts.peers import (
     PeerRegister,
     PeerUnregister,
 )
-from computemesh_services.peer_agent.desk import Desk, Name, Process, memory_of
+from computemesh_services.peer_agent.desk import Name, Process, memory_of
+from computemesh_services.peer_agent.node import Node
 
 AT_ONCE: Final = 16
 """Pieces of memory of one process that are told at once."""
@@ -55,9 +56,8 @@ class Plane:
         on_lost: called when the control plane says that a process's alias is another's, with the reason.
     """
 
-    def __init__(self, bus: Bus, desk: Desk, on_lost: Callable[[Name, str], None], heartbeat_s: float) -> None:
-        self._bus = bus
-        self._desk = desk
+    def __init__(self, node: Node, on_lost: Callable[[Name, str], None], heartbeat_s: float) -> None:
+        self._node = node
         self._on_lost = on_lost
         self._heartbeat_s = heartbeat_s
         self._owned: dict[Name, Ownership] = {}
@@ -92,7 +92,7 @@ class Plane:
         if waiting is None:
             waiting = owned.dirty[region] = asyncio.get_running_loop().create_future()
         owned.more.set()
-        return await asyncio.shield(waiting) if self._bus.up else None
+        return await asyncio.shield(waiting) if self._node.bus.up else None
 
     async def _tell_memory(self, owned: Ownership) -> None:
         while True:
@@ -136,14 +136,14 @@ class Plane:
         name = owned.process.name
         put = memory_of(owned.process, region)
         if put is not None:
-            answer = await self._bus.ask(peers.MEMORY_PUT, put)
+            answer = await self._node.bus.ask(peers.MEMORY_PUT, put)
             owned.epochs[region] = put.epoch
             return answer
         epoch = owned.epochs.get(region)
         if epoch is None:  # It came and went before it was told.
             return None
         drop = MemoryDrop(scope=name.scope, alias=name.alias, instance=owned.process.instance, name=region, epoch=epoch)
-        answer_to_drop = await self._bus.ask(peers.MEMORY_DROP, drop)
+        answer_to_drop = await self._node.bus.ask(peers.MEMORY_DROP, drop)
         owned.epochs.pop(region, None)
         return answer_to_drop
 
@@ -154,7 +154,7 @@ class Plane:
         deadline_s = asyncio.get_running_loop().time() + peers.TTL_S
         while asyncio.get_running_loop().time() < deadline_s:
             try:
-                answer = await self._bus.ask(peers.UNREGISTER, unregister)
+                answer = await self._node.bus.ask(peers.UNREGISTER, unregister)
             except BusError as error:
                 _log.warning("cannot unregister a peer", alias=name.alias, reason=str(error))
             else:
@@ -188,9 +188,9 @@ class Plane:
             self._beat_now.clear()
 
     async def _beat_once(self) -> None:
-        beats = self._desk.beats()
+        beats = self._node.desk.beats()
         for start in range(0, len(beats), BEATS_MAX):
-            heard = await self._bus.ask(peers.HEARTBEAT, PeerHeartbeat(peers=beats[start : start + BEATS_MAX]))
+            heard = await self._node.bus.ask(peers.HEARTBEAT, PeerHeartbeat(peers=beats[start : start + BEATS_MAX]))
             if isinstance(heard, Refused):
                 _log.warning("a heartbeat was refused", reason=heard.reason, field=heard.field)
                 continue
@@ -201,7 +201,7 @@ class Plane:
         owned = self._owned.get(Name(beat.scope, beat.alias))
         if owned is None or owned.process.instance != beat.instance:
             return
-        answer = await self._bus.ask(peers.REGISTER, owned.register)
+        answer = await self._node.bus.ask(peers.REGISTER, owned.register)
         if self._owned.get(owned.process.name) is not owned:
             return
         if isinstance(answer, Refused):
@@ -211,7 +211,7 @@ class Plane:
             return
         _log.info("registered a peer again", scope=beat.scope, alias=beat.alias)
         owned.epochs.clear()
-        for region in owned.process.regions:
+        for region in owned.process.offers:
             self._put_off(owned, region)
         owned.more.set()
 
@@ -230,3 +230,9 @@ async def within(seconds: float, asking: Callable[[], Awaitable[T]]) -> T:
             if asyncio.get_running_loop().time() >= deadline_s:
                 raise
         await asyncio.sleep(0.2)
+
+
+def no_answer(error: BusError) -> Refused:
+    """What a process hears when the control plane cannot be asked."""
+    reason = f"the control plane does not answer: {error}"
+    return Refused(code="unavailable", reason=reason, status=503, retry="later")

@@ -42,6 +42,8 @@ PROTOCOL: Final = 1
 FRAME_MAX: Final = 4 * 1024 * 1024
 FDS_MAX: Final = 64
 """In one frame."""
+LINKS_MAX: Final = 16_384
+"""Connections of one process."""
 SOCKET_NAME: Final = "peer-agent.sock"
 """In the `run` folder of a computemesh home, which only its owner may enter."""
 
@@ -59,7 +61,7 @@ class Hello(Message, frozen=True, kw_only=True, tag_field="kind", tag="hello"):
     name_prefix: Annotated[EntityId, msgspec.Meta(max_length=64)] = "agent"
     instance: Id | None = None
     """Of the last welcome, when the peer-agent went away and came back: the alias is still mine."""
-    links: dict[Id, EntityId] = {}
+    links: Annotated[dict[Id, EntityId], msgspec.Meta(max_length=LINKS_MAX)] = {}
     """My connections that go on from then, and with whom."""
     device: str = ""
     resource: dict[str, Any] = {}
