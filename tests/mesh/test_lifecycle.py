@@ -7,6 +7,7 @@ behind the concurrency bound, swallowing a background task's exception, restarti
 treating a lost connection as ready, watchers that do not read again after a reconnect.
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import asyncio

@@ -27,6 +27,7 @@ from computemesh.contracts.peers import (
     Connect,
     Connected,
     MemoryList,
+    PeerCalled,
     PeerMemories,
     PeersList,
     PeerUnregister,
@@ -71,6 +72,8 @@ from computemesh.peer.signals import (
 )
 from computemesh.peer.socket import AgentSocket
 from computemesh.testing import RunningMesh, running_mesh, until
+from computemesh_services.peer_agent.line import ASKED_MAX
+from tests.mesh.peer_nodes import another_node
 
 HERE = Path(__file__).parent
 WAIT_S = 30.0
@@ -176,32 +179,8 @@ async def attach(mesh: RunningMesh) -> AsyncGenerator[Attach]:
         await asyncio.to_thread(process.end.close)
 
 
-def program(*arguments: str, env: dict[str, str] | None = None, stdout: int | None = None) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, *arguments], env=env, stdout=stdout)
-
-
-@asynccontextmanager
-async def another_node(
-    mesh: RunningMesh, folder: Path, **settings: str
-) -> AsyncGenerator[tuple[Path, subprocess.Popen[bytes]]]:
-    """The peer-agent of node n2: its socket, and the process."""
-    home = folder / "n2"
-    path = home / "run" / "peer-agent.sock"
-    environment = {
-        **os.environ,
-        "NATS_URL": await mesh.invite("n2"),
-        "COMPUTEMESH_NODE_ID": "n2",
-        "COMPUTEMESH_HOME": str(home),
-        "COMPUTEMESH_STRICT": "true",
-        **settings,
-    }
-    process = program("-m", "computemesh_services.peer_agent", env=environment)
-    try:
-        await until(path.exists, what="the second peer-agent listens")
-        yield path, process
-    finally:
-        process.terminate()
-        process.wait(WAIT_S)
+def program(*arguments: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, *arguments], stdout=stdout)
 
 
 @asynccontextmanager
@@ -545,6 +524,32 @@ async def test_when_the_peer_agent_is_killed_its_processes_come_back_by_themselv
     await until(lambda: b.lost == [("a", link)], what="b hears that a has ended")
 
 
+async def test_a_process_with_a_thousand_regions_comes_back_with_all_of_them(mesh: RunningMesh, attach: Attach) -> None:
+    """It says them all at once when the peer-agent is there again."""
+    a, b = await attach("a"), await attach("b")
+    with memory(b"x" * 1000) as fd:
+
+        def put_all() -> None:
+            a.end.ask(PutEpochs(), [fd])
+            for number in range(1000):
+                tokens: dict[Any, dict[str, Any]] = {"shm": {"offset": number}}
+                a.end.ask(PutRegion(name=f"r{number}", length=1, epoch=1, tokens=tokens, fds=1), [fd])
+
+        await asyncio.to_thread(put_all)
+        pid = mesh.pid("peer-agent")
+        mesh.kill("peer-agent")
+        await until(lambda: mesh.pid("peer-agent") not in (0, pid), what="it was started again")
+
+        async def known() -> bool:
+            found = await b.ask(GetPeer(alias="a"))
+            assert isinstance(found, PeerFacts)
+            return found.peer is not None and len(found.peer.memory_keys) == 1000
+
+        await eventually(known, what="all regions are known again")
+        text = await fetched(mesh, "/metrics")
+        assert 'code="too_many_requests"' not in text
+
+
 async def test_while_nats_is_away_processes_of_a_node_still_connect(mesh: RunningMesh, attach: Attach) -> None:
     """What is put meanwhile is known when it is back."""
     a, b = await attach("a"), await attach("b")
@@ -650,6 +655,26 @@ async def test_processes_that_come_and_go_leave_no_descriptor_behind(mesh: Runni
     assert (health["peers"], health["regions"], health["links"]) == (1, 0, 0)
 
 
+async def test_a_process_that_answers_nothing_holds_up_nobody_else(mesh: RunningMesh, attach: Attach) -> None:
+    """Few questions wait for it; who asks one more hears so at once, and who asks another process is answered."""
+    halted, _ = await attach("halted"), await attach("well")
+    halted.silent.clear()
+    services = await mesh.bus(Role.SERVICES)
+
+    async def ask(peer: str, number: int) -> str:
+        called = PeerCalled(alias="z", node_id="n9", peer=peer, body=connecting(f"l-{peer}-{number}"))
+        said = await services.ask(peers.ANSWER, called, target="n1", timeout_s=WAIT_S)
+        return said.reason if isinstance(said, Refused) else "taken"
+
+    waiting = [asyncio.create_task(ask("halted", number)) for number in range(100)]
+    await until(lambda: sum(task.done() for task in waiting) == 100 - ASKED_MAX, what="all but a few are answered")
+    assert await ask("well", 1) == "taken"
+    assert sum(task.done() for task in waiting) == 100 - ASKED_MAX, "the well one was not waited for"
+    said = [await task for task in waiting]
+    assert len([one for one in said if f"{ASKED_MAX} questions" in one]) == 100 - ASKED_MAX
+    assert len([one for one in said if "did not answer within" in one]) == ASKED_MAX
+
+
 # --- topology -----------------------------------------------------------------------------------------------------
 
 
@@ -729,6 +754,26 @@ async def test_a_transfer_is_begun_once_and_its_end_is_told_once(mesh: RunningMe
     text = await fetched(mesh, "/metrics")
     assert 'computemesh_peer_transfers_total{kind="read",outcome="ok"} 1.0' in text
     assert 'computemesh_peer_transfer_bytes_total{transport="tcp"} 4.0' in text
+
+
+async def test_what_processes_say_makes_no_new_series(mesh: RunningMesh, attach: Attach) -> None:
+    """A code of their own counts as another one; a transport counts once."""
+    a, b, watched = await attach("a"), await attach("b"), Watched()
+    await watched.start(mesh)
+    a.refuses = Refused(code="my_own", reason="as I like", status=409)
+    with pytest.raises(PeerError) as raised:
+        await b.connect("a")
+    assert raised.value.code == "my_own"
+    odd: dict[str, Any] = {"node_id": "n1", "alias": "a", "peer": "b", "kind": "read", "at": 1.0}
+    a.end.tell(Ended(outcome=Transferred(transfer_id="t-1", ok=False, code="also_my_own", **odd)))
+    many: list[Any] = ["tcp", "shm", "tcp", "tcp"]
+    a.end.tell(Ended(outcome=Transferred(transfer_id="t-2", ok=True, bytes=4, transports=many, **odd)))
+    await until(lambda: watched.of("t-2"), what="the ends are told")
+    text = await fetched(mesh, "/metrics")
+    assert "my_own" not in text
+    assert 'computemesh_peer_refusals_total{code="other"} 1.0' in text
+    assert 'computemesh_peer_transfers_total{kind="read",outcome="other"} 1.0' in text
+    assert 'computemesh_peer_transfer_bytes_total{transport="shm+tcp"} 4.0' in text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A peer that comes to a node while another one of that node asks for it over the bus."""
+"""What becomes of what a process asks when the bus says something else meanwhile."""
 
 from __future__ import annotations
 
@@ -13,8 +13,31 @@ import pytest
 from computemesh.bus import Bus, MicroService, TimedOut
 from computemesh.contracts import peers
 from computemesh.contracts.base import Refused, Role
-from computemesh.contracts.peers import Close, Connect, Connected, PeerAnswered, PeerCall, PeerCalled
-from computemesh.peer.signals import Accept, Accepted, Answer, Call, Called, Hello, Lost, Told
+from computemesh.contracts.peers import (
+    Close,
+    Connect,
+    Connected,
+    MemoryPut,
+    PeerAnswered,
+    PeerCall,
+    PeerCalled,
+    Resolve,
+    Resolved,
+)
+from computemesh.peer.errors import PeerError
+from computemesh.peer.signals import (
+    Accept,
+    Accepted,
+    Answer,
+    Call,
+    Called,
+    GetPeer,
+    Hello,
+    Lost,
+    PeerFacts,
+    PutRegion,
+    Told,
+)
 from computemesh.peer.socket import AgentSocket
 from computemesh.tasks import end_all
 from computemesh.testing import running_mesh
@@ -28,6 +51,8 @@ CONNECT = Connect(conn_id="x", link="l-1", key="0" * 64, offers={"tcp": {}}, wan
 class Held(Bus):
     """A connection to the bus on which something else happens before a peer is called."""
 
+    refuses: Refused | None = None
+    """What the control plane says of memory, in place of its own answer."""
     before: Any = None
     """Awaited once; what it raises is what becomes of the call."""
 
@@ -35,6 +60,8 @@ class Held(Bus):
         if isinstance(question, PeerCall) and isinstance(question.body, Connect) and self.before is not None:
             before, self.before = self.before, None
             await before()
+        if isinstance(question, MemoryPut) and self.refuses is not None:
+            return self.refuses
         return await super().ask(request, question, **options)
 
 
@@ -124,3 +151,31 @@ async def test_a_peer_that_comes_while_it_is_asked_for_is_connected_within_the_n
     closed, _ = await asyncio.to_thread(a.ask, Call(peer="b", body=Close(link="l-1")))
     assert isinstance(closed, Called)
     assert closed.body.found  # type: ignore[union-attr]
+
+
+async def test_memory_that_the_control_plane_refuses_leaves_what_had_its_name(node: Node) -> None:
+    """The process still has the one before, and its peers still reach it."""
+    a = await node.attach("a")
+
+    async def lengths() -> list[int]:
+        called = PeerCalled(alias="z", node_id="n9", peer="a", body=Resolve(link="l-1", names=["kv", "new"]))
+        said = await node.control_plane.ask(peers.ANSWER, called, target="n1")
+        assert isinstance(said, PeerAnswered)
+        assert isinstance(said.body, Resolved)
+        return [region.length for region in said.body.regions]
+
+    connected = PeerCalled(alias="z", node_id="n9", peer="a", body=CONNECT)
+    assert isinstance(await node.control_plane.ask(peers.ANSWER, connected, target="n1"), PeerAnswered)
+    await asyncio.to_thread(a.ask, PutRegion(name="kv", length=1, epoch=1))
+    node.bus.refuses = Refused(code="full", reason="no room", field="name", status=503)
+    for name, epoch in (("kv", 2), ("new", 3)):
+        with pytest.raises(PeerError, match="no room"):
+            await asyncio.to_thread(a.ask, PutRegion(name=name, length=epoch, epoch=epoch))
+    assert await lengths() == [1]
+    facts, _ = await asyncio.to_thread(a.ask, GetPeer(alias="a"))
+    assert isinstance(facts, PeerFacts)
+    assert facts.peer is not None
+    assert facts.peer.memory_keys == ["kv"]
+    node.bus.refuses = None
+    await asyncio.to_thread(a.ask, PutRegion(name="kv", length=4, epoch=4))
+    assert await lengths() == [4]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -21,6 +24,7 @@ from computemesh.contracts.peers import PeersList, Piece, Transfer, TransferBegu
 from computemesh.peer.agent import PeerAgent, start_peer_agent
 from computemesh.peer.errors import PeerError
 from computemesh.peer.signals import (
+    Aliases,
     Done,
     DropRegion,
     Hello,
@@ -32,6 +36,7 @@ from computemesh.peer.signals import (
 )
 from computemesh.peer.socket import AgentSocket
 from computemesh.testing import RunningMesh, running_mesh, until
+from tests.mesh.peer_nodes import another_node
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "peers" / "hosted.py"
 WAIT_S = 30.0
@@ -52,12 +57,17 @@ def where(mesh: RunningMesh) -> Path:
 class Program:
     """A process that moves no bytes itself, with one region `kv`."""
 
-    def __init__(self, path: Path, alias: str, content: bytes, **put: Any) -> None:
+    def __init__(self, path: Path, alias: str, content: bytes, size: int = 0, **put: Any) -> None:
+        """
+        Args:
+            size: of the region, if that is more than its content; zeros follow.
+        """
         self.alias = alias
         self.end = AgentSocket(path, Hello(alias=alias, hosted=True), on_told=lambda _: None)
         self.fd = os.memfd_create(alias, os.MFD_ALLOW_SEALING)
         os.write(self.fd, content)
-        self.size = len(content)
+        self.size = size or len(content)
+        os.ftruncate(self.fd, self.size)
         self.end.ask(PutRegion(name="kv", length=self.size, epoch=1, fds=1, **put), [self.fd])
 
     @property
@@ -249,6 +259,113 @@ async def test_hosted_processes_come_back_when_the_peer_agent_was_killed(mesh: R
         again = await asyncio.to_thread(a.move, "b")
         assert (again.ok, again.code, again.reason) == (True, "", "")
         assert a.content[:5] == b"fresh"
+
+
+async def test_hosted_processes_of_two_nodes_move_bytes_by_tcp(mesh: RunningMesh, tmp_path: Path) -> None:
+    """Both ways and from both sides, though only one of the nodes has an address; the bytes are compared."""
+    async with another_node(mesh, tmp_path, COMPUTEMESH_PEER_HOST="127.0.0.1") as (far, _):
+        a = await asyncio.to_thread(Program, where(mesh), "a", b"A" * SIZE)
+        b = await asyncio.to_thread(Program, far, "b", b"B" * SIZE)
+        try:
+            half = [Piece(local="kv", local_offset=0, remote_offset=SIZE // 2, length=SIZE // 2)]
+            read = await asyncio.to_thread(a.move, "b", pieces=half, checksums=True)
+            assert (read.ok, read.transports, read.bytes, read.code) == (True, ["tcp"], SIZE // 2, "")
+            assert read.checksums == [f"{zlib.crc32(b'B' * (SIZE // 2)):08x}"]
+            assert a.content == b"B" * (SIZE // 2) + b"A" * (SIZE // 2)
+            assert b.content == b"B" * SIZE
+            os.pwrite(a.fd, b"from a", 0)
+            write = await asyncio.to_thread(a.move, "b", kind="write")
+            assert (write.ok, write.transports, write.bytes) == (True, ["tcp"], SIZE)
+            assert b.content == a.content
+            os.pwrite(a.fd, b"once more", SIZE - 9)
+            back = await asyncio.to_thread(b.move, "a")
+            assert (back.ok, back.transports) == (True, ["tcp"])
+            assert b.content == a.content
+            beyond = await asyncio.to_thread(b.move, "a", pieces=[Piece(local="kv", remote_offset=1, length=SIZE)])
+            assert (beyond.ok, beyond.code) == (False, "out_of_range")
+        finally:
+            for one in (a, b):
+                await asyncio.to_thread(one.close)
+
+
+async def test_a_transfer_fails_in_time_when_the_other_nodes_peer_agent_is_killed_in_the_middle_of_it(
+    mesh: RunningMesh, tmp_path: Path
+) -> None:
+    """The hosted peer dies with it. In its next life the same process is reached again, with its memory."""
+    size = 128 << 20
+    a = await asyncio.to_thread(Program, where(mesh), "a", b"", size)
+    async with another_node(mesh, tmp_path, COMPUTEMESH_PEER_HOST="127.0.0.1") as (far, agent):
+        b = await asyncio.to_thread(Program, far, "b", b"B" * SIZE, size)
+        os.pwrite(b.fd, b"end", size - 3)
+        with mmap.mmap(a.fd, size, prot=mmap.PROT_READ) as memory:
+            moving = asyncio.create_task(asyncio.to_thread(a.move, "b", timeout_s=60))
+            while memory[0] == 0:  # No pause: there is little time between its first byte and its last one.
+                await asyncio.sleep(0)
+            agent.send_signal(signal.SIGSTOP)
+            await until(lambda: b"T" in Path(f"/proc/{agent.pid}/stat").read_bytes().split()[2], what="it is stopped")
+            assert memory[size - 3 :] == bytes(3), "it was in the middle"
+        assert not moving.done()
+        agent.kill()
+        async with asyncio.timeout(10):
+            outcome = await moving
+        assert (outcome.ok, outcome.code) == (False, "link_lost")
+    async with another_node(mesh, tmp_path, COMPUTEMESH_PEER_HOST="127.0.0.1"):
+        await asyncio.to_thread(b.end.ask, ListPeers())
+        again = await asyncio.to_thread(a.move, "b", timeout_s=60)
+        assert (again.ok, again.code, again.reason, again.bytes) == (True, "", "", size)
+        assert os.pread(a.fd, 3, size - 3) == b"end"
+        for one in (a, b):
+            await asyncio.to_thread(one.close)
+
+
+async def test_transfers_that_hang_hold_up_their_own_process_alone(mesh: RunningMesh) -> None:
+    """Others come, move bytes and go, however many wait for a peer that answers nothing."""
+    async with library(mesh, "lib") as agent:
+        agent.allocate_memory_region("kv", SIZE)
+        source = (
+            "import sys\n"
+            "from computemesh.peer import start_peer_agent\n"
+            "agent = start_peer_agent(sys.argv[1], alias='halted')\n"
+            "agent.allocate_memory_region('kv', 64)\n"
+            "print('ready', flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        command = [sys.executable, "-c", source, str(where(mesh))]
+        halted = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert halted.stdout is not None
+            assert await halted.stdout.readline() == b"ready\n"
+            async with programs(mesh, "many") as (many,):
+                halted.send_signal(signal.SIGSTOP)
+                pieces = [Piece(local="kv", length=64)]
+
+                def hang(number: int) -> None:
+                    many.move("halted", transfer_id=f"t-{number}", pieces=pieces)
+
+                waiting = [threading.Thread(target=hang, args=(number,)) for number in range(100)]
+                for thread in waiting:
+                    thread.start()
+                async with programs(mesh, "a", "b") as (a, b):
+                    assert (await asyncio.to_thread(a.move, "b")).ok
+                    assert (await asyncio.to_thread(b.move, "lib")).ok
+                    await asyncio.to_thread(b.end.close)
+
+                    async def gone() -> bool:
+                        return (await asyncio.to_thread(a.end.ask, ListPeers()))[0] == Aliases(
+                            aliases=["a", "halted", "lib", "many"]
+                        )
+
+                    async with asyncio.timeout(WAIT_S):
+                        while not await gone():
+                            await asyncio.sleep(0.02)
+                assert all(thread.is_alive() for thread in waiting), "nobody waited for these"
+                halted.kill()
+                for thread in waiting:
+                    await asyncio.to_thread(thread.join)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                halted.kill()
+            await halted.wait()
 
 
 async def test_hosted_processes_that_come_and_go_leave_nothing_behind(mesh: RunningMesh) -> None:

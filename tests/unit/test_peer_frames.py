@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from computemesh.contracts.base import encode
 from computemesh.contracts.peers import Region, Resolve
 from computemesh.peer.frames import (
     OUTBOX_BYTES_MAX,
@@ -35,6 +36,7 @@ from computemesh.peer.frames import (
 from computemesh.peer.signals import (
     FDS_MAX,
     FRAME_MAX,
+    LINKS_MAX,
     Call,
     Called,
     Done,
@@ -158,6 +160,9 @@ def test_a_large_frame_keeps_its_descriptors_though_it_comes_in_many_pieces() ->
         discard(said)
 
 
+MANY_LINKS = encode({"id": 7, "ask": {"kind": "hello", "links": {f"l-{n}": "a" for n in range(LINKS_MAX + 1)}}})
+
+
 @pytest.mark.parametrize(
     ("body", "number", "answers", "field", "reason"),
     [
@@ -172,6 +177,7 @@ def test_a_large_frame_keeps_its_descriptors_though_it_comes_in_many_pieces() ->
         (b'{"id":7,"ask":{"kind":"put_epochs"}}', 7, False, "ask.fds", "names 1 descriptors, and 0 came"),
         (b'{"id":7,"ask":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 0, False, "", "nested deeper"),
         (b'{"id":7,"ask":{"kind":"hello","scope":"\xff"}}', 7, False, "", "UTF-8"),
+        (MANY_LINKS, 7, False, "ask.links", str(LINKS_MAX)),
     ],
 )
 def test_a_frame_that_cannot_be_read_is_a_refusal_and_the_next_one_is_read(
