@@ -53,41 +53,45 @@ class Calls:
         Raises:
             BusError: the control plane does not answer.
         """
-        here = self._node.lines.get(Name(name.scope, ask.peer))
         if ask.peer == name.alias:
             reason = "a peer is not connected to itself"
             answer(line, number, ask, Refused(code="no_way", reason=reason, field="ask.peer", status=409))
             return
         match ask.body:
             case Connect():
-                await self._connect(line, name, number, ask, ask.body, here)
+                await self._connect(line, name, number, ask, ask.body)
+            case Resolve() if Name(name.scope, ask.peer) in self._node.lines:
+                self._resolve_here(line, name, number, ask, ask.body)
             case Resolve():
-                await self._resolve(line, name, number, ask, ask.body, near=here is not None)
+                answer(line, number, ask, await self._resolve_far(name, ask.peer, ask.body))
             case Close():
                 found, effects = self._node.desk.close(name, ask.peer, ask.body.link, ask.body.reason)
-                process = self._node.desk.get(name)
-                assert process is not None, "who asks is here"
                 for effect in effects:
                     if isinstance(effect, CloseFar):
-                        self._node.spawn(self.close_far(name, process.instance, effect))
+                        self._node.spawn(self.close_far(name, self._instance(name), effect))
                     else:
                         self.do([effect])
-                answer(line, number, ask, Called(body=Closed(found=found), same_host=here is not None))
+                here = Name(name.scope, ask.peer) in self._node.lines
+                answer(line, number, ask, Called(body=Closed(found=found), same_host=here))
 
-    async def _connect(self, line: Line, name: Name, number: int, ask: Call, body: Connect, here: Line | None) -> None:
+    def _instance(self, name: Name) -> str:
+        process = self._node.desk.get(name)
+        assert process is not None, "who asks is here"
+        return process.instance
+
+    async def _connect(self, line: Line, name: Name, number: int, ask: Call, body: Connect) -> None:
         if (refused := self._node.desk.opening(name, ask.peer, body.link)) is not None:
             answer(line, number, ask, _in_ask(refused))
             return
-        if here is not None:
-            said = await self._accept(here, Name(name.scope, ask.peer), name.alias, self._node.id, body, near=True)
-        else:
+        peer = Name(name.scope, ask.peer)
+        said: Connected | Refused | None = None
+        if (here := self._node.lines.get(peer)) is None:
             said = await self._connect_far(name, ask.peer, body)
             if isinstance(said, Refused) and said.code == "unavailable":
-                here = self._node.lines.get(Name(name.scope, ask.peer))  # It has just come.
-                if here is not None:
-                    said = await self._accept(
-                        here, Name(name.scope, ask.peer), name.alias, self._node.id, body, near=True
-                    )
+                here = self._node.lines.get(peer)  # It has just come.
+        if here is not None:
+            said = await self._accept(here, peer, name.alias, self._node.id, body, near=True)
+        assert said is not None, "it was asked here or over the bus"
         if self._node.lines.get(name) is not line:  # It ended meanwhile, and the peer was told so.
             return
         if isinstance(said, Refused):
@@ -98,22 +102,19 @@ class Calls:
         self.do(self._node.desk.opened(name, body.link))
 
     async def _connect_far(self, name: Name, peer: str, body: Connect) -> Connected | Refused:
-        process = self._node.desk.get(name)
-        assert process is not None, "who asks is here"
-        call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=peer, body=body)
+        instance = self._instance(name)
+        call = PeerCall(scope=name.scope, alias=name.alias, instance=instance, peer=peer, body=body)
         try:
             said = await self._node.bus.ask(peers.CALL, call, timeout_s=CALL_S)
         except BusError as error:  # Whether the peer took it is not known.
             # One that has come here since refuses what comes by the bus, and is about to be asked without it.
             if Name(name.scope, peer) not in self._node.lines:
                 effect = CloseFar(peer, body.link, "nobody waits for it any more")
-                self._node.spawn(self.close_far(name, process.instance, effect))
+                self._node.spawn(self.close_far(name, instance, effect))
             return Refused(code="unavailable", reason=f"no answer: {error}", status=503, retry="later")
         if isinstance(said, Refused):
             return said
-        if not isinstance(said.body, Connected):
-            return Refused(code="unavailable", reason="the peer's node answered something else", status=503)
-        return said.body
+        return said.body if isinstance(said.body, Connected) else _something_else()
 
     async def _accept(
         self, line: Line, name: Name, asker: str, node_id: str, body: Connect, *, near: bool
@@ -135,17 +136,16 @@ class Calls:
         what = f"did not answer within {timeout_s:g} s" if said is None else "answered something else"
         return Refused(code="unavailable", reason=f"{name.alias} {what}", status=503, retry="later")
 
-    async def _resolve(self, line: Line, name: Name, number: int, ask: Call, body: Resolve, *, near: bool) -> None:
-        if not near:
-            process = self._node.desk.get(name)
-            assert process is not None, "who asks is here"
-            call = PeerCall(scope=name.scope, alias=name.alias, instance=process.instance, peer=ask.peer, body=body)
-            said = await self._node.bus.ask(peers.CALL, call, timeout_s=CALL_S)
-            if isinstance(said, Refused):
-                answer(line, number, ask, _in_ask(said))
-            elif isinstance(said.body, Resolved):
-                answer(line, number, ask, Called(body=RegionsResolved(regions=said.body.regions)))
-            return
+    async def _resolve_far(self, name: Name, peer: str, body: Resolve) -> Called | Refused:
+        call = PeerCall(scope=name.scope, alias=name.alias, instance=self._instance(name), peer=peer, body=body)
+        said = await self._node.bus.ask(peers.CALL, call, timeout_s=CALL_S)
+        if isinstance(said, Refused):
+            return _in_ask(said)
+        if not isinstance(said.body, Resolved):
+            return _something_else()
+        return Called(body=RegionsResolved(regions=said.body.regions))
+
+    def _resolve_here(self, line: Line, name: Name, number: int, ask: Call, body: Resolve) -> None:
         found = self._node.desk.resolve(Name(name.scope, ask.peer), name.alias, body.link, body.names, same_host=True)
         if isinstance(found, Refused):
             answer(line, number, ask, found)
@@ -208,6 +208,10 @@ class Calls:
         call = PeerCall(scope=name.scope, alias=name.alias, instance=instance, peer=effect.peer, body=body)
         with contextlib.suppress(BusError):
             await self._node.bus.ask(peers.CALL, call)
+
+
+def _something_else() -> Refused:
+    return Refused(code="unavailable", reason="the peer's node answered something else", status=503)
 
 
 def _in_ask(refused: Refused) -> Refused:
