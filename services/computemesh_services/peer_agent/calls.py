@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -35,7 +36,10 @@ ACCEPT_S: Final = 3.0
 """For a process to take a connection from another node; less than those who ask wait."""
 ACCEPT_HERE_S: Final = 20.0
 CALLS_AT_ONCE: Final = 1024
-"""Calls from other nodes that are not answered yet. Each only waits, and of those for one process there are few."""
+"""Calls from other nodes that are not answered yet. Each only waits."""
+ACCEPTS_MAX: Final = 128
+"""Of these, those that wait for one process: half of what is passed on to a node, so that one which is halted leaves
+the others room."""
 CALL_S: Final = 8.0
 
 
@@ -44,6 +48,8 @@ class Calls:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._accepting = Counter[Name]()
+        """How many connections from other nodes wait for a process to take them."""
 
     # --- what a process says to a peer -------------------------------------------------------------------------------
 
@@ -175,8 +181,17 @@ class Calls:
                 # Whoever asked did not find it here a moment ago, and finds it now: they share their memory then.
                 reason = f"{called.peer} has just come; ask again"
                 return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
+            case Connect() if self._accepting[name] >= ACCEPTS_MAX:
+                reason = f"{ACCEPTS_MAX} connections wait for {called.peer} to take them"
+                return Refused(code="unavailable", reason=reason, field="peer", status=503, retry="later")
             case Connect() as body:
-                said = await self._accept(line, name, called.alias, called.node_id, body, near=False)
+                self._accepting[name] += 1
+                try:
+                    said = await self._accept(line, name, called.alias, called.node_id, body, near=False)
+                finally:
+                    self._accepting[name] -= 1
+                    if not self._accepting[name]:
+                        del self._accepting[name]
                 return said if isinstance(said, Refused) else PeerAnswered(body=said)
             case Resolve() as body:
                 found = self._node.desk.resolve(name, called.alias, body.link, body.names, same_host=False)

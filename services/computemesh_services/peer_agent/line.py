@@ -18,8 +18,6 @@ from computemesh_services.peer_agent.hosted import Hosted
 
 READS_MAX: Final = 16
 """From one connection before the others have their turn."""
-ASKED_MAX: Final = 16
-"""Questions to one process that it has not answered: one that is halted holds up nobody else."""
 GIVEN_UP_MAX: Final = 64
 
 _log = log.get("line")
@@ -105,13 +103,9 @@ class Line:
         self.say(Frame(ask=said))
 
     async def ask(self, question: Accept | Order, *, timeout_s: float) -> Answer | Refused | None:
-        """The answer of the process; None when it does not come in time, a refusal when the process has ended, or
-        answers nothing."""
+        """The answer of the process; None when it does not come in time, a refusal when the process has ended."""
         if not self.open:
             return gone()
-        if len(self._asked) >= ASKED_MAX:
-            reason = f"the process has {ASKED_MAX} questions to answer"
-            return Refused(code="unavailable", reason=reason, status=503, retry="later")
         self._number += 1
         number = self._number
         self._asked[number] = future = self._loop.create_future()

@@ -62,8 +62,6 @@ class Plane:
         self._heartbeat_s = heartbeat_s
         self._owned: dict[Name, Ownership] = {}
         self._beat_now = asyncio.Event()
-        self.heard_at = 0.0
-        """When the control plane last answered a heartbeat, by the loop's clock."""
 
     # --- one process -------------------------------------------------------------------------------------------------
 
@@ -71,7 +69,7 @@ class Plane:
         """A process was registered, and is kept known from now on."""
         owned = Ownership(process, register)
         self._owned[process.name] = owned
-        owned.task = asyncio.create_task(self._tell_memory(owned))
+        owned.task = self._node.spawn(self._tell_memory(owned))
 
     def leave(self, name: Name) -> None:
         """A process is not kept known any longer."""
@@ -108,16 +106,17 @@ class Plane:
     async def _tell_region(self, owned: Ownership, region: str) -> bool:
         """Whether the control plane answered, and knows the process."""
         waiting = owned.dirty.pop(region)
-        answer: object = None
+        refused: Refused | None = None
         try:
             answer = await self._say_region(owned, region)
-            if isinstance(answer, Refused) and answer.code == "not_found":
-                # It was not heard of for too long. The heartbeat registers it again.
-                answer = None
+            if not isinstance(answer, Refused):
+                return True
+            if answer.code == "not_found":  # It was not heard of for too long. The heartbeat registers it again.
                 self._put_off(owned, region)
                 self._beat_now.set()
                 return False
-            if isinstance(answer, Refused) and answer.code == "not_yours":
+            refused = answer
+            if answer.code == "not_yours":
                 self._on_lost(owned.process.name, answer.reason)
             return True
         except BusError as error:
@@ -126,7 +125,7 @@ class Plane:
             return False
         finally:
             if not waiting.done():
-                waiting.set_result(answer if isinstance(answer, Refused) else None)
+                waiting.set_result(refused)
 
     def _put_off(self, owned: Ownership, region: str) -> None:
         if region not in owned.dirty:
@@ -137,7 +136,8 @@ class Plane:
         put = memory_of(owned.process, region)
         if put is not None:
             answer = await self._node.bus.ask(peers.MEMORY_PUT, put)
-            owned.epochs[region] = put.epoch
+            if not isinstance(answer, Refused):
+                owned.epochs[region] = put.epoch
             return answer
         epoch = owned.epochs.get(region)
         if epoch is None:  # It came and went before it was told.
@@ -175,7 +175,6 @@ class Plane:
             pause_s = self._heartbeat_s
             try:
                 await self._beat_once()
-                self.heard_at = asyncio.get_running_loop().time()
             except BusError as error:
                 _log.warning("cannot send a heartbeat", reason=str(error))
                 pause_s = min(AGAIN_S, pause_s)

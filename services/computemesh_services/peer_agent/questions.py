@@ -104,7 +104,7 @@ class Questions:
             reason = "the process is not welcome yet"
         elif line.hosted is None and self._node.lines.get(line.name) is not line:
             reason = "the process speaks over another connection now"
-        elif line.in_hand[_sort(ask)] >= (most := IN_HAND_MAX[_sort(ask)]):
+        elif not isinstance(ask, Ended) and line.in_hand[_sort(ask)] >= (most := IN_HAND_MAX[_sort(ask)]):
             reason = f"{most} questions of this process are in hand"
             return Refused(code="too_many_requests", reason=reason, status=429, retry="later")
         else:
@@ -256,6 +256,6 @@ class Questions:
                 return Aliases(aliases=found)
 
 
-def _sort(ask: Question | Ended) -> str:
+def _sort(ask: Question) -> str:
     """Of which sort a question is, of those that are counted apart."""
     return "memory" if isinstance(ask, (PutRegion, PutEpochs, DropRegion)) else "other"
