@@ -533,10 +533,18 @@ def test_a_closed_link_refuses_orders_and_ends_those_under_way(
         mine.link.close()
 
     monkeypatch.setattr(shm.Mapped, "read", read)
-    assert moved(mine.link, "read", Copy(local, 0, remote, 0, length)).code == "link_lost"
+    assert moved(mine.link, "read", Copy(local, 0, remote, 0, length)).code == "cancelled"
     assert bytes(view_of(local)[-4096:]) == bytes(4096)
     for kind in ("read", "write"):
-        assert moved(mine.link, kind, Copy(local, 0, remote, 0, 1)).code == "link_lost"
+        assert moved(mine.link, kind, Copy(local, 0, remote, 0, 1)).code == "cancelled"
+    other.ask("end", name="kv")
+
+
+def test_a_link_that_ends_since_its_peer_is_lost_says_that(other: PeerProcess, mine: Reader) -> None:
+    remote, local = other.put(length=64, seed=1), room(64)
+    mine.link.close(Outcome("link_lost", "the peer has ended"))
+    mine.link.close()
+    assert moved(mine.link, "read", Copy(local, 0, remote, 0, 64)) == Outcome("link_lost", "the peer has ended")
     other.ask("end", name="kv")
 
 

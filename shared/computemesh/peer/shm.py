@@ -32,7 +32,6 @@ from computemesh.peer.epochs import Epochs, PeerEpochs
 from computemesh.peer.memory import Descriptor, Mapping
 from computemesh.peer.transport import (
     DONE,
-    LINK_LOST,
     NO_WAY,
     OUT_OF_RANGE,
     READ_ONLY,
@@ -80,7 +79,6 @@ Facts = abc.Mapping[str, Any]
 Span = tuple[Copy, int, int]
 """A part of a copy: where it begins in it, and how long it is."""
 
-_CLOSED: Final = Outcome(LINK_LOST, "the connection was closed")
 _STALE: Final = Outcome(STALE_EPOCH, "the region was registered anew, or is no longer")
 _READ_ONLY: Final = Outcome(READ_ONLY, "the peer's region can only be read")
 _NO_MESSAGES: Final = Outcome(NO_WAY, "shared memory carries no messages")
@@ -206,7 +204,7 @@ class ShmLink:
         self.endpoint = endpoint
         self._lock = threading.Lock()
         self._page: PeerEpochs | None = None
-        self._closed = False
+        self._end: Outcome | None = None
         _forked.add(self)
 
     def ready(self, timeout_s: float) -> None:
@@ -242,9 +240,9 @@ class ShmLink:
     def recv_imm(self, done: Done) -> None:
         done(_NO_MESSAGES)
 
-    def close(self, _why: Outcome = WAS_CLOSED, /) -> None:
+    def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         """What is under way fails after its present piece. Regions stay mapped until they are dropped."""
-        self._closed = True
+        self._end = self._end or why
         self._page = None
 
     def after_fork(self) -> None:
@@ -260,7 +258,7 @@ class ShmLink:
             length > INLINE_MAX
             or type(reach) is not Mapped
             or view is None
-            or self._closed
+            or self._end is not None
             or not 0 <= here <= local.length - length
             or not 0 <= there <= reach.length - length
             or length < 0
@@ -290,7 +288,7 @@ class ShmLink:
 
     def _now(self, kind: Kind, copies: Sequence[Copy]) -> Outcome:
         used: list[Reach] = []
-        failure: Outcome | None = _CLOSED  # Unless something else comes of it, as when it is interrupted.
+        failure: Outcome | None = WAS_CLOSED  # Unless something else comes of it, as when it is interrupted.
         try:
             failure = self.begin(kind, copies, used)
             if failure is None:
@@ -301,8 +299,8 @@ class ShmLink:
 
     def begin(self, kind: Kind, copies: Sequence[Copy], used: list[Reach]) -> Outcome | None:
         """Makes the peer's regions ready. Those in `used` must be given to :func:`_ended`, whatever this returns."""
-        if self._closed:
-            return _CLOSED
+        if self._end is not None:
+            return self._end
         for remote in (copies[0].remote,) if len(copies) == 1 else dict.fromkeys([copy.remote for copy in copies]):
             reach = remote.state or self._reach(remote)
             if isinstance(reach, Outcome):
@@ -323,8 +321,8 @@ class ShmLink:
 
     def move(self, kind: Kind, spans: Sequence[Span]) -> Outcome | None:
         """Copies these; what went wrong, or None."""
-        if self._closed:
-            return _CLOSED
+        if self._end is not None:
+            return self._end
         for copy, skip, length in spans:
             local, reach = copy.local, copy.remote.state
             here, there = copy.local_offset + skip, copy.remote_offset + skip
