@@ -27,7 +27,7 @@ from typing import Any, cast
 import pytest
 
 from computemesh.peer import PeerAgent, PeerError, start_async_peer_agent, start_peer_agent
-from computemesh.peer.errors import ALIAS_TAKEN, LINK_LOST, NO_AGENT, OTHER_MESH, OUT_OF_RANGE, UNAVAILABLE
+from computemesh.peer.errors import ALIAS_TAKEN, CLOSED, LINK_LOST, NO_AGENT, OTHER_MESH, OUT_OF_RANGE, UNAVAILABLE
 from computemesh.peer.signals import SOCKET_NAME
 from computemesh.testing import RunningMesh, running_mesh
 from tests.mesh.agent_process import PATTERN, SIZE
@@ -415,7 +415,7 @@ def test_a_child_made_by_fork_is_refused_at_once_and_does_not_disturb_its_parent
         child = os.fork()
         if child == 0:
             code = code_of(lambda: agent.register_memory_region("kv", bytearray(8)))
-            os._exit(0 if code == UNAVAILABLE else 1)
+            os._exit(0 if code == CLOSED else 1)
         waited = time.monotonic() + 5
         ended, status = 0, -1
         while not ended and time.monotonic() < waited:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Connect, Piece, Topology, Transfer
+from computemesh.peer import core
 from computemesh.peer.agent import PeerAgent
 from computemesh.peer.attachment import Attachment
 from computemesh.peer.connections import FAILED_MAX
@@ -38,6 +40,7 @@ from computemesh.peer.errors import (
     OUT_OF_RANGE,
     READ_ONLY,
     STALE_EPOCH,
+    TIMED_OUT,
     PeerError,
 )
 from computemesh.peer.shm import ShmEndpoint, ShmLink
@@ -397,6 +400,75 @@ def test_bytes_never_go_to_memory_that_is_registered_here_no_longer(agents: Agen
     assert code_of(lambda: a.read("b", ("kv", 0, 0, 8))) == NO_REGION
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
+LARGE = 64 * 1024**2
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_region_ends_only_when_the_transfers_that_use_it_have(agents: Agents, transport: str) -> None:
+    """Behind an address there is nobody who keeps the memory."""
+    a, b = agents.pair(transport)
+    memory = (ctypes.c_ubyte * LARGE)()
+    b.allocate_memory_region("kv", LARGE).view[-4:] = b"last"
+    a.register_memory_region("kv", ctypes.addressof(memory), 0, LARGE)
+    for end in (
+        partial(a.unregister_memory_region, "kv"),
+        partial(a.register_memory_region, "kv", bytearray(8)),
+        a.shutdown,
+    ):
+        a.register_memory_region("kv", ctypes.addressof(memory), 0, LARGE)
+        future = a.read("b", ("kv", 0, 0, LARGE))
+        end()
+        assert future.done()
+    assert bytes(memory[-4:]) == b"last"
+
+
+def test_who_ends_a_region_that_a_transfer_does_not_let_go_is_told(
+    agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = agents.pair("shm")
+    for agent in (a, b):
+        agent.allocate_memory_region("kv", LARGE)
+    go_on = threading.Event()
+    move = ShmLink.move
+
+    def slow(*arguments: Any) -> Any:
+        assert go_on.wait(WAIT_S)
+        return move(*arguments)
+
+    monkeypatch.setattr(ShmLink, "move", slow)
+    monkeypatch.setattr("computemesh.peer.shm._Job.drive", _nothing)
+    monkeypatch.setattr(core, "STALL_S", 0.1)
+    future = a.read("b", ("kv", 0, 0, LARGE))
+    threading.Timer(0.5, go_on.set).start()
+    with pytest.raises(PeerError, match="a transfer of this process still uses it") as caught:
+        a.unregister_memory_region("kv")
+    assert caught.value.code == TIMED_OUT
+    assert code_of(lambda: a.read("b", ("kv", 0, 0, 8))) == NO_REGION
+    assert future.wait(WAIT_S) == 0
+
+
+def test_what_is_begun_without_asking_is_begun_without_asking_also_when_it_does_not_fit(agents: Agents) -> None:
+    """As the loop of an async program must: the peer-agent may take its time."""
+    a, b = agents.pair()
+    a.allocate_memory_region("kv", 64)
+    b.allocate_memory_region("kv", 8)
+    a.read("b", ("kv", 0, 0, 8)).wait(WAIT_S)
+    seat = agents.exchange.seats["", "a"]
+    seat.asked.clear()
+    for checksum in (None, 0):
+        assert a.begin("read", "b", ("kv", 0, 0, 64), checksum=checksum, cached_only=True) is None
+        assert a.begin("read", "b", ("other", 0, 0, 8), checksum=checksum, cached_only=True) is None
+    assert seat.asked == []
+    assert a.begin("read", "b", ("kv", 0, 0, 8), cached_only=True) is not None
+    assert seat.asked == []
+    assert code_of(lambda: a.begin("read", "b", ("kv", 0, 0, 64))) == OUT_OF_RANGE
+    assert seat.asked
+
+
 def test_memory_of_an_earlier_registration_ends_only_that_one(agents: Agents) -> None:
     a = agents("a")
     first = a.allocate_memory_region("kv", 8)
@@ -750,9 +822,60 @@ def test_lives_leave_no_threads_and_no_descriptors(agents: Agents) -> None:
 
 
 def _open_files() -> int:
-    import os
-
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def _sockets() -> set[str]:
+    return {link for fd in Path("/proc/self/fd").iterdir() if "socket:" in (link := _target(fd)) or "event" in link}
+
+
+def _target(fd: Path) -> str:
+    try:
+        return str(fd.readlink())
+    except FileNotFoundError:  # That of the folder itself.
+        return ""
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_child_made_by_fork_has_none_of_the_connections_and_its_parent_keeps_them(
+    agents: Agents, transport: str
+) -> None:
+    before = _sockets()
+    a, b = agents.pair(transport)
+    a.register_memory_region("kv", bytearray(8))
+    b.allocate_memory_region("kv", 8).view[:] = b"12345678"
+    a.read("b", ("kv", 0, 0, 8)).wait(WAIT_S)
+    conn = a.query_connection("b")
+    assert conn is not None
+    told: list[object] = []
+    message, number = a.recv("b", bytearray(8)), a.imm_recv("b")
+    message.add_done_callback(told.append)
+    child = os.fork()
+    if not child:  # pragma: no cover
+        try:
+            assert conn.state == "failed"
+            for call in (
+                lambda: a.read("b", ("kv", 0, 0, 8)),
+                lambda: a.register_memory_region("kv", bytearray(8)),
+                lambda: a.send("b", b"hello"),
+                lambda: a.connect_to("b"),
+                lambda: message.wait(WAIT_S),
+                number.imm_data,
+            ):
+                assert code_of(call) == CLOSED
+            assert not told
+            assert _sockets() <= before
+            a.shutdown()
+            a.unregister_memory_region("kv")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    b.send("a", b"message").wait(WAIT_S)
+    assert (message.wait(WAIT_S), message.received, told) == (0, 7, [message])
+    assert a.read("b", ("kv", 0, 0, 8)).wait(WAIT_S) == 0
+    b.write_with_imm("a", ("kv", 0, 0, 8), 7).wait(WAIT_S)
+    assert number.imm_data() == 7
 
 
 # --- what others order ------------------------------------------------------------------------------------------

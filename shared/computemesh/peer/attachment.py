@@ -75,6 +75,12 @@ class Attachment:
                 self._chores.put(None)
             return True
 
+    def after_fork(self, reason: str) -> None:
+        """The child has ended: the way to the peer-agent is its parent's, and so are the threads."""
+        self.lock = threading.RLock()
+        self.closed = self.closed or reason
+        self._chores = None
+
     def ready(self) -> bool:
         """Waits until it is known whether there is a peer, and says so."""
         self._ready.wait()

@@ -202,6 +202,13 @@ class PeerConnection:
         self._resolve = resolve
         self._close = close
 
+    def after_fork(self, error: PeerError) -> None:
+        """In the child it has failed, without a word to anybody: it goes on in the parent."""
+        self._changed = threading.Condition()
+        self.move("failed", error)
+        self.links = ()
+        self.remotes, self.routes = {}, {}
+
     def move(self, state: State, error: PeerError | None = None) -> bool:
         """To another state; False if it is too late for that."""
         with self._changed:

@@ -318,6 +318,12 @@ class Connections:
         for conn in self.all():
             self._fail(conn, PeerError(CLOSED, reason))
 
+    def after_fork(self, reason: str) -> None:
+        """The child has none of them."""
+        self.ready.clear()
+        for conn in self._connections.values():
+            conn.after_fork(PeerError(CLOSED, reason))
+
     def accept(self, told: Accept) -> Accepted:
         body = told.body
         ident = ConnId.parse(body.conn_id).mirrored()

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final, cast
@@ -19,7 +20,7 @@ from typing import Any, Final, cast
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Bandwidth, Peer, Topology
 from computemesh.peer.attachment import Attach, Attachment
-from computemesh.peer.errors import BAD_MESSAGE, CLOSED, PeerError
+from computemesh.peer.errors import BAD_MESSAGE, CLOSED, FORKED, TIMED_OUT, PeerError
 from computemesh.peer.orders import Orders
 from computemesh.peer.regions import LocalRegions, Memory, check_name
 from computemesh.peer.signals import (
@@ -43,9 +44,12 @@ from computemesh.peer.signals import (
 )
 from computemesh.peer.topology import Keeper
 from computemesh.peer.transfers import Transfers
-from computemesh.peer.transport import Endpoint, LocalRegion, TransportError
+from computemesh.peer.transport import STALL_S, Endpoint, LocalRegion, Outcome, TransportError
 
 logger: Final = logging.getLogger(__name__)
+
+CLOSE_S: Final = 2.0
+"""So long an agent that ends waits for its transfers: it may itself be waited for by the thread that ends them."""
 
 
 class Core:
@@ -126,10 +130,12 @@ class Core:
         return region
 
     def unregister(self, name: str) -> bool:
-        """Ends it; False if nothing has that name. No peer reads or writes the memory any more when this returns.
+        """Ends it; False if nothing has that name. Nobody reads or writes the memory any more when this returns:
+        no peer, and no transfer of this process, which it waits for.
 
         Raises:
-            PeerError: `timed_out`; a peer was stopped in the middle of a write. Later ones are refused.
+            PeerError: `timed_out`; a peer was stopped in the middle of a write, or a transfer of this process does not
+                end. Later ones are refused.
         """
         with self._registering:
             with self._life.lock:
@@ -149,8 +155,9 @@ class Core:
             if token is not None:
                 region.tokens[endpoint.name] = token
 
-    def _conceal(self, region: LocalRegion) -> None:
+    def _conceal(self, region: LocalRegion, *, wait: bool = True) -> None:
         region.live = False
+        until = time.monotonic() + (STALL_S if wait else 0.0)
         stuck: TransportError | None = None
         for endpoint in self.connections.endpoints.values():
             try:
@@ -159,6 +166,9 @@ class Core:
                 stuck = error
         if stuck is not None:
             raise PeerError(stuck.code, str(stuck))
+        if not self.transfers.let_go(region, until):
+            reason = f"region {region.name!r}: a transfer of this process still uses it; wait for its future first"
+            raise PeerError(TIMED_OUT, reason)
 
     def _put(self, region: LocalRegion) -> None:
         shared = "shm" in region.tokens
@@ -238,11 +248,32 @@ class Core:
             for region in self.regions:
                 self.regions.take(region.name)
                 with contextlib.suppress(PeerError):
-                    self._conceal(region)
+                    self._conceal(region, wait=False)
         self._life.signals.close()
         for endpoint in self._all:
             endpoint.close()
+        if not self.transfers.let_go(None, time.monotonic() + CLOSE_S):
+            logger.warning("peer %s has ended, and transfers of it still use its memory", self.alias)
 
+    def after_fork(self) -> None:
+        """The child is no peer. What it has of its parent stays as it is there: nothing is closed that both have."""
+        self._registering = threading.Lock()
+        self._life.after_fork(FORKED)
+        self.connections.after_fork(FORKED)
+        self.transfers.after_fork(Outcome(CLOSED, FORKED))
+
+
+_of_the_parent: Final[list[Core]] = []
+"""In a child made by ``fork``: an interface of RDMA would end what is its parent's when nobody holds it any more."""
+
+
+def _in_child() -> None:
+    for core in list(_living):
+        core.after_fork()
+        _of_the_parent.append(core)
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 _living: Final[weakref.WeakSet[Core]] = weakref.WeakSet()
 

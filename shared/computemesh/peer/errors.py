@@ -24,6 +24,7 @@ __all__ = [
     "CANCELLED",
     "CLOSED",
     "CROSSED",
+    "FORKED",
     "LINK_LOST",
     "NOT_CONNECTED",
     "NOT_FOUND",
@@ -51,6 +52,9 @@ NOT_FOUND: Final = "not_found"
 NO_AGENT: Final = "no_agent"
 OTHER_MESH: Final = "other_mesh"
 UNAVAILABLE: Final = "unavailable"
+
+FORKED: Final = "this process is a fork of the one that is the peer; it needs its own agent"
+"""A reason, with `closed`."""
 
 
 class PeerError(RuntimeError):

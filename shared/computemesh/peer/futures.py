@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from computemesh.peer.errors import PeerError
-from computemesh.peer.transport import Copy, Drive, Outcome
+from computemesh.peer.transport import Copy, Drive, LocalRegion, Outcome
 
 logger: Final = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ _lock: Final = threading.RLock()
 """For the rare moments in which somebody begins to wait for a future, or asks to be called. The collector may come by
 within them, and end an agent that nobody holds any more, and with it other futures."""
 
-F = TypeVar("F", bound="PeerFuture")
+# A child made by ``fork`` has none of the threads that may have it: it is forked while no other one has.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class PeerFuture:
@@ -31,6 +33,12 @@ class PeerFuture:
     """By which a thread that waits may see to it itself."""
     held: object = None
     """Keeps buffers alive while the transport has them."""
+    under_way: set[PeerFuture] | None = None
+    """Of its peer: this one is among them until it has ended."""
+
+    def uses(self, region: LocalRegion) -> bool:
+        """Whether its bytes go to this memory, or come from there."""
+        return False
 
     def settle(self, outcome: Outcome) -> None:
         """Ends it; for transports. What is said after the first time is left out."""
@@ -39,6 +47,8 @@ class PeerFuture:
         # The outcome is there before anyone is looked for who waits, and who begins to wait looks at the outcome
         # after having said so: one of the two always sees the other.
         self._outcome = outcome
+        if self.under_way is not None:
+            self.under_way.discard(self)
         if self.drive is not None:
             self.drive = None
         if self.held is not None:
@@ -47,6 +57,11 @@ class PeerFuture:
             self._waiter.set()
         if self._called is not None:
             self._call()
+
+    def abandon(self, outcome: Outcome) -> None:
+        """Ends it in a child made by ``fork``: what was to be called is the parent's."""
+        self._called = None
+        PeerFuture.settle(self, outcome)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -132,6 +147,9 @@ class TransferFuture(PeerFuture):
     transport: str = ""
     """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
 
+    def uses(self, region: LocalRegion) -> bool:
+        return any(copy.local is region for copy in self.copies)
+
     @property
     def epochs(self) -> tuple[int, ...]:
         """Of the peer's regions, one for each assignment."""
@@ -174,6 +192,16 @@ class ImmFuture(PeerFuture):
         assert self._outcome is not None
         imm = (self._outcome.imm or 0) & 0xFFFFFFFF
         return imm - (1 << 32) if imm >= 1 << 31 else imm
+
+
+class Reading(PeerFuture):
+    """Of this process itself, which looks at the bytes of a region."""
+
+    def __init__(self, region: LocalRegion) -> None:
+        self._region = region
+
+    def uses(self, region: LocalRegion) -> bool:
+        return region is self._region
 
 
 class Gathered:

@@ -28,7 +28,7 @@ from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Close, Connect, Connected, Resolve
 from computemesh.ids import EntityId
 from computemesh.paths import home
-from computemesh.peer.errors import BAD_MESSAGE, CLOSED, NO_AGENT, UNAVAILABLE, PeerError
+from computemesh.peer.errors import BAD_MESSAGE, CLOSED, FORKED, NO_AGENT, UNAVAILABLE, PeerError
 from computemesh.peer.frames import FrameError, Outbox, Said, Splitter, close_fds, copy_fds, discard, receive
 from computemesh.peer.signals import (
     SOCKET_NAME,
@@ -306,7 +306,7 @@ class AgentSocket:
                 time, ``closed`` after :meth:`close`.
         """
         if os.getpid() != self._pid:  # The socket is the parent's, and so would be the answer.
-            raise PeerError(UNAVAILABLE, "this process is a fork of the one that is the peer; it needs its own agent")
+            raise PeerError(CLOSED, FORKED)
         replaced = self._remember(question, fds)
         try:
             answer = self._ask(question, fds, timeout_s)

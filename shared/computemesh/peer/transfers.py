@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from computemesh.contracts.peers import PeerMemory, Region, Resolve
 from computemesh.peer.assignments import Wanted, parse
@@ -25,15 +26,16 @@ from computemesh.peer.errors import (
     STALE_EPOCH,
     PeerError,
 )
-from computemesh.peer.futures import Gathered, ImmFuture, MessageFuture, PeerFuture, TransferFuture
+from computemesh.peer.futures import Gathered, ImmFuture, MessageFuture, PeerFuture, Reading, TransferFuture
 from computemesh.peer.memory import Descriptor
 from computemesh.peer.regions import LocalRegions, check_name
 from computemesh.peer.signals import FDS_MAX, Call, Called, GetMemory, MemoryFacts, RegionsResolved
-from computemesh.peer.transport import DONE, Copy, Drive, Endpoint, Link, Outcome, RemoteRegion
+from computemesh.peer.transport import DONE, Copy, Drive, Endpoint, Link, LocalRegion, Outcome, RemoteRegion
 
 logger: Final = logging.getLogger(__name__)
 
 Kind = Literal["read", "write"]
+F = TypeVar("F", bound=PeerFuture)
 
 NAMES_MAX: Final = FDS_MAX - 1
 """Asked for in one question: the answer may have a descriptor for each, and one for the page of epochs."""
@@ -69,6 +71,9 @@ class Transfers:
         self.regions = regions
         self.connections = Connections(life, endpoints, self._resolve_again)
         self._first = self.connections.ready
+        self._under_way: set[PeerFuture] = set()
+        """What was begun and has not ended. Those that begin one say so before they look whether the memory is still
+        registered, and who ends a region says so before it looks here: so one of the two sees the other."""
         self._handles: dict[int, RemoteHandle] = {}
         self._handle_of: dict[RemoteHandle, int] = {}
         self._resolving = threading.Lock()
@@ -135,21 +140,29 @@ class Transfers:
             conn = self.connections.connected(peer, local_nic, remote_nic)
         if epochs is not None or checksums is not None:
             wanted = parse(assign)
-            if cached_only and not all(key(one) in conn.routes for one in wanted):
+            if cached_only and not all(_is_known(conn, kind, one) for one in wanted):
                 return None
             return self._checked(conn, kind, wanted, imm, epochs, checksums)
         future = _Retrying()
         future.terms = (conn, kind, assign, imm)
         future.again = self._begin_again
-        if imm is None and (quick := _quick(conn.routes, kind, assign)) is not None:
-            link, future.copies = quick
-            future.transport = link.transport
-            future.drive = link.order(kind, future.copies, future.settle)
-            return future
-        wanted = parse(assign)
-        if cached_only and not all(key(one) in conn.routes for one in wanted):
-            return None
-        self._issue(conn, kind, wanted, imm, future)
+        under_way = future.under_way = self._under_way
+        under_way.add(future)
+        try:
+            if imm is None and (quick := _quick(conn.routes, kind, assign)) is not None:
+                link, future.copies = quick
+                if _are_live(future.copies):
+                    future.transport = link.transport
+                    future.drive = link.order(kind, future.copies, future.settle)
+                    return future
+            wanted = parse(assign)
+            if cached_only and not all(_is_known(conn, kind, one) for one in wanted):
+                under_way.discard(future)
+                return None
+            self._issue(conn, kind, wanted, imm, future)
+        except BaseException:
+            under_way.discard(future)
+            raise
         return future
 
     def _issue(
@@ -171,6 +184,8 @@ class Transfers:
             if one.length:
                 by_link.setdefault(route.link, []).append(copy)
         future.copies = copies
+        if not _are_live(copies):
+            raise PeerError(NO_REGION, "a memory region was unregistered here just now")
         self._issue_parts(conn, kind, by_link, imm, future)
 
     def _issue_parts(
@@ -328,8 +343,7 @@ class Transfers:
         for number, epoch in enumerate(epochs or ()):
             if epoch is not None:
                 self._check_epoch(conn, wanted[number], epoch)
-        whole = TransferFuture()
-        inner = TransferFuture()
+        whole, inner = self._begun(TransferFuture()), self._begun(TransferFuture())
 
         def check(outcome_of: PeerFuture) -> None:
             error = outcome_of.error()
@@ -338,11 +352,15 @@ class Transfers:
                 outcome = self._look(wanted, checksums)
             whole.settle(outcome)
 
-        if kind == "write" and checksums is not None:
-            outcome = self._look(wanted, checksums)
-            if outcome.code:
-                raise PeerError(outcome.code, outcome.reason)
-        self._issue(conn, kind, wanted, imm, inner)
+        try:
+            if kind == "write" and checksums is not None:
+                outcome = self._look(wanted, checksums)
+                if outcome.code:
+                    raise PeerError(outcome.code, outcome.reason)
+            self._issue(conn, kind, wanted, imm, inner)
+        except BaseException:
+            self._under_way.difference_update((whole, inner))
+            raise
         whole.copies, whole.transport = inner.copies, inner.transport
         if inner.done() or checksums is None:
             inner.add_done_callback(check)
@@ -387,29 +405,78 @@ class Transfers:
         region = self.regions.get(one.local)
         if region.view is None:
             raise PeerError(NO_WAY, f"the bytes of {region.name!r} cannot be read here, as for a checksum")
-        return zlib.crc32(region.view[one.local_offset : one.local_offset + one.length])
+        reading = self._begun(Reading(region))
+        try:
+            if not region.live:
+                raise PeerError(NO_REGION, f"memory region {region.name!r} was unregistered here just now")
+            return zlib.crc32(region.view[one.local_offset : one.local_offset + one.length])
+        finally:
+            reading.settle(DONE)
 
     def send(self, conn: PeerConnection, data: memoryview) -> MessageFuture:
-        future = MessageFuture()
+        link = _messages(conn)
+        future = self._begun(MessageFuture())
         future.held = data
-        future.drive = _messages(conn).send(data, future.settle)
+        future.drive = link.send(data, future.settle)
         return future
 
     def recv(self, conn: PeerConnection, into: memoryview) -> MessageFuture:
-        future = MessageFuture()
+        link = _messages(conn)
+        future = self._begun(MessageFuture())
         future.held = into
-        _messages(conn).recv(into, future.settle)
+        link.recv(into, future.settle)
         return future
 
     def recv_imm(self, conn: PeerConnection) -> ImmFuture:
-        future = ImmFuture()
-        _messages(conn).recv_imm(future.settle)
+        link = _messages(conn)
+        future = self._begun(ImmFuture())
+        link.recv_imm(future.settle)
         return future
+
+    def _begun(self, future: F) -> F:
+        future.under_way = self._under_way
+        self._under_way.add(future)
+        return future
+
+    def let_go(self, region: LocalRegion | None, until: float) -> bool:
+        """Waits for what is under way in a region that was unregistered; None: in any, and in messages.
+
+        Args:
+            until: by ``time.monotonic()``.
+
+        Returns:
+            Whether it has all ended.
+        """
+        using = [one for one in tuple(self._under_way) if region is None or one.uses(region)]
+        for one in using:
+            with contextlib.suppress(PeerError):
+                one.wait_for(max(0.0, until - time.monotonic()))
+        return all(one.done() for one in using)
+
+    def after_fork(self, outcome: Outcome) -> None:
+        """The child has none of the threads that would end what is under way."""
+        self._resolving = threading.Lock()
+        for one in tuple(self._under_way):
+            one.abandon(outcome)
 
 
 def key(one: Wanted) -> object:
     """By which a route is found."""
     return one.local if one.local == one.remote and isinstance(one.local, str) else (one.local, one.remote)
+
+
+def _is_known(conn: PeerConnection, kind: Kind, one: Wanted) -> bool:
+    """Whether it can be begun without asking the peer-agent."""
+    route = conn.routes.get(key(one))
+    return route is not None and route.local.live and _why_not(route, kind, one) is None
+
+
+def _are_live(copies: Sequence[Copy]) -> bool:
+    """Whether the memory here is still registered."""
+    for copy in copies:  # noqa: SIM110  # Most have one, and a generator costs more than that.
+        if not copy.local.live:
+            return False
+    return True
 
 
 def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link, list[Copy]] | None:
@@ -432,7 +499,6 @@ def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link
                 and length > 0
                 and 0 <= here <= local_room - length
                 and 0 <= there <= remote_room - length
-                and local.live
                 and kind in kinds
                 and (link is first or first is None)
             ):

@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from select import EPOLLIN, EPOLLRDHUP
@@ -81,6 +82,7 @@ class TcpEndpoint:
         self._expected: dict[bytes, TcpLink] = {}
         self._counts: Counter[str] = Counter()
         self._closed = False
+        _forked.add(self)
 
     def absent(self) -> str:
         return "" if hasattr(select, "epoll") and hasattr(os, "eventfd") else "it needs epoll, which only Linux has"
@@ -206,6 +208,17 @@ class TcpEndpoint:
             link.close()
         for reactor in reactors:
             reactor.stop()
+
+    def after_fork(self) -> None:
+        """The child lets go of the sockets, which are its parent's, and has none of the threads."""
+        self._lock = threading.Lock()
+        self._closed = True
+        for link in list(self._links):
+            link.after_fork()
+        for listener in self._listeners.values():
+            listener.after_fork()
+        for reactor in self._reactors:
+            reactor.after_fork()
 
     def _agreed(self, said: Mapping[str, Any]) -> int:
         version, lanes = said.get("version"), said.get("lanes")
@@ -337,6 +350,10 @@ class _Listener:
         self._sock.close()
         for knock in list(self._knocks.values()):
             self.refuse(knock)
+
+    def after_fork(self) -> None:
+        for sock in (self._sock, *(knock.sock for knock in self._knocks.values())):
+            sock.close()
 
     def check(self, now: float) -> None:
         for knock in list(self._knocks.values()):
@@ -490,6 +507,17 @@ def _exactly(sock: socket.socket, count: int) -> bytes:
             raise ConnectionError("it closed the connection")
         heard += more
     return heard
+
+
+_forked: weakref.WeakSet[TcpEndpoint] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for one in list(_forked):
+        one.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _is_wildcard(host: str) -> bool:

@@ -166,6 +166,15 @@ class TcpLink:
     def count(self, what: str) -> None:
         self._host.count(what)
 
+    def after_fork(self) -> None:
+        """The child lets go of the sockets without a word over them, and takes no orders."""
+        self._lock = threading.Lock()
+        self._end = WAS_CLOSED
+        self._closed = self._told = True
+        self.mail.after_fork(WAS_CLOSED)
+        for sock in self._sockets.values():
+            sock.close()
+
     def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         self._finish(why, lost=False)
 

@@ -92,6 +92,10 @@ class Mail:
         with self._lock:
             self._end = end
 
+    def after_fork(self, end: Outcome) -> None:
+        self._lock = threading.Lock()
+        self._end = end
+
     def drop(self) -> list[Done]:
         """Forgets all, once no byte moves any more; who is to be told of the end."""
         with self._lock:

@@ -71,6 +71,14 @@ class Reactor:
         if threading.current_thread() is not self._thread:
             self._thread.join(STOP_S)
 
+    def after_fork(self) -> None:
+        """The child has no such thread. To close its descriptors takes nothing from what the parent waits for."""
+        self._lock = threading.Lock()
+        self._stopped = True
+        if not self._epoll.closed:
+            self._epoll.close()
+            os.close(self._wake)
+
     def _run(self) -> None:
         handlers = self._handlers
         poll = self._epoll.poll
