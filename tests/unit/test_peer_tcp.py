@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -27,6 +27,7 @@ from tests.unit.tcp_peers import (
     move,
     not_reading,
     region,
+    seen,
     until,
 )
 
@@ -179,6 +180,14 @@ def test_a_region_that_never_was_is_none(pair: Pair) -> None:
     guessed = RemoteRegion(name="x", epoch=99, length=10, writable=True, token={"handle": 77})
     assert move(pair.link, "read", Copy(pair.mine, 0, guessed, 0, 1)).code == "no_region"
     assert pair.b.stats()["refused_no_region"] == 1
+
+
+@pytest.mark.parametrize("token", [{}, {"handle": "1"}, {"handle": None}, {"handle": -1}, {"handle": 2**64}])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_region_of_which_the_peer_tells_nonsense_is_none(pair: Pair, token: dict[str, Any], count: int) -> None:
+    copies = [Copy(pair.mine, 0, seen(pair.theirs, token), 0, 4)] * count
+    assert move(pair.link, "read", *copies).code == "no_region"
+    assert move(pair.link, "read", Copy(pair.mine, 0, pair.remote, 0, 4)) == DONE
 
 
 def test_a_region_for_reading_is_not_written(pair: Pair) -> None:
@@ -390,7 +399,7 @@ def test_a_write_that_is_refused_brings_no_number(pair: Pair) -> None:
 
 
 def test_numbers_that_nobody_takes_have_bounded_room(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("computemesh.peer.tcp.mail.IMMS_MAX", 3)
+    monkeypatch.setattr("computemesh.peer.immediates.KEPT_MAX", 3)
     copy = Copy(pair.mine, 0, pair.remote, 0, 1)
     for number in range(3):
         assert move(pair.link, "write", copy, imm=number) == DONE

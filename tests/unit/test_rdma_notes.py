@@ -26,7 +26,7 @@ KINDS = [Kind.MESSAGE, Kind.LARGE, Kind.TOOK, Kind.REVOKE, None]
         key=st.integers(0, 2**32 - 1),
         length=st.integers(0, 2**64 - 1),
         address=st.integers(0, 2**64 - 1),
-    )
+    ).filter(lambda note: note.kind is not Kind.LARGE or 0 < note.length < 2**64 - note.address)
 )
 def test_a_note_is_read_as_it_was_written(note: Note) -> None:
     assert Note.read(note.pack()) == note
@@ -37,6 +37,13 @@ def test_a_note_is_read_as_it_was_written(note: Note) -> None:
 def test_what_is_no_note_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         Note.read(data)
+
+
+@pytest.mark.parametrize(("length", "address"), [(0, 4096), (1, 2**64 - 1), (2**64 - 1, 1)])
+def test_a_long_message_that_no_memory_holds_is_refused(length: int, address: int) -> None:
+    """One of no bytes would never be done, since nothing of it is fetched."""
+    with pytest.raises(ValueError, match="which no memory holds"):
+        Note.read(Note(Kind.LARGE, length=length, address=address).pack())
 
 
 def test_a_peer_that_gives_more_than_there_is_is_not_believed() -> None:

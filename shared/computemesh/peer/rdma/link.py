@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 from computemesh.contracts.peers import Transport
+from computemesh.peer.immediates import KEPT_MAX, Immediates
 from computemesh.peer.rdma.memory import Exposed, Exposures, address_of
 from computemesh.peer.rdma.notes import BUFFER_BYTES, BUFFERS, SMALL, Flow, Kind, Note
 from computemesh.peer.rdma.verbs import (
@@ -204,8 +205,7 @@ class RdmaLink:
         """Long messages that the peer was told of and has not fetched yet."""
         self._inbox: deque[Incoming] = deque()
         self._wanted: deque[Wanted] = deque()
-        self._imms: deque[int] = deque()
-        self._imms_wanted: deque[Done] = deque()
+        self._immediates = Immediates()
         self._revoked: set[int] = set()
         self._using: dict[int, int] = {}
         """How many pieces for each region of the peer are under way or wait."""
@@ -314,13 +314,11 @@ class RdmaLink:
 
     def recv_imm(self, done: Done) -> None:
         with self._within() as calls:
-            if self._imms:
-                imm = self._imms.popleft()
-                calls.append(lambda: done(Outcome(imm=imm)))
-            elif (refusal := self._unusable()) is not None:
-                calls.append(lambda: done(refusal))
+            outcome = self._immediates.take() or self._unusable()
+            if outcome is None:
+                self._immediates.wait(done)
             else:
-                self._imms_wanted.append(done)
+                calls.append(_told(done, outcome))
 
     def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         with self._within() as calls:
@@ -616,11 +614,10 @@ class RdmaLink:
         self._flow.owed += 1
         if note is None:
             imm = _signed(cast(int, one.imm))
-            if self._imms_wanted:
-                done = self._imms_wanted.popleft()
-                calls.append(lambda: done(Outcome(imm=imm)))
-            else:
-                self._imms.append(imm)
+            if self._immediates.is_full:
+                self._lose(calls, f"{KEPT_MAX} numbers came with writes of the peer, and nobody has taken them")
+            elif (done := self._immediates.come(imm)) is not None:
+                calls.append(_told(done, Outcome(imm=imm)))
         elif not self._flow.hears(note):
             self._refuse(calls, "the peer gave more credits than there are")
         else:
@@ -639,8 +636,6 @@ class RdmaLink:
             self._refuse(calls, f"the peer said {kind.name} before the link was open")
         elif kind is Kind.MESSAGE:
             self._inbox.append(Incoming(content))
-        elif kind is Kind.LARGE and note.address + note.length >= 1 << 64:
-            self._refuse(calls, "the peer offered a message that no memory holds")
         elif kind is Kind.LARGE:
             self._inbox.append(Incoming(large=note))
         elif kind is Kind.TOOK:
@@ -761,8 +756,8 @@ class RdmaLink:
         for message in itertools.chain(self._messages, self._fetched.values()):
             calls.append(_call(self._sent, message, failed))
         calls.extend(_told(wanted.done, failed) for wanted in self._wanted)
-        calls.extend(_told(done, failed) for done in self._imms_wanted)
-        for collection in (self._flying, self._notes, self._messages, self._fetched, self._wanted, self._imms_wanted):
+        calls.extend(_told(done, failed) for done in self._immediates.drop())
+        for collection in (self._flying, self._notes, self._messages, self._fetched, self._wanted):
             collection.clear()
         for lane in self._lanes:
             lane.waiting.clear()

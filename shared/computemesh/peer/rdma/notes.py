@@ -68,6 +68,8 @@ class Note(NamedTuple):
         if len(data) < HEAD.size:
             raise ValueError(f"a note of {len(data)} bytes")
         kind, flag, owed, taken, _, number, key, length, address = HEAD.unpack_from(data)
+        if kind == Kind.LARGE and not 0 < length < (1 << 64) - address:
+            raise ValueError(f"a message of {length} bytes at {address}, which no memory holds")
         return Note(Kind(kind), flag, owed, taken, number, key, length, address)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -256,10 +257,14 @@ class TcpLink:
         def ended(status: int) -> None:
             done(self.outcome(status) if status else DONE)
 
-        if len(copies) == 1 and (size := (copy := copies[0]).length) <= SMALL_MAX:
-            views = [_view(copy, 0, size)] if size else []
-            return self._ask(reading, self._askers[0], views, 1, _piece(copy, 0, size), size, ended, imm)
-        return self._deal(reading, copies, ended, imm)
+        try:
+            if len(copies) == 1 and (size := (copy := copies[0]).length) <= SMALL_MAX:
+                views = [_view(copy, 0, size)] if size else []
+                return self._ask(reading, self._askers[0], views, 1, _piece(copy, 0, size), size, ended, imm)
+            return self._deal(reading, copies, ended, imm)
+        except TransportError as error:  # Before anything was asked.
+            done(Outcome(error.code, str(error)))
+            return None
 
     def _ask(
         self,
@@ -381,7 +386,10 @@ def _view(copy: Copy, offset: int, size: int) -> memoryview:
 def _piece(copy: Copy, offset: int, size: int) -> bytes:
     """The same part, as the peer knows it."""
     remote = copy.remote
-    return PIECE.pack(remote.token["handle"], remote.epoch, copy.remote_offset + offset, size)
+    try:
+        return PIECE.pack(remote.token["handle"], remote.epoch, copy.remote_offset + offset, size)
+    except (KeyError, struct.error):
+        raise TransportError(NO_REGION, f"region {remote.name!r}: the peer told no handle of it") from None
 
 
 def _address(name: Any) -> str:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from computemesh.peer.immediates import Immediates
 from computemesh.peer.tcp.asker import Asker, Gather, Question
 from computemesh.peer.tcp.wire import (
     ANNOUNCED,
@@ -29,7 +30,6 @@ STORED_MAX: Final = 4 * 1024 * 1024
 """Bytes of messages that are kept until there is a `recv`; what is beyond is held by the peer."""
 STORED_EACH: Final = 256
 """What a message costs beside its bytes."""
-IMMS_MAX: Final = 65536
 
 Then = Callable[[], None]
 
@@ -75,8 +75,7 @@ class Mail:
         self._arrived: deque[tuple[int, int, bytes | None]] = deque()
         """Number, length and bytes of messages without a `recv`; without bytes it is held by the peer."""
         self._stored = 0
-        self._imm_recvs: deque[Done] = deque()
-        self._imms: deque[int] = deque()
+        self._immediates = Immediates()
 
     @property
     def is_held(self) -> bool:
@@ -100,15 +99,13 @@ class Mail:
         """Forgets all, once no byte moves any more; who is to be told of the end."""
         with self._lock:
             waiting = [done for _, done in (*self._sends.values(), *self._unsent, *self._recvs)]
-            waiting += [*self._pulls.values(), *self._placing.values(), *self._imm_recvs]
+            waiting += [*self._pulls.values(), *self._placing.values(), *self._immediates.drop()]
             self._sends.clear()
             self._unsent.clear()
             self._recvs.clear()
             self._pulls.clear()
             self._placing.clear()
             self._arrived.clear()
-            self._imm_recvs.clear()
-            self._imms.clear()
         return waiting
 
     def send(self, data: memoryview, done: Done) -> Drive | None:
@@ -258,25 +255,19 @@ class Mail:
 
     def recv_imm(self, done: Done) -> None:
         with self._lock:
-            if self._imms:
-                outcome = Outcome(imm=self._imms.popleft())
-            elif self._end is None:
-                self._imm_recvs.append(done)
+            outcome = self._immediates.take() or self._end
+            if outcome is None:
+                self._immediates.wait(done)
                 return
-            else:
-                outcome = self._end
         done(outcome)
 
     def take_imm(self, imm: int) -> tuple[int, Then | None]:
         with self._lock:
-            if self._imm_recvs:
-                done = self._imm_recvs.popleft()
-                return 0, lambda: done(Outcome(imm=imm))
-            if len(self._imms) >= IMMS_MAX:
+            if self._immediates.is_full:
                 self._link.count(f"refused_{NO_ROOM}")
                 return STATUS[NO_ROOM], None
-            self._imms.append(imm)
-            return 0, None
+            done = self._immediates.come(imm)
+        return 0, None if done is None else lambda: done(Outcome(imm=imm))
 
 
 def _too_large(length: int, into: memoryview) -> Outcome:
