@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 
 from computemesh.peer.rdma import RdmaEndpoint
 from computemesh.peer.rdma.link import RdmaLink
-from computemesh.peer.rdma.memory import address_of
 from computemesh.peer.rdma.verbs import load
+from computemesh.peer.regions import address_of
 from computemesh.peer.transport import Copy, LocalRegion, Outcome, Parties, RemoteRegion
 
 WAIT_S: Final = 60.0

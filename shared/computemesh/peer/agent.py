@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast, get_args
@@ -39,7 +40,7 @@ from computemesh.peer.errors import NO_WAY, OTHER_MESH, UNAVAILABLE, PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, TransferFuture
 from computemesh.peer.memory import Descriptor, SharedMemory
 from computemesh.peer.rdma import RdmaEndpoint
-from computemesh.peer.regions import Memory, check_name, memory_of, whole_number
+from computemesh.peer.regions import Memory, check_name, is_address, memory_of, whole_number
 from computemesh.peer.resource import accelerators
 from computemesh.peer.shm import ShmEndpoint
 from computemesh.peer.signals import Hello
@@ -319,7 +320,7 @@ class PeerAgent:
             PeerError: the peer-agent does not take it; then what had the name stays.
         """
         check_name(mr_name)
-        if offset and _is_address(ptr):
+        if offset and is_address(ptr):
             # DLSlime adds it to the length and not to the address, though its examples pass a tensor's
             # storage_offset(), which data_ptr() has in it already. No reading of it makes every program right.
             raise ValueError(
@@ -522,7 +523,7 @@ class PeerAgent:
             imm_data: -2**31 to 2**31 - 1.
         """
         _no_stream(stream)
-        if isinstance(imm_data, bool) or not _is_address(imm_data):
+        if isinstance(imm_data, bool) or not isinstance(imm_data, Integral):
             raise TypeError(f"imm_data: a whole number is wanted, not {type(imm_data).__name__}")
         if not IMM_MIN <= imm_data <= IMM_MAX:
             raise ValueError(f"imm_data: {imm_data} is not between {IMM_MIN} and {IMM_MAX}")
@@ -737,17 +738,13 @@ def _chunk(chunk: Any) -> memoryview:
         if len(chunk) != 3:  # pyright: ignore[reportUnknownArgumentType]
             raise TypeError("chunk: (ptr, offset, length) is wanted")
         memory = memory_of(*chunk, field="chunk")  # pyright: ignore[reportUnknownArgumentType]
-    elif _is_address(chunk):
+    elif is_address(chunk):
         raise TypeError("chunk: (ptr, offset, length) is wanted with an address")
     else:
         memory = memory_of(chunk, field="chunk")
     if memory.view is None:
         raise PeerError(NO_WAY, "chunk: messages are sent from and received into memory that the processor can read")
     return memory.view
-
-
-def _is_address(ptr: object) -> bool:
-    return hasattr(ptr, "__index__") and not hasattr(ptr, "data_ptr") and not isinstance(ptr, bool)
 
 
 def _each(field: str, expected: Expected, count: int) -> Sequence[int | None] | None:

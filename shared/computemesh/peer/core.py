@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Bandwidth, Peer, Topology
 from computemesh.peer.attachment import Attach, Attachment
-from computemesh.peer.errors import BAD_MESSAGE, CLOSED, FORKED, TIMED_OUT, PeerError
+from computemesh.peer.errors import BAD_MESSAGE, CLOSED, FORKED, NO_WAY, TIMED_OUT, PeerError
 from computemesh.peer.orders import Orders
 from computemesh.peer.regions import LocalRegions, Memory, check_name
 from computemesh.peer.signals import (
@@ -119,6 +119,9 @@ class Core:
                 region = self.regions.make(name, memory, writable=writable, fd=fd, fd_offset=fd_offset)
             try:
                 self._expose(region)
+                if region.view is None and not region.tokens:
+                    why = self.connections.absent.get("rdma", "no interface takes it, see the log")
+                    raise PeerError(NO_WAY, f"memory of a GPU is reached by RDMA alone: {why}")
                 self._put(region)
             except BaseException:
                 self._conceal(region)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from operator import index
 from typing import Any, Final
 
@@ -66,21 +67,31 @@ def memory_of(ptr: Any, offset: int = 0, length: int | None = None, *, field: st
         return _tensor(ptr, offset, wanted, field)
     if isinstance(ptr, bool):
         raise TypeError(f"{field}: an address or an object with the buffer protocol is wanted, not bool")
-    if not hasattr(ptr, "__index__"):
+    if not is_address(ptr):
         return _buffer(ptr, offset, wanted, field)
-    try:
-        address = index(ptr)
-    except TypeError:  # Arrays of numpy have the method, but only those of one number can do it.
-        address = None
-    if address is None:
-        return _buffer(ptr, offset, wanted, field)
+    address = index(ptr)
     if wanted is None:
         raise TypeError("length: it must be given with an address")
     if not 0 < address <= _MEMORY_END - offset - wanted:
         raise ValueError(f"{field}: {address} is not the address of {offset + wanted} bytes")
     if wanted == 0:
         raise ValueError("length: it is 0")
-    return Memory(address + offset, wanted, writable=True, view=_view_at(address + offset, wanted), held=None)
+    return Memory(address + offset, wanted, writable=True, view=_view_at(address + offset, wanted, None), held=None)
+
+
+def is_address(ptr: Any) -> bool:
+    """Whether it is a number, as one of numpy. An array of numpy is none, though one of a single number could be."""
+    if not hasattr(ptr, "__index__") or isinstance(ptr, bool) or hasattr(ptr, "data_ptr"):
+        return False
+    if isinstance(ptr, Integral):
+        return True
+    try:
+        memoryview(ptr)
+    except TypeError:
+        return True
+    except ValueError:
+        pass
+    return False
 
 
 def _buffer(thing: Any, offset: int, length: int | None, field: str) -> Memory:
@@ -92,13 +103,21 @@ def _buffer(thing: Any, offset: int, length: int | None, field: str) -> Memory:
         ) from None
     except ValueError as error:  # As that of numpy, whose dates are no bytes to it.
         raise ValueError(f"{field}: {error}") from None
-    if "O" in re.sub(":[^:]*:", "", whole.format):
+    kinds = re.sub(":[^:]*:", "", whole.format)
+    if "O" in kinds:
         raise ValueError(f"{field}: it holds Python objects, of which other processes can make nothing")
-    if not whole.c_contiguous:
+    if any(kind in kinds for kind in "P&z"):  # A pointer of ctypes: its own eight bytes are not what is meant.
+        raise ValueError(f"{field}: it holds an address; give the number, and the length of what is there")
+    if not whole.contiguous:
         raise ValueError(f"{field}: its bytes do not lie in one piece; register a contiguous copy")
     length = _range(whole.nbytes, offset, length)
-    view = whole.cast("B")[offset : offset + length]
-    return Memory(_address(view), length, writable=not view.readonly, view=view, held=thing)
+    try:
+        view = whole.cast("B")
+    except (TypeError, ValueError, NotImplementedError):  # Columns first, or numbers that it does not know.
+        view = _view_at(address_of(whole), whole.nbytes, whole)
+        view = view.toreadonly() if whole.readonly else view
+    view = view[offset : offset + length]
+    return Memory(address_of(view), length, writable=not view.readonly, view=view, held=whole)
 
 
 def _tensor(tensor: Any, offset: int, length: int | None, field: str) -> Memory:
@@ -106,7 +125,9 @@ def _tensor(tensor: Any, offset: int, length: int | None, field: str) -> Memory:
         raise ValueError(f"{field}: the tensor's bytes do not lie in one piece; register a contiguous copy")
     length = _range(int(tensor.numel()) * int(tensor.element_size()), offset, length)
     address = int(tensor.data_ptr()) + offset
-    view = _view_at(address, length) if tensor.device.type == "cpu" else None
+    if address == offset:
+        raise ValueError(f"{field}: the tensor has no memory (its device is {tensor.device.type!r})")
+    view = _view_at(address, length, tensor) if tensor.device.type == "cpu" else None
     return Memory(address, length, writable=True, view=view, held=tensor)
 
 
@@ -136,11 +157,16 @@ def whole_number(value: Any, field: str) -> int:
     return number
 
 
-def _view_at(address: int, length: int) -> memoryview:
-    return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")
+def _view_at(address: int, length: int, held: object) -> memoryview:
+    """The bytes there. The view, and all that are made from it, keep `held` alive."""
+    array = (ctypes.c_ubyte * length).from_address(address)
+    vars(array)["held"] = held
+    return memoryview(array).cast("B")
 
 
 class _PyBuffer(ctypes.Structure):
+    """``Py_buffer``."""
+
     _fields_ = (
         ("buf", ctypes.c_void_p),
         ("obj", ctypes.py_object),
@@ -156,12 +182,15 @@ class _PyBuffer(ctypes.Structure):
     )
 
 
-def _address(view: memoryview) -> int:
-    if not view.readonly:
-        return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+_ANY_CONTIGUOUS: Final = 0x98
+"""``PyBUF_ANY_CONTIGUOUS``."""
+
+
+def address_of(view: memoryview) -> int:
+    """Where its bytes are, which lie in one piece; they stay there as long as the view is not released."""
     got = _PyBuffer()  # ctypes' own way refuses what may only be read.
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(got), 0)
-    address = int(got.buf)
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(got), _ANY_CONTIGUOUS)
+    address = int(got.buf or 0)
     ctypes.pythonapi.PyBuffer_Release(ctypes.byref(got))
     return address
 

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, cast
 
 from computemesh.contracts.peers import Transport
 from computemesh.peer.immediates import KEPT_MAX, Immediates
-from computemesh.peer.rdma.memory import Exposed, Exposures, address_of
+from computemesh.peer.rdma.memory import Exposed, Exposures
 from computemesh.peer.rdma.notes import BUFFER_BYTES, BUFFERS, SMALL, Flow, Kind, Note
 from computemesh.peer.rdma.verbs import (
     FLUSHED,
@@ -36,6 +36,7 @@ from computemesh.peer.rdma.verbs import (
     WorkKind,
     status_text,
 )
+from computemesh.peer.regions import address_of
 from computemesh.peer.transport import (
     DONE,
     LINK_LOST,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from dataclasses import dataclass, field
@@ -61,30 +60,3 @@ class Exposures:
         exposed = list(self._regions.values())
         self._regions.clear()
         return exposed
-
-
-class _Buffer(ctypes.Structure):
-    """``Py_buffer``."""
-
-    _fields_ = (
-        ("address", ctypes.c_void_p),
-        ("object", ctypes.py_object),
-        ("length", ctypes.c_ssize_t),
-        ("item_bytes", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("dimensions", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def address_of(view: memoryview) -> int:
-    """Where its bytes are; they stay there as long as the view is not released."""
-    buffer = _Buffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), 0)
-    address = int(buffer.address or 0)
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
-    return address
