@@ -391,11 +391,14 @@ def test_a_program_that_was_told_of_another_mesh_hears_so(mesh: RunningMesh, mon
         assert agent.list_agents() == [agent.alias]
         bus = agent.core.welcome.bus
     start_peer_agent(address=bus, scope="told").shutdown()
+    start_peer_agent(mesh.http("control-plane").removeprefix("http://"), scope="told").shutdown()
     assert code_of(lambda: start_peer_agent("nats://127.0.0.1:1", scope="told")) == OTHER_MESH
     with pytest.raises(PeerError, match=r"nanoctrl_url: no control plane answers at http://127\.0\.0\.1:1 ") as caught:
         start_peer_agent("http://127.0.0.1:1", scope="told")
     assert caught.value.code == UNAVAILABLE
     assert caught.value.__suppress_context__
+    with pytest.raises(PeerError, match=r"nanoctrl_url: no control plane answers at http://127\.0\.0\.1:1 "):
+        start_peer_agent("127.0.0.1:1", scope="told")
     with pytest.raises(ValueError, match=r"nanoctrl_url: .* is no address"):
         start_peer_agent("http://[::1", scope="told")
     with pytest.raises(TypeError, match="nanoctrl_url: text is wanted, not int"):

@@ -12,39 +12,33 @@ be called from any thread.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
-import socket
-import urllib.error
-import urllib.request
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast, get_args
-from urllib.parse import urlsplit
 
 import msgspec
 
 from computemesh.contracts.peers import Bandwidth
 from computemesh.ids import EntityId, Scope
 from computemesh.peer import memory as shared_memory
+from computemesh.peer.address import check_mesh, read_address
 from computemesh.peer.assignments import Assignments
 from computemesh.peer.attachment import Attach, OnClosed, OnTold, Signals
 from computemesh.peer.choice import DEMANDS
 from computemesh.peer.connection import PeerConnection
 from computemesh.peer.core import Core
-from computemesh.peer.errors import NO_WAY, OTHER_MESH, UNAVAILABLE, PeerError
+from computemesh.peer.errors import NO_WAY, PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, TransferFuture
 from computemesh.peer.memory import Descriptor, SharedMemory
 from computemesh.peer.rdma import RdmaEndpoint
 from computemesh.peer.regions import Memory, check_name, is_address, memory_of, whole_number
-from computemesh.peer.resource import accelerators
+from computemesh.peer.resource import first_port, resource_of
 from computemesh.peer.shm import ShmEndpoint
 from computemesh.peer.signals import Hello
-from computemesh.peer.socket import AgentSocket, socket_path
+from computemesh.peer.socket import AgentSocket
 from computemesh.peer.tcp import TcpEndpoint
 from computemesh.peer.transport import Endpoint
 
@@ -52,7 +46,6 @@ HOST_VARIABLE: Final = "COMPUTEMESH_PEER_HOST"
 """Names this machine's address on the network over which peers of other machines reach it."""
 IMM_MIN: Final = -(2**31)
 IMM_MAX: Final = 2**31 - 1
-_HTTP_TIMEOUT_S: Final = 10.0
 
 Expected = int | Sequence[int | None] | None
 
@@ -127,8 +120,7 @@ class PeerAgent:
         ):
             if value is not None and not isinstance(value, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{field}: text is wanted, not {type(value).__name__}")
-        place = os.fspath(where[0]) if where else ""
-        url = place if "://" in place and not place.startswith("unix:") else ""
+        to = read_address(os.fspath(where[0]) if where else "")
         scope = _checked("scope", scope or "", Scope)
         hello_alias = None if alias is None else _checked("alias", alias, EntityId)
         prefix = _checked("name_prefix", name_prefix, EntityId)
@@ -138,7 +130,7 @@ class PeerAgent:
         self._device = device
         if endpoints is None:
             endpoints = default_endpoints(device, local_host)
-        self._resource = _resource(endpoints, device, local_host)
+        self._resource = resource_of(endpoints, device, local_host)
         hello = Hello(
             scope=scope,
             alias=hello_alias,
@@ -147,18 +139,17 @@ class PeerAgent:
             resource=self._resource,
             pid=os.getpid(),
         )
-        path = socket_path() if not place or url else Path(place.removeprefix("unix://").removeprefix("unix:"))
 
         def to_agent(on_told: OnTold, on_closed: OnClosed) -> Signals:
-            return AgentSocket(path, hello, on_told=on_told, on_closed=on_closed)
+            return AgentSocket(to.socket, hello, on_told=on_told, on_closed=on_closed)
 
         self._core = Core(attach or to_agent, endpoints)
         self._transfer = self._core.transfers.transfer
         self.alias = self._core.alias
         self.scope = self._core.scope
-        if url:
+        if to.url:
             try:
-                _check_mesh(url, self._core)
+                check_mesh(to.url, self._core)
             except BaseException:
                 self.shutdown()
                 raise
@@ -406,7 +397,7 @@ class PeerAgent:
             if region is None:
                 return None
             rkey = int(region.tokens.get("rdma", {}).get("rkey", 0))
-            facts = _nic(self._resource, self._device)
+            facts = first_port(self._resource, self._device)
             return _mr_info(
                 self.alias, name, facts, region.address, region.length, rkey, region.epoch, sorted(region.tokens)
             )
@@ -415,7 +406,9 @@ class PeerAgent:
         if found is None or one is None:
             return None
         facts = (
-            (found.device, found.ib_port, found.link_type) if found.link_type else _nic(found.resource, found.device)
+            (found.device, found.ib_port, found.link_type)
+            if found.link_type
+            else first_port(found.resource, found.device)
         )
         return _mr_info(peer, name, facts, one.addr, one.length, one.rkey, one.epoch, sorted(one.transports))
 
@@ -462,15 +455,7 @@ class PeerAgent:
         if epoch is None and checksum is None:
             future = self._transfer("read", peer_alias, assign, None, local_nic, remote_nic)
         else:
-            future = self.begin(
-                "read",
-                peer_alias,
-                assign,
-                local_nic=local_nic,
-                remote_nic=remote_nic,
-                epoch=epoch,
-                checksum=checksum,
-            )
+            future = self.begin("read", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
         assert future is not None
         return future
 
@@ -495,15 +480,7 @@ class PeerAgent:
         if epoch is None and checksum is None:
             future = self._transfer("write", peer_alias, assign, None, local_nic, remote_nic)
         else:
-            future = self.begin(
-                "write",
-                peer_alias,
-                assign,
-                local_nic=local_nic,
-                remote_nic=remote_nic,
-                epoch=epoch,
-                checksum=checksum,
-            )
+            future = self.begin("write", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
         assert future is not None
         return future
 
@@ -590,11 +567,11 @@ class PeerAgent:
         kind: Literal["read", "write"],
         peer_alias: str,
         assign: Assignments,
-        *,
         local_nic: str | None = None,
         remote_nic: str | None = None,
         epoch: Expected = None,
         checksum: Expected = None,
+        *,
         cached_only: bool = False,
     ) -> TransferFuture | None:
         """Both `read` and `write`; with `cached_only`, None where the peer-agent would have to be asked first."""
@@ -650,9 +627,9 @@ def start_peer_agent(
 
     Args:
         nanoctrl_url: left out, or a path: the peer-agent's socket; left out, ``COMPUTEMESH_PEER_SOCKET``, else that of
-            the mesh in ``COMPUTEMESH_HOME``. With `http://HOST:3000` the control plane there must know this peer
-            afterwards, and with `nats://HOST:PORT` that must be the bus: a program that was told of another mesh than
-            its machine belongs to hears of it. `ctrl_url` and `address` are other names of it.
+            the mesh in ``COMPUTEMESH_HOME``. With `http://HOST:3000`, or `HOST:3000`, the control plane there must know
+            this peer afterwards, and with `nats://HOST:PORT` that must be the bus: a program that was told of another mesh
+            than its machine belongs to hears of it. `ctrl_url` and `address` are other names of it.
         alias: what it is to be called; left out, the control plane finds `{name_prefix}-{number}`.
         device: the network interface it prefers, as `mlx5_0`.
         scope: a space of names; peers of other scopes neither see this one nor reach it.
@@ -678,33 +655,6 @@ def start_peer_agent(
 def default_endpoints(device: str | None, local_host: str | None) -> list[Endpoint]:
     """The transports of this process."""
     return [ShmEndpoint(), RdmaEndpoint(device), TcpEndpoint(local_host)]
-
-
-def _resource(endpoints: Sequence[Endpoint], device: str | None, local_host: str | None) -> dict[str, Any]:
-    nics: list[Any] = []
-    backends: dict[str, Any] = {}
-    for endpoint in endpoints:
-        absent = endpoint.absent()
-        backends[endpoint.name] = {"available": not absent, **({"reason": absent} if absent else {})}
-        if not absent:
-            nics.extend(endpoint.facts().get("nics", ()))
-    nics.sort(key=lambda nic: nic.get("name") != device)  # The preferred one first, the others as they were.
-    return {
-        "schema_version": 1,
-        "topology_epoch": 1,
-        "host": {"hostname": socket.gethostname(), "address": local_host or "127.0.0.1"},
-        "nics": nics,
-        "accelerators": accelerators(),
-        "topology_backends": backends,
-    }
-
-
-def _nic(resource: Mapping[str, Any], device: str | None) -> tuple[str, int, str]:
-    for nic in resource.get("nics", ()):
-        for port in nic.get("ports", ()):
-            if device in (None, "", nic.get("name")):
-                return str(nic.get("name", "")), int(port.get("port", 1)), str(port.get("link_type", ""))
-    return device or "", 1, ""
 
 
 def _mr_info(
@@ -773,40 +723,3 @@ def _checked(field: str, value: str, kind: Any) -> str:
     except msgspec.ValidationError:
         about = next(one for one in get_args(kind)[1:] if isinstance(one, msgspec.Meta)).description
         raise ValueError(f"{field}: {value[:80]!r} is none. {about}") from None
-
-
-def _check_mesh(url: str, core: Core) -> None:
-    """Whether the peer-agent of this machine belongs to the mesh that a program was told of."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"nanoctrl_url: {url!r} is no address: {error}") from None
-    other = PeerError(OTHER_MESH, f"the peer-agent of this machine belongs to another mesh than {url}")
-    if parts.scheme in ("nats", "tls"):
-        bus = urlsplit(core.welcome.bus)
-        if (parts.hostname, port or 4222) != (bus.hostname, bus.port or 4222):
-            raise other
-        return
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f"nanoctrl_url: {url!r} is neither a path nor an address with http:// or nats://")
-    body = json.dumps({"scope": core.scope}).encode()
-    request = urllib.request.Request(  # noqa: S310  # The scheme was looked at above.
-        f"{url.rstrip('/')}/query", data=body, headers={"Content-Type": "application/json"}, method="POST"
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=_HTTP_TIMEOUT_S) as answer:
-            found: Any = json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        why = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise PeerError(
-            UNAVAILABLE,
-            f"nanoctrl_url: no control plane answers at {url} ({why}); `computemesh status` shows where that of this "
-            "machine listens, and without an address none is asked",
-        ) from None
-    names: set[object] = set()
-    if isinstance(found, list):
-        names = {cast(dict[str, Any], one).get("name") for one in cast(list[object], found) if isinstance(one, dict)}
-    if core.alias not in names:
-        raise other
