@@ -137,6 +137,59 @@ def test_the_pages_of_a_mapping_are_looked_up_when_it_is_made() -> None:
     assert (total, faults() - before < 100) == (0, True)
 
 
+def test_new_memory_lies_in_huge_pages_and_is_mapped_by_them_wherever_it_can_be() -> None:
+    """Also in part, and by others; a mapping is where the processor can take a huge page whole."""
+    if not system_gives_huge_pages():
+        pytest.skip("this system gives shared memory no huge pages")
+    made = SharedMemory.allocate(9 * MIB + 1)
+    part = SharedMemory.attach(made.fd, 4097, 8 * MIB, writable=False)
+    assert huge_mib(made.address) >= 2
+    assert huge_mib(part.address) >= 2
+    view = made.view()
+    view[4 * MIB :] = b"x" * (5 * MIB + 1)
+    assert part.view()[4 * MIB - 4098 : 4 * MIB - 4095].tobytes() == b"\0xx"
+
+
+def test_a_piece_of_mapped_memory_leaves_no_room_behind_that_is_kept_for_it() -> None:
+    gc.collect()
+    before = mapped_mib()
+    made = [SharedMemory.allocate(3 * MIB) for _ in range(50)]
+    assert mapped_mib() - before < 50 * 3 + 20
+    del made
+    gc.collect()
+    assert mapped_mib() - before < 20
+
+
+def system_gives_huge_pages() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if not enabled.exists() or "[deny]" in enabled.read_text():
+        return False
+    with mmap.mmap(-1, 4 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:] = bytes(4 * MIB)
+        try:
+            memory.madvise(25)  # MADV_COLLAPSE, which kernels before 6.1 do not know
+        except OSError:
+            return False
+    return True
+
+
+def huge_mib(address: int) -> int:
+    """How much is mapped by huge pages of the mapping that has this address."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(each, 16) for each in first.split("-"))
+            found = begin <= address < end
+        elif found and first == "ShmemPmdMapped:":
+            return int(rest.split()[0]) // 1024
+    return 0
+
+
+def mapped_mib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE // MIB
+
+
 def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 

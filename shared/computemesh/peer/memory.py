@@ -36,7 +36,11 @@ _F_SEAL_FUTURE_WRITE: Final = 0x10
 """Nobody can write any more, except through the mappings that there were before. Linux 5.1."""
 _MADV_POPULATE_READ: Final = 22
 """Linux 5.14. For shared memory it makes writing as fast as its twin ``_WRITE`` does, at a third of the cost."""
+_MADV_COLLAPSE: Final = 25
+"""Linux 6.1. It asks for huge pages now, also where shmem_enabled is `never`; only `deny` forbids it."""
 _HUGE_PAGE: Final = 2 * 1024**2
+_PROT_NONE: Final = 0
+_MAP_FIXED: Final = 0x10
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
@@ -94,9 +98,7 @@ class Mapping:
         lead = offset % page
         span = -(-(lead + length) // page) * page
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        base = _libc.mmap(None, span, prot, mmap.MAP_SHARED, fd, offset - lead)
-        if base == _MAP_FAILED:
-            raise _os_error()
+        base = _map(fd, offset - lead, span, prot, max(page, _HUGE_PAGE))
         weakref.finalize(self, _libc.munmap, base, span).atexit = False
         self.address: int = base + lead
         self.length = length
@@ -190,11 +192,52 @@ def _fill(fd: int, length: int) -> None:
                 raise lacking
             if not begin:
                 os.ftruncate(fd, length)
-            os.posix_fallocate(fd, begin, min(_FILL_STEP, length - begin))
+            step = min(_FILL_STEP, length - begin)
+            _fill_huge(fd, begin, step - step % _HUGE_PAGE)
+            os.posix_fallocate(fd, begin, step)  # What there was no huge page for.
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EINVAL):
             raise lacking from None
         raise
+
+
+def _fill_huge(fd: int, begin: int, length: int) -> None:
+    """Gives a part of an object huge pages, as far as the system has some: copies to and from them are up to a third
+    faster, and mapping them costs next to nothing. Both numbers are multiples of a huge page's size."""
+    if not length:
+        return
+    for at in range(begin, begin + length, _HUGE_PAGE):  # A huge page is not made of nothing.
+        os.posix_fallocate(fd, at, 1)
+    base = _map(fd, begin, length, mmap.PROT_READ | mmap.PROT_WRITE, _HUGE_PAGE)
+    _libc.madvise(base, length, _MADV_COLLAPSE)
+    _libc.munmap(base, length)
+
+
+def _map(fd: int, offset: int, length: int, prot: int, unit: int) -> int:
+    """Maps a part of an object where huge pages of `unit` bytes stay whole. Its address.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    if length < unit:
+        base: int = _libc.mmap(None, length, prot, mmap.MAP_SHARED, fd, offset)
+        if base == _MAP_FAILED:
+            raise _os_error()
+        return base
+    # The kernel aligns only what it takes for huge itself. So room is kept that has such a place within.
+    room = _libc.mmap(None, length + unit, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if room == _MAP_FAILED:
+        raise _os_error()
+    at = room + (offset - room) % unit
+    if _libc.mmap(at, length, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) == _MAP_FAILED:
+        error = _os_error()
+        _libc.munmap(room, length + unit)
+        raise error
+    if at > room:
+        _libc.munmap(room, at - room)
+    if at < room + unit:
+        _libc.munmap(at + length, room + unit - at)
+    return at
 
 
 _known: weakref.WeakValueDictionary[int, SharedMemory] = weakref.WeakValueDictionary()
