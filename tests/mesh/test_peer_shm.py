@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,7 @@ def test_the_owner_may_be_killed_in_the_middle_of_a_copy(
                 owner.kill()
                 peer_is_gone(remote)
 
+        monkeypatch.setattr(shm, "PIECE_MAX", PIECE)
         monkeypatch.setattr(shm.Mapped, kind, copy)
         order = Copy(local, 0, remote, 0, length)
         assert moved(mine.link, kind, order).code == "stale_epoch"
@@ -532,6 +534,7 @@ def test_a_closed_link_refuses_orders_and_ends_those_under_way(
         reading(self, *where)
         mine.link.close()
 
+    monkeypatch.setattr(shm, "PIECE_MAX", PIECE)
     monkeypatch.setattr(shm.Mapped, "read", read)
     assert moved(mine.link, "read", Copy(local, 0, remote, 0, length)).code == "cancelled"
     assert bytes(view_of(local)[-4096:]) == bytes(4096)
@@ -577,26 +580,59 @@ def test_a_waiter_that_has_no_more_time_leaves_the_rest_to_others(
     other.ask("end", name="kv")
 
 
-def test_threads_make_room_for_who_waits(other: PeerProcess, mine: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_make_room_for_who_waits(
+    other: PeerProcess, mine: Reader, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     """With two processors, a second one that copies takes the other from somebody else."""
     length = INLINE_MAX + 3 * PIECE
     remote, local = other.put(length=length, seed=6), room(length)
     jobs: list[Any] = []
-    copied_by: list[threading.Thread] = []
+    at_once = [0]
     reading = shm.Mapped.read
 
     def read(self: Any, *where: Any) -> None:
-        copied_by.append(threading.current_thread())
+        at_once.append(at_once[-1] + 1)
         helper = threading.Thread(target=jobs[0].run)
         helper.start()
         helper.join()
         reading(self, *where)
+        at_once.append(at_once[-1] - 1)
 
-    monkeypatch.setattr(shm, "_threads", lambda: 1)
+    monkeypatch.setattr(shm, "PIECE_MAX", PIECE)
+    monkeypatch.setattr(shm, "_threads", lambda: threads)
     monkeypatch.setattr(mine.endpoint, "work", jobs.append)
     monkeypatch.setattr(shm.Mapped, "read", read)
     assert moved(mine.link, "read", Copy(local, 0, remote, 0, length)) == Outcome()
-    assert set(copied_by) == {threading.current_thread()}
+    assert max(at_once) == threads
+    assert digest(view_of(local)) == digest(pattern(length, 6))
+    other.ask("end", name="kv")
+
+
+def test_where_one_thread_is_to_work_it_is_the_one_that_waits_and_copies_all_at_once(
+    other: PeerProcess, mine: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nobody takes the first part before it comes, and the C library may go past the caches."""
+    length = INLINE_MAX + 3 * PIECE
+    remote, local = other.put(length=length, seed=6), room(length)
+    copied: list[tuple[threading.Thread, int]] = []
+    reading = shm.Mapped.read
+
+    def read(self: Any, *where: Any) -> None:
+        copied.append((threading.current_thread(), where[-1]))
+        reading(self, *where)
+
+    monkeypatch.setattr(shm, "COMES_S", 60.0)
+    monkeypatch.setattr(shm, "_threads", lambda: 1)
+    monkeypatch.setattr(shm.Mapped, "read", read)
+    ended: list[Outcome] = []
+    drive = mine.link.order("read", [Copy(local, 0, remote, 0, length)], ended.append)
+    assert drive is not None
+    time.sleep(0.1)  # A thread of the endpoint would have begun by now, if it did.
+    assert not copied
+    drive(None)
+    assert ended == [Outcome()]
+    assert copied == [(threading.current_thread(), length)]
     assert digest(view_of(local)) == digest(pattern(length, 6))
     other.ask("end", name="kv")
 
