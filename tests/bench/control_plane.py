@@ -4,7 +4,7 @@ Engines are registered, kept, looked up and listed by the same clients, over HTT
 plane and, in the same run and in turn, at ``nanoctrl`` with Redis where it is installed; and at ours over the bus, too.
 
     register    of an engine that is known, which both take for a new life of it
-    heartbeat   of one after the other; with many of them each is stored, where those of one soon after another are not
+    heartbeat   of one after the other; ours stores one of each engine in ten seconds
     get         one after the other
     list        all of a scope, over the bus in pages
 """

@@ -31,6 +31,8 @@ REPLACED: tuple[Callable[..., Any], ...] = (
     Client._flush_pending,
     Client._flusher,
     Client._close,
+    Client._parse_header_lines,
+    Client._process_headers,
     Client._process_msg,
     Client._process_op_err,
     Client._read_loop,
@@ -45,7 +47,7 @@ def test_what_is_replaced_of_nats_py_is_what_was_read() -> None:
     source = "".join(inspect.getsource(function) for function in REPLACED)
     assert (
         hashlib.sha256(source.encode()).hexdigest()
-        == "960221a50b6177073675c9e98ad1699d8525be994f3fa680e8c9e30e06a283ea"
+        == "c2e3bd5fe1f36c9a6d53e923fc1c29b65b194d6ec54b9fffc68f39e22b67b22b"
     )
 
 
@@ -228,6 +230,29 @@ async def test_bytes_that_are_no_command_are_an_error() -> None:
     """So that nats-py ends the connection."""
     with pytest.raises(nats.errors.ProtocolError):
         await LeanParser(LeanClient()).parse(b"HTTP/1.1 400 Bad Request\r\n")
+
+
+HEADER_BLOCKS = st.one_of(
+    st.dictionaries(
+        st.sampled_from(["Nats-TTL", "a", "traceparent", "", " a", "ü", "a b", "Status"]),
+        st.one_of(st.text(max_size=9), st.sampled_from(["1", "60s", " x ", "a: b", "\x1c"])),
+        max_size=4,
+    ).map(lambda found: b"NATS/1.0\r\n%b\r\n" % "".join(f"{k}: {v}\r\n" for k, v in found.items()).encode()),
+    st.sampled_from(
+        [
+            b"NATS/1.0 503\r\n\r\n",
+            b"NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: 16\r\n\r\n",
+            b"NATS/1.0\r\nno-colon\r\na:b\r\n\r\n",
+            b"NATS/1.0\r\na:\tb\r\na: c\r\n\r\n",
+            b"NATS/1.0\r\n\r\n",
+        ]
+    ),
+)
+
+
+@given(HEADER_BLOCKS)
+async def test_headers_mean_the_same_as_to_nats_py(block: bytes) -> None:
+    assert await LeanClient()._process_headers(block) == await Client()._process_headers(block)
 
 
 def test_a_message_of_ours_has_all_fields_of_one_of_nats_py() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from msgspec.structs import asdict, replace
 
 from computemesh.contracts.base import RECORD_DEPTH_MAX, Refused, encode, too_deep
 from computemesh.contracts.engines import ENGINE, RECORD_BYTES_MAX, Engine, EngineChange, EngineRegister
+from computemesh.contracts.peer_records import PeerRecord
 from computemesh.ids import token_of
 
-BEATS_PER_LIFE: Final = 60.0
-"""Heartbeats that are stored in the time a record has, at most; what comes between them adds nothing."""
+BEATS_PER_LIFE: Final = 6.0
+"""Heartbeats that are stored in the time a record has, at most. Those between them are answered from memory; a record
+whose owner falls silent after one of these goes by as much sooner."""
+
+R = TypeVar("R", Engine, PeerRecord)
 
 
 def key_of(scope: str, entity_type: str, engine_id: str) -> str:
@@ -57,8 +61,8 @@ def zmq_address(host: str, port: int) -> str:
     return f"tcp://[{host.strip('[]')}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-def beaten(record: Engine, now: float, ttl_s: float) -> Engine:
-    """The record after a heartbeat: the same one when the last that was stored is as good.
+def beaten(record: R, now: float, ttl_s: float) -> R:
+    """The record of an entity or a peer after a heartbeat: the same one when the last that was stored is as good.
 
     A record that was seen in the future was written by a faster clock; it is stored again, lest it expire.
     """

@@ -14,7 +14,7 @@ from computemesh import __version__
 from computemesh.addresses import without_login
 from computemesh.bus import micro
 from computemesh.contracts import nanoctrl
-from computemesh.contracts.base import Message, Refused, Route, convert, encode, refused, too_deep
+from computemesh.contracts.base import Message, Refused, Route, convert, decode, encode, refused, too_deep
 from computemesh.contracts.engines import (
     ENGINE,
     Engine,
@@ -53,7 +53,7 @@ from computemesh.contracts.nanoctrl import (
 from computemesh.contracts.peer_records import MemoryEntry, MemoryRecord, PeerRecord
 from computemesh.contracts.peers import Peer, PeerRegister, Topology, TopologyPut
 from computemesh.edge import Extra, declared, read_body
-from computemesh.edge.http import is_loopback, nano_error
+from computemesh.edge.http import is_loopback, media_type, nano_error
 from computemesh.ids import new_id
 from computemesh_services.control_plane.engine_desk import EngineDesk
 from computemesh_services.control_plane.peer_desk import PeerDesk
@@ -92,15 +92,16 @@ class NanoCtrlDoor:
 
     def routes(self) -> list[Extra]:
         return [
-            Extra(method="GET", path="/", handler=_to_the_page, accept="text/html"),
-            Extra(method="GET", path="/", handler=self.on_root),
-            self._route(nanoctrl.REGISTER_ENGINE, RegisterEngine, self.on_register_engine),
-            self._route(nanoctrl.UNREGISTER_ENGINE, EngineNamed, self.on_unregister_engine),
+            # They are tried in this order: first what is asked all the time.
+            self._route(nanoctrl.HEARTBEAT, Heartbeat, self.on_heartbeat),
             self._route(nanoctrl.HEARTBEAT_ENGINE, Heartbeat, lambda said: self.on_heartbeat(said, ENGINE)),
             self._route(nanoctrl.HEARTBEAT_AGENT, Heartbeat, lambda said: self.on_heartbeat(said, AGENT)),
-            self._route(nanoctrl.HEARTBEAT, Heartbeat, self.on_heartbeat),
-            self._route(nanoctrl.GET_ENGINE_INFO, EngineNamed, self.on_get_engine_info),
             self._route(nanoctrl.LIST_ENGINES, InScope, self.on_list_engines),
+            self._route(nanoctrl.GET_ENGINE_INFO, EngineNamed, self.on_get_engine_info),
+            self._route(nanoctrl.REGISTER_ENGINE, RegisterEngine, self.on_register_engine),
+            self._route(nanoctrl.UNREGISTER_ENGINE, EngineNamed, self.on_unregister_engine),
+            Extra(method="GET", path="/", handler=_to_the_page, accept="text/html"),
+            Extra(method="GET", path="/", handler=self.on_root),
             self._route(nanoctrl.REGISTER, RegisterEntity, self.on_register),
             self._route(nanoctrl.UNREGISTER, EntityNamed, self.on_unregister),
             self._route(nanoctrl.GET_ENTITY_INFO, EntityNamed, self.on_get_entity_info),
@@ -117,7 +118,7 @@ class NanoCtrlDoor:
     def _route(self, route: Route, kind: type[Q], handler: Callable[[Q], Awaitable[Any]]) -> Extra:
         async def handle(request: Request) -> Response:
             said = await read(request, kind)
-            answer = said if isinstance(said, Refused) else await micro.guarded(request.url.path, handler(said))
+            answer = said if isinstance(said, Refused) else await micro.guarded(request.scope["path"], handler(said))
             if isinstance(answer, Refused):
                 return nano_error(answer)
             body = answer if isinstance(answer, bytes) else encode(answer)
@@ -324,11 +325,13 @@ async def _to_the_page(_: Request) -> Response:
 
 async def read(request: Request, kind: type[Q]) -> Q | Refused:
     """The request's body and path as a message of *kind*, or the refusal with NanoCtrl's statuses."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if media_type(request) != "application/json":
         return Refused(code="bad_content_type", reason=NO_TYPE, status=415)
     body = await read_body(request)
     if isinstance(body, Refused):
         return body
+    if body and not request.path_params and not isinstance(said := decode(body, kind), Refused):
+        return said
     try:
         if too_deep(body):
             raise RecursionError

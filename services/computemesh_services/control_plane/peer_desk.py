@@ -47,7 +47,7 @@ from computemesh.contracts.peers import (
 )
 from computemesh.ids import token_of
 from computemesh.lifecycle import Spawn
-from computemesh_services.control_plane import peers
+from computemesh_services.control_plane import entities, peers
 from computemesh_services.control_plane.changes import ChangeLedger
 from computemesh_services.control_plane.shelf import Shelf
 
@@ -301,7 +301,7 @@ class PeerDesk:
 
         def beaten(record: PeerRecord | None) -> PeerRecord | None:
             known = record is not None and (anybody or peers.owns(record, instance))
-            return peers.beaten(record, now, self._ttl_s) if known and record is not None else None
+            return entities.beaten(record, now, self._ttl_s) if known and record is not None else None
 
         record = await self._shelf.move(peers.key_of(scope, alias), beaten)
         return isinstance(record, PeerRecord) and (anybody or peers.owns(record, instance))

@@ -26,9 +26,6 @@ from computemesh.ids import token_of
 RECORD_BYTES_MAX: Final = 512 * 1024
 """What is kept in one record, as JSON."""
 
-BEATS_PER_LIFE: Final = 60.0
-"""Heartbeats that are stored in the time a record has, at most."""
-
 REFUSED_S: Final = 60.0
 """How long after an alias was refused to somebody a cleanup of it is taken to be theirs."""
 
@@ -89,11 +86,6 @@ def same(one: PeerRecord, other: PeerRecord) -> bool:
     """Whether two records say the same of a peer, whenever it was heard."""
     plain: dict[str, Any] = {"seen_at": 0.0, "revision": 0, "refused_at": 0.0}
     return replace(one, **plain) == replace(other, **plain)
-
-
-def beaten(record: PeerRecord, now: float, ttl_s: float) -> PeerRecord:
-    """The record after a heartbeat: the same one when the last that was stored is as good."""
-    return record if 0 <= now - record.seen_at < ttl_s / BEATS_PER_LIFE else replace(record, seen_at=now)
 
 
 def owns(record: PeerRecord | None, instance: str | None) -> bool:

@@ -17,8 +17,8 @@ MARKER_S: Final = 3600
 """How long what was removed leaves a marker in the store."""
 
 WITHIN_S: Final = 4.0
-"""How long a change may take until who asked for it hears that nobody knows whether it was made. NanoCtrl's clients
-wait for 5 s; the writer, which goes on trying, for minutes."""
+"""How long a change may take until who asked for it hears that nobody knows whether it was made, and it is not tried
+again. NanoCtrl's clients wait for 5 s."""
 
 V = TypeVar("V", bound=msgspec.Struct)
 Decide = Callable[[V | None], V | Refused | None]
@@ -81,9 +81,12 @@ class Shelf(Generic[V]):
         Raises:
             BusError: it could not be written, or nobody knows whether it was.
         """
-        moving = asyncio.ensure_future(self._move(key, decide))  # Shielded: the writer must not lose its turn.
+        known = self.mirror.get(key)
+        if known is not None and not self._writer.writing(key) and decide(known) is known:
+            return known
         try:
-            return await asyncio.wait_for(asyncio.shield(moving), WITHIN_S)
+            async with asyncio.timeout(WITHIN_S):
+                return await self._move(key, decide)
         except TimeoutError:
             raise TimedOut(f"{self.bucket.spec.name}: no acknowledgement in {WITHIN_S:g} s") from None
 

@@ -3,7 +3,8 @@
 - Out: command and headers are joined at once, and all that one turn of the event loop sends is one write. nats-py has
   a queue, a future and a task in between. After :data:`UNDRAINED_BYTES_MAX` that task takes over until the socket has
   taken everything, so a slow server still slows us down.
-- In: messages are split by searching for line ends; nats-py tries six regular expressions on each.
+- In: messages are split by searching for line ends, and headers read as text; nats-py tries six regular expressions on
+  each, and looks at each letter of a header's name.
 - Handlers that never wait for an answer may run *inline*, as the message is read, without a queue and a task.
 
 Whatever is unusual (odd subjects or headers, no connection, other commands of the protocol) goes nats-py's own way.
@@ -142,6 +143,10 @@ class LeanClient(Client):
         reader: Any = self._reading_task  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         return reader is not None and asyncio.current_task() is reader
 
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        read = _plain_headers(headers)
+        return read or await super()._process_headers(headers)  # pyright: ignore[reportUnknownMemberType]
+
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         self._inline.pop(sid, None)
         super()._remove_sub(sid, max_msgs)
@@ -154,7 +159,7 @@ class LeanClient(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         self._subs[sid]._received += 1  # pyright: ignore[reportPrivateUsage]
-        read = await self._process_headers(headers) if headers else None  # pyright: ignore[reportUnknownMemberType]
+        read = await self._process_headers(headers) if headers else None
         await on_message(Msg(self, subject.decode(), reply.decode(), data, read))
 
 
@@ -223,3 +228,17 @@ def _header_lines(headers: dict[str, str] | None) -> str | None:
             return None
         lines += f"{name}: {value}\r\n"
     return lines + "\r\n"
+
+
+def _plain_headers(block: bytes) -> dict[str, str] | None:
+    """The headers in a block; None when it is not plain: a status, an odd name or value."""
+    if not block.startswith(b"NATS/1.0\r\n") or not block.isascii():
+        return None
+    found: dict[str, str] = {}
+    for line in block[10:].decode().split("\r\n"):
+        if line:
+            name, parted, value = line.partition(":")
+            if not parted or not name.replace("-", "").isalnum() or not value.isprintable():
+                return None
+            found[name] = value.strip()
+    return found

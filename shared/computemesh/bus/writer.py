@@ -44,6 +44,11 @@ class Turn(Generic[V]):
         self.decide = decide
         self.done = done
 
+    @property
+    def given_up(self) -> bool:
+        """Nobody waits for it any more who did."""
+        return self.done is not None and self.done.done()
+
 
 class Writer(Generic[V]):
     """Moves the values of a bucket by pure functions, many keys at the same time, each key in order.
@@ -72,10 +77,9 @@ class Writer(Generic[V]):
         await end_all(self._again)
         await self._puts.stop()
 
-    @property
-    def in_flight(self) -> int:
-        """Keys that are being written."""
-        return len(self._waiting)
+    def writing(self, key: str) -> bool:
+        """Whether something about a key is decided that the mirror does not show yet."""
+        return key in self._waiting
 
     async def submit(self, key: str, decide: Callable[[V | None], V | None]) -> None:
         """Moves a key's value some time soon. What cannot be written is logged.
@@ -89,6 +93,8 @@ class Writer(Generic[V]):
     async def change(self, key: str, decide: Callable[[V | None], V | None]) -> V | None:
         """As :meth:`submit`, and gives the value that stands afterwards.
 
+        Cancelled, it is not tried again; what was sent by then may be stored.
+
         Raises:
             BusError: it could not be written, or nobody knows whether it was.
         """
@@ -97,13 +103,14 @@ class Writer(Generic[V]):
         return await done
 
     async def _begin(self, key: str, turn: Turn[V]) -> None:
-        waiting = self._waiting.get(key)
-        if waiting is not None:
-            waiting.append(turn)
-            return
-        self._waiting[key] = []
-        await self._room.acquire()
-        await self._decide_by_mirror(key, [turn])
+        if key not in self._waiting:
+            await self._room.acquire()
+            if key not in self._waiting:
+                self._waiting[key] = []
+                await self._decide_by_mirror(key, [turn])
+                return
+            self._room.release()
+        self._waiting[key].append(turn)
 
     async def _decide_by_mirror(self, key: str, turns: list[Turn[V]]) -> None:
         entry = self._mirror.entries.get(key)
@@ -157,6 +164,10 @@ class Writer(Generic[V]):
     ) -> None:
         while attempt < ATTEMPTS_MAX:
             await asyncio.sleep(pause_s)
+            turns = [turn for turn in turns if not turn.given_up]
+            if not turns:
+                await self._next(key)
+                return
             attempt += 1
             try:
                 entry, last = await self._bucket.read(key)
@@ -185,7 +196,7 @@ class Writer(Generic[V]):
     async def _next(self, key: str) -> None:
         if turns := self._waiting[key]:
             self._waiting[key] = []
-            await self._decide_by_mirror(key, turns)
+            await self._decide_by_mirror(key, [turn for turn in turns if not turn.given_up])
         else:
             del self._waiting[key]
             self._room.release()

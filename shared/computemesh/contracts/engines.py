@@ -87,7 +87,8 @@ class Engine(Facts, frozen=True, kw_only=True):
     registered_at: float
     """Unix seconds."""
     seen_at: float
-    """Unix seconds of its registration or last heartbeat. Those that come within a second count as one."""
+    """Unix seconds of its registration or last heartbeat. Those that come within a sixth of its life of one that
+    was stored, 10 s, count as one with it."""
 
 
 class EngineRegistered(Message, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import ipaddress
 import socket
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -58,6 +58,9 @@ KEY_HEADERS: Final = (b"x-api-key", b"x-rolemesh-node-key")
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/health", "/ready"})
 """Answered to anybody: they tell nothing but how this process is."""
+
+HOSTS_KNOWN: Final = 256
+"""``Host`` headers of which it is remembered whether they mean this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,8 @@ class _Route(Route):
     """A route that leaves its template in the scope of the requests it takes, for their measurement."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if not self.param_convertors and scope["path"] != self.path:
+            return Match.NONE, {}
         match, found = super().matches(scope)
         return match, {**found, ROUTE: self.path} if found else found
 
@@ -391,7 +396,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> Refused | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        if self._loopback and not is_loopback(_host_name(host)):
+        if self._loopback and not _names_loopback(host):
             return Refused(code="bad_host", reason=f"this edge is not called {host!r}", status=421)
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -426,8 +431,10 @@ def token_needed(config: ServiceConfig) -> bool:
     return bool(entrance.tokens) and not (entrance.loopback_is_open and is_loopback(config.http_host))
 
 
-def _host_name(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
+@lru_cache(HOSTS_KNOWN)
+def _names_loopback(host: str) -> bool:
+    """Whether a ``Host`` header can only mean this machine."""
+    return is_loopback(urlsplit(f"//{host}").hostname or "")
 
 
 def is_loopback(host: str) -> bool:
