@@ -21,6 +21,7 @@ from computemesh.bus import (
     Bucket,
     Bus,
     Conflict,
+    Entry,
     MicroService,
     Mirror,
     NotStored,
@@ -236,7 +237,7 @@ async def test_writes_of_many_keys_at_once_all_stand_and_are_known_at_once(bus: 
             assert mirror.get(name) == node(name)
 
         await asyncio.gather(*map(change, names))
-        assert writer.in_flight == 0
+        assert not any(map(writer.writing, names))
     assert sorted(await bucket.load()) == sorted(names)
 
 
@@ -286,6 +287,26 @@ async def test_what_cannot_be_written_is_told_and_holds_up_nothing_else(bus: Bus
         assert isinstance(results[0], NotStored)
         assert results[1] == node("n", "1")
         assert await writer.change("n", counted) == node("n", "1")
+
+
+async def test_a_write_that_nobody_waits_for_any_more_is_not_tried_again(bus: Bus) -> None:
+    """Its first try loses a race; the next would come when its caller was told long ago that it is not known."""
+    bucket = Bucket(bus, storage.NODES)
+    await bucket.create("n", node("n", "there"))
+    async with writing(bus, mirrored=False) as (writer, _):
+        tries: list[int] = []
+
+        def decide(_: NodeRecord | None) -> NodeRecord:
+            tries.append(1)
+            asking.cancel()
+            return node("n", "late")
+
+        asking = asyncio.create_task(writer.change("n", decide))
+        await asyncio.wait({asking})
+        assert asking.cancelled()
+        await until(lambda: not writer.writing("n"), what="it is given up")
+        assert (len(tries), await bucket.get("n")) == (1, Entry(node("n", "there"), 1))
+        assert await writer.change("n", lambda _: node("n", "next")) == node("n", "next")
 
 
 async def test_writes_that_meet_a_restart_of_the_server_are_made_all_the_same(server: NatsServer, bus: Bus) -> None:
@@ -383,6 +404,24 @@ async def test_a_pull_reads_all_in_order_across_many_batches_and_tells_when_it_i
     await again.stop()
     await pull.stop()
     await pipeline.stop()
+
+
+async def test_a_pull_that_is_stopped_leaves_no_consumer(bus: Bus) -> None:
+    """The server would keep it for ten seconds; whoever reads changes or lists makes many."""
+
+    async def nothing(_: Stored) -> None:
+        pass
+
+    async def consumers() -> int:
+        reply = await bus.call(f"$JS.API.CONSUMER.NAMES.{storage.NODES.stream}", b"")
+        return int(msgspec.json.decode(reply.data)["total"])
+
+    pull = Pull(bus, storage.NODES.stream)
+    await pull.start(nothing, subjects=[storage.NODES.subject("*")])
+    assert await consumers() == 1
+    await pull.stop()
+    await bus.flush()
+    assert await consumers() == 0
 
 
 async def test_a_lease_has_one_holder_and_passes_on_when_released_or_silent(bus: Bus) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 
-from computemesh.bus import Bucket, Bus, BusError, MicroService
+from computemesh.bus import Bucket, Bus, BusError, MicroService, Mirror, Reply, Writer
 from computemesh.bus.provision import drift
 from computemesh.contracts import engines, peers, storage
 from computemesh.contracts.base import AT_ONCE, Refused, Role, serve
@@ -39,7 +40,7 @@ from computemesh.contracts.engines import (
     EngineUnregister,
     EngineUnregistered,
 )
-from computemesh.contracts.peer_records import AliasCounter
+from computemesh.contracts.peer_records import AliasCounter, MemoryRecord
 from computemesh.contracts.peers import (
     Closed,
     MemoryDrop,
@@ -71,6 +72,8 @@ from computemesh.contracts.peers import (
 from computemesh.ids import new_id, token_of
 from computemesh.testing import RunningMesh, running_mesh, until
 from computemesh_services.control_plane import entities
+from computemesh_services.control_plane.changes import ChangeLedger
+from computemesh_services.control_plane.peer_desk import PeerDesk
 from computemesh_services.control_plane.shelf import Shelf
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -661,12 +664,12 @@ async def test_peers_are_listed_in_pages_by_alias(mesh: RunningMesh, scope: str)
 
 async def _aliases(bus: Bus, scope: str, limit: int = 1000) -> list[str]:
     found: list[str] = []
-    after: str | None = None
+    after = ""
     while True:
         page = await bus.ask(peers.LIST, PeersList(scope=scope, after=after, limit=limit))
         assert isinstance(page, Peers)
         found += [peer.alias for peer in page.peers]
-        if page.next is None:
+        if not page.next:
             return found
         after = page.next
 
@@ -682,6 +685,100 @@ async def test_aliases_that_are_found_are_never_given_twice(mesh: RunningMesh, s
     counter = await Bucket(await mesh.bus(Role.SERVICES), storage.PEERS).read_other(f"{scope}.numbers", AliasCounter)
     assert counter is not None
     assert counter.value.last == 21
+
+
+async def test_who_did_not_hear_which_alias_was_found_for_it_gets_that_one_again(mesh: RunningMesh, scope: str) -> None:
+    """Its peer-agent asks again when no answer came."""
+    bus = await mesh.bus(Role.NODE)
+    found = await join(bus, scope, None, "i1")
+    async with asyncio.timeout(30):
+        while await _aliases(bus, scope) != [found.alias]:
+            await asyncio.sleep(0.02)
+    again = [await join(bus, scope, None, "i1") for _ in range(6)]  # Some ask the replica that did not store it.
+    assert {peer.alias for peer in again} == {found.alias}
+
+
+async def test_a_registration_whose_acknowledgement_is_lost_is_made_once(
+    mesh: RunningMesh, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NanoCtrl's clients cannot show who they are: what they stored looks like somebody else's."""
+    bus = await mesh.bus(Role.SERVICES)
+    desk = PeerDesk(bus, ChangeLedger(bus, Mirror(bus, storage.ENGINES), "test"), 60)
+    on_reply: Any = vars(Writer)["_on_reply"]
+    lost: list[str] = []
+
+    async def lose_the_first(*about: Any) -> None:
+        if lost:
+            await on_reply(*about)
+        else:
+            lost.append(about[1])
+            await on_reply(*about[:-1], Reply(b"", timed_out=True))
+
+    monkeypatch.setattr(Writer, "_on_reply", lose_the_first)
+    tasks: list[asyncio.Task[None]] = []
+    await desk.start(lambda coroutine: tasks.append(asyncio.create_task(coroutine)))
+    try:
+        peer = await desk.register(PeerRegister(scope=scope, instance="unknown"), None)
+        assert isinstance(peer, Peer)
+        assert (lost, peer.alias) == ([f"{token_of(scope)}/agent-1"], "agent-1")
+        assert isinstance(await desk.register(PeerRegister(scope=scope, alias="agent-1", instance="i"), None), Refused)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await desk.drain()
+
+
+async def test_what_is_written_while_its_removal_is_considered_stays(mesh: RunningMesh, scope: str) -> None:
+    """A peer that was taken for gone registers and offers its memory again at that moment."""
+    bus, key = await mesh.bus(Role.SERVICES), f"{token_of(scope)}/a"
+    shelf = Shelf(bus, storage.MEMORY)
+    await shelf.start()
+
+    def record(revision: int) -> MemoryRecord:
+        return MemoryRecord(scope=scope, alias="a", instance="i1", entries={}, revision=revision, at=time.time())
+
+    asked: list[int] = []
+
+    async def still() -> bool:
+        asked.append(1)
+        if len(asked) == 1:
+            await shelf.bucket.update(key, record(2), last=(await shelf.bucket.read(key))[1])
+        return len(asked) == 1
+
+    try:
+        assert await shelf.move(key, lambda _: record(1)) is not None
+        assert await shelf.remove(key, still=still) is None
+        stands = await shelf.bucket.get(key)
+        assert stands is not None
+        assert (len(asked), stands.value.revision) == (2, 2)
+    finally:
+        await shelf.remove(key)
+        await shelf.stop()
+
+
+async def test_a_store_without_room_says_that_it_is_full(mesh: RunningMesh, scope: str) -> None:
+    """On the bus and at NanoCtrl's door; when there is room again it goes on."""
+    bus = await mesh.bus(Role.SERVICES)
+    stream = storage.ENGINES.stream
+    reply = msgspec.json.decode((await bus.call(f"$JS.API.STREAM.INFO.{stream}", b"")).data)
+
+    async def limit(**changed: int) -> None:
+        body = msgspec.json.encode(reply["config"] | changed)
+        assert "error" not in msgspec.json.decode((await bus.call(f"$JS.API.STREAM.UPDATE.{stream}", body)).data)
+
+    await limit(max_bytes=reply["state"]["bytes"] + 10)
+    try:
+        answer = await bus.ask(engines.REGISTER, EngineRegister(scope=scope, engine_id="a", role="decode"))
+        assert isinstance(answer, Refused)
+        assert (answer.code, answer.status, answer.retry) == ("full", 503, "later")
+        async with httpx.AsyncClient(base_url=mesh.http("control-plane")) as http:
+            facts = {"role": "decode", "world_size": 1, "num_blocks": 1, "host": "h", "port": 1}
+            said = await http.post("/register_engine", json={"scope": scope, "engine_id": "a", **facts})
+            assert (said.status_code, said.json()["code"]) == (503, "full")
+    finally:
+        await limit()
+    await register(bus, scope, "a")
 
 
 async def test_a_peer_of_which_nothing_is_heard_goes_with_all_that_is_its(brief: RunningMesh, scope: str) -> None:

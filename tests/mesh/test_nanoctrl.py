@@ -344,11 +344,30 @@ async def test_a_peer_agent_is_started_queried_and_cleaned_up(ask: Caller) -> No
         "memory_keys": [],
     }
     assert (await ask("/query"))[0]["resource"] == nics
-    beat = await ask("/heartbeat", entity_type="agent", entity_id="agent-1")
+    await ask("/register_mr", agent_name="agent-1", mr_name="kv", addr=1, length=2, rkey=3)
+    entity = {
+        "id": "agent-1",
+        "entity_id": "agent-1",
+        "entity_type": "agent",
+        "kind": "peer_agent",
+        "endpoint": {"address": "127.0.0.1:1", "device": "mlx5_0", "ib_port": 1, "link_type": "RoCE"},
+        "metadata": {"memory_keys": ["kv"]},
+        "resource": nics,
+    }
+    named: dict[str, Any] = {"entity_type": "agent", "entity_id": "agent-1"}
+    assert await ask("/get_entity_info", **named) == {"status": "ok", "entity_info": entity}
+    assert (await ask("/list_entities", entity_type="agent"))["entities"][0] == entity
+    assert (await ask("/query"))[0]["memory_keys"] == ["kv"], "a list that was made before is made anew"
+    await ask("/register", entity_type="router", entity_id="r", kind="r")
+    everything = (await ask("/list_entities"))["entities"]
+    assert [one["id"] for one in everything] == ["r", "agent-1", "worker-2"]
+    beat = await ask("/heartbeat", **named)
     assert beat == {"status": "ok", "message": "Heartbeat successful for agent agent-1"}
     assert await ask("/cleanup", agent_name="agent-1") == {"status": "ok", "message": "Cleaned up agent: agent-1"}
     assert await ask("/cleanup", agent_name="agent-1") == {"status": "ok", "message": "Cleaned up agent: agent-1"}
-    assert (await ask("/heartbeat_agent", entity_type="agent", entity_id="agent-1"))["status"] == "not_found"
+    assert (await ask("/heartbeat_agent", **named))["status"] == "not_found"
+    assert await ask("/get_entity_info", **named) == {"status": "not_found", "entity_info": None}
+    assert [one["id"] for one in (await ask("/list_entities"))["entities"]] == ["r", "worker-2"]
     assert (await ask("/start_peer_agent", address="127.0.0.1"))["name"] == "agent-3"
     assert await ask.aliases() == ["agent-3", "worker-2"]
 

@@ -180,9 +180,9 @@ def test_lists_and_pages_show_what_was_taken_and_not_dropped(
 @given(st.permutations([("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]))
 def test_memory_ends_with_the_newest_epoch_in_whatever_order_it_comes(order: list[tuple[str, int]]) -> None:
     record: MemoryRecord | None = None
-    empty = MemoryRecord(alias="p", instance="i", entries={}, revision=0, at=0.0)
     for revision, (name, epoch) in enumerate(order, 1):
-        after = peers.with_memory(record, empty, name, MemoryEntry(length=1, epoch=epoch), 0.0, revision)
+        empty = MemoryRecord(alias="p", instance="i", entries={}, revision=revision, at=0.0)
+        after = peers.with_memory(record, empty, name, MemoryEntry(length=1, epoch=epoch))
         assert isinstance(after, MemoryRecord)
         record = after
     assert record is not None

@@ -430,6 +430,10 @@ class Server:
             return self._direct_get(self.streams[name], subject, payload)
         if what.startswith("CONSUMER.CREATE."):
             return self._create_consumer(self.streams[what.split(".")[2]], msgspec.json.decode(payload)["config"])
+        if what.startswith("CONSUMER.DELETE."):
+            _, _, name, consumer = what.split(".")
+            self.streams[name].consumers.pop(consumer, None)
+            return b'{"success":true}', {}
         if what.startswith("CONSUMER.MSG.NEXT."):
             _, _, _, name, consumer = what.split(".")
             return self._next(self.streams[name].consumers.get(consumer), msgspec.json.decode(payload), reply)

@@ -8,12 +8,13 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from computemesh.contracts.base import Refused
+from computemesh.contracts.base import Refused, encode
 from computemesh.contracts.engines import ENGINE, Engine, EngineChange, EngineRegister, EnginesList
 from computemesh.contracts.peer_records import MemoryEntry, MemoryRecord, PeerRecord, TopologyRecord
 from computemesh.contracts.peers import MEMORY_KEYS_MAX, PeerRegister, TopologyPut
 from computemesh.ids import token_of
 from computemesh_services.control_plane import entities, peers
+from computemesh_services.control_plane.newest import Newest
 from computemesh_services.control_plane.roll import NO_ENGINES, Roll
 
 NOW = 1000.0
@@ -239,6 +240,16 @@ def test_a_cleanup_by_who_was_refused_the_alias_is_known_for_a_minute() -> None:
     assert not peers.cleanup_is_anothers(peers.refused(record, 0.0), NOW)
 
 
+def test_what_a_registration_stored_itself_is_told_from_what_another_did() -> None:
+    """When its acknowledgement is lost it finds the record, which would be somebody else's alias otherwise."""
+    record = peers.registered(None, PeerRegister(alias="a", instance="i"), None, NOW, 9)
+    assert isinstance(record, PeerRecord)
+    assert peers.made(record, NOW, 9)
+    assert not peers.made(record, NOW, 10)
+    assert not peers.made(record, NOW + 1, 9)
+    assert not peers.made(None, NOW, 9)
+
+
 def test_a_peer_that_says_too_much_is_refused() -> None:
     said = PeerRegister(alias="a", instance="i1", resource={"x": "y" * 600_000})
     answer = peers.registered(None, said, "i1", NOW, 1)
@@ -267,9 +278,12 @@ def test_aliases_that_are_found_count_in_hexadecimal() -> None:
 EMPTY = MemoryRecord(alias="a", instance="i1", entries={}, revision=1, at=NOW)
 
 
-def with_kv(record: MemoryRecord | None, epoch: int, instance: str = "i1", revision: int = 2) -> MemoryRecord:
-    empty = replace(EMPTY, instance=instance)
-    after = peers.with_memory(record, empty, "kv", MemoryEntry(length=8, epoch=epoch), NOW, revision)
+def with_kv(
+    record: MemoryRecord | None, epoch: int, instance: str = "i1", revision: int = 2, since: float = 0.0
+) -> MemoryRecord:
+    empty = replace(EMPTY, instance=instance, revision=revision)
+    entry = MemoryEntry(length=8, epoch=epoch)
+    after = peers.with_memory(record, empty, "kv", entry, over=record, since=since)
     assert isinstance(after, MemoryRecord)
     return after
 
@@ -290,6 +304,22 @@ def test_memory_of_an_earlier_life_does_not_count() -> None:
     assert peers.view(a_peer(), record).memory_keys == ["kv"]
 
 
+def test_memory_of_another_life_is_replaced_only_where_that_is_known_to_be_over() -> None:
+    """A replica that knows the peer's record of a moment ago must not let its last life overwrite the next."""
+    record, empty = with_kv(None, 9, "i2"), replace(EMPTY, instance="i1")
+    answer = peers.with_memory(record, empty, "kv", MemoryEntry(length=8, epoch=1))
+    assert isinstance(answer, Refused)
+    assert (answer.code, answer.field) == ("not_yours", "instance")
+    assert isinstance(peers.with_memory(record, empty, "kv", MemoryEntry(length=8), over=record), MemoryRecord)
+
+
+def test_memory_that_was_offered_before_the_peer_registered_again_is_written_again() -> None:
+    """What is left of a peer that expired may be dropped at this moment; a newer revision keeps it."""
+    record = with_kv(None, 2)
+    assert with_kv(record, 2, revision=3, since=NOW) is record
+    assert with_kv(record, 2, revision=3, since=NOW + 1).revision == 3
+
+
 def test_dropping_memory_leaves_what_was_registered_since() -> None:
     record = with_kv(None, 2)
     assert peers.without_memory(record, "kv", 1, NOW, 3) is record
@@ -302,8 +332,30 @@ def test_a_peer_offers_no_more_memory_than_is_kept() -> None:
     entry = MemoryEntry(length=1)
     full = replace(EMPTY, entries={str(number): entry for number in range(MEMORY_KEYS_MAX)})
     for name, fits in (("new", False), ("0", True)):
-        answer = peers.with_memory(full, EMPTY, name, replace(entry, epoch=1), NOW, 2)
+        answer = peers.with_memory(full, EMPTY, name, replace(entry, epoch=1))
         assert isinstance(answer, MemoryRecord) is fits
+
+
+def test_few_pieces_of_memory_always_fit() -> None:
+    """So they need not be counted out each time: the longest name of the widest letters, and the largest numbers."""
+    entry = MemoryEntry(length=2**63 - 1, epoch=2**63 - 1, addr=2**63 - 1, rkey=2**32 - 1, lkey=2**32 - 1)
+    widest = encode({"\U0001f9e0" * 200: replace(entry, transports=["rdma", "shm", "tcp"])})
+    assert len(widest) < peers.ENTRY_BYTES_MAX
+
+
+# --- the newest revisions ------------------------------------------------------------------------------------------
+
+
+def test_the_newest_revision_of_a_scope_never_falls_also_when_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("computemesh_services.control_plane.newest.SCOPES_MAX", 2)
+    newest = Newest()
+    assert newest.of("a") == 0
+    assert [newest.note("a", 3), newest.note("a", 2), newest.note("b", 4)] == [True, False, True]
+    newest.note("c", 9)
+    assert [newest.of("a"), newest.of("b"), newest.of("c"), newest.of("other")] == [3, 4, 9, 3]
+    newest.note("b", 5)
+    newest.note("d", 6)
+    assert [newest.of("b"), newest.of("c")] == [5, 9], "what changed last is remembered"
 
 
 # --- topology ------------------------------------------------------------------------------------------------------

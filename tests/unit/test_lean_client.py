@@ -23,7 +23,7 @@ from nats.protocol.parser import Parser
 from computemesh.bus.client import UNDRAINED_BYTES_MAX, LeanClient, LeanParser
 from computemesh.testing import until
 
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 REPLACED: tuple[Callable[..., Any], ...] = (
     Client.publish,

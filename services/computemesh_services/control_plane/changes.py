@@ -29,15 +29,13 @@ from computemesh.contracts.services import CONTROL_PLANE
 from computemesh.ids import token_of
 from computemesh_services.control_plane import entities
 from computemesh_services.control_plane.entities import Gone
+from computemesh_services.control_plane.newest import Newest
 
 AT_ONCE: Final = 256
 """Changes that are on their way to the ledger at the same time."""
 
 REACH_S: Final = 5.0
 """How long a change that was told waits for the record it is about."""
-
-SCOPES_MAX: Final = 100_000
-"""Scopes of which the newest revision is remembered."""
 
 AGAIN_S: Final = 0.2
 """Pause after changes could not be told."""
@@ -67,10 +65,8 @@ class ChangeLedger:
         self._instance = instance
         self._told: dict[str, EngineChange] = {}
         """The last change of each engine that is there, or was told to be, by the key of its record."""
-        self._latest: dict[str, int] = {}
-        """The newest revision of each scope of which all is reflected in memory."""
-        self._floor = 0
-        """What came up to this revision may be lost."""
+        self._latest = Newest()
+        """Of each scope, the newest revision of which all is reflected in memory."""
         self._seen = 0
         """The newest revision that was read or written."""
         self._pull: Pull | None = None
@@ -103,7 +99,7 @@ class ChangeLedger:
 
     def revision(self, scope: str) -> int:
         """The newest change of a scope that is known to be reflected in memory."""
-        return self._latest.get(scope, self._floor)
+        return self._latest.of(scope)
 
     def noticed(self, key: str) -> None:
         """The record under *key* is not what it was."""
@@ -133,8 +129,8 @@ class ChangeLedger:
     async def _read(self, pull: Pull) -> None:
         first, last = await stream_bounds(self._bus, _LEDGER.stream)
         if last < self._seen:  # It was lost, and made anew.
-            self._told, self._latest, self._seen = {}, {}, 0
-        self._floor = max(0, first - 1)
+            self._told, self._latest, self._seen = {}, Newest(), 0
+        self._latest.raise_floor(first - 1)
         subject = _LEDGER.subject("*.*")
         await pull.start(self._on_stored, subjects=[subject], last_per_subject=True)
         await pull.catch_up(subject)
@@ -165,13 +161,8 @@ class ChangeLedger:
             self._arrived.task_done()
 
     def _take(self, change: EngineChange) -> None:
-        known = self._latest.pop(change.scope, 0)  # The scopes stand in the order of their changes.
-        self._latest[change.scope] = max(known, change.revision)
-        if change.revision <= known:
+        if not self._latest.note(change.scope, change.revision):
             return  # This replica told it, and perhaps more since.
-        if len(self._latest) > SCOPES_MAX:
-            oldest = next(iter(self._latest))
-            self._floor = max(self._floor, self._latest.pop(oldest))
         key = entities.key_of(change.scope, change.entity_type, change.engine_id)
         if change.engine is None:
             self._told.pop(key, None)

@@ -17,7 +17,6 @@ from computemesh.contracts import nanoctrl
 from computemesh.contracts.base import Message, Refused, Route, convert, decode, encode, refused, too_deep
 from computemesh.contracts.engines import (
     ENGINE,
-    Engine,
     EngineHeartbeat,
     EngineRegister,
     EngineUnregister,
@@ -30,7 +29,6 @@ from computemesh.contracts.nanoctrl import (
     EngineFound,
     EngineNamed,
     EntityFound,
-    EntityInfo,
     EntityList,
     EntityNamed,
     GetMrInfo,
@@ -41,7 +39,6 @@ from computemesh.contracts.nanoctrl import (
     ListEntities,
     MrFound,
     MrInfo,
-    PeerAgent,
     PeerAgentStarted,
     RedisAddress,
     RegisterEngine,
@@ -51,13 +48,13 @@ from computemesh.contracts.nanoctrl import (
     Status,
 )
 from computemesh.contracts.peer_records import MemoryEntry, MemoryRecord, PeerRecord
-from computemesh.contracts.peers import Peer, PeerRegister, Topology, TopologyPut
+from computemesh.contracts.peers import PeerGet, PeerRegister, Topology, TopologyPut
 from computemesh.edge import Extra, declared, read_body
 from computemesh.edge.http import is_loopback, media_type, nano_error
 from computemesh.ids import new_id
+from computemesh_services.control_plane import words
 from computemesh_services.control_plane.engine_desk import EngineDesk
 from computemesh_services.control_plane.peer_desk import PeerDesk
-from computemesh_services.control_plane.roll import info
 
 Q = TypeVar("Q", bound=Message)
 
@@ -193,7 +190,7 @@ class NanoCtrlDoor:
             return found
         if found is None:
             return EngineFound(status="not_found", engine_info=None)
-        return EngineFound(status="ok", engine_info=info(found))
+        return EngineFound(status="ok", engine_info=words.info(found))
 
     async def on_list_engines(self, said: InScope) -> bytes | Refused:
         return self._engines.stale() or self._engines.roll.listed(said.scope or "")
@@ -233,18 +230,29 @@ class NanoCtrlDoor:
         return Done(message=f"Entity {said.entity_type}:{said.entity_id} unregistered successfully")
 
     async def on_get_entity_info(self, said: EntityNamed) -> EntityFound | Refused:
+        if said.entity_type == AGENT:
+            peer = await self._peers.on_get(PeerGet(scope=said.scope or "", alias=said.entity_id))
+            if not isinstance(peer, Refused):
+                return EntityFound(status="ok", entity_info=words.agent_entity(peer))
+            return peer if peer.status != 404 else EntityFound(status="not_found", entity_info=None)
         found = await self._engines.find(said.scope or "", said.entity_type, said.entity_id)
         if isinstance(found, Refused):
             return found
         if found is None:
             return EntityFound(status="not_found", entity_info=None)
-        return EntityFound(status="ok", entity_info=_entity(found))
+        return EntityFound(status="ok", entity_info=words.entity(found))
 
-    async def on_list_entities(self, said: ListEntities) -> EntityList | Refused:
-        if (stale := self._engines.stale()) is not None:
+    async def on_list_entities(self, said: ListEntities) -> bytes | EntityList | Refused:
+        if (stale := self._engines.stale() or self._peers.stale()) is not None:
             return stale
-        found = self._engines.roll.matching(said.scope or "", said.entity_type, said.kind)
-        return EntityList(entities=[_entity(record) for record in found])
+        scope, roll = said.scope or "", self._engines.roll
+        if said.entity_type is None and said.kind is None:
+            lists = [part for part in (roll.entities(scope), self._peers.listed(scope, words.agent_entity)) if part]
+            return b'{"status":"ok","entities":[%b]}' % b",".join(lists)
+        found = [words.entity(record) for record in roll.matching(scope, said.entity_type, said.kind)]
+        if said.entity_type in (None, AGENT) and said.kind in (None, words.AGENT_KIND):
+            found += [words.agent_entity(peer) for peer in self._peers.of(scope)]
+        return EntityList(entities=found)
 
     # --- peer agents -------------------------------------------------------------------------------------------------
 
@@ -270,8 +278,8 @@ class NanoCtrlDoor:
         )
         return started if said.resource is None else msgspec.structs.replace(started, resource=said.resource)
 
-    async def on_query(self, said: InScope) -> list[PeerAgent] | Refused:
-        return self._peers.stale() or [_agent(peer) for peer in self._peers.of(said.scope or "")]
+    async def on_query(self, said: InScope) -> bytes | Refused:
+        return self._peers.stale() or b"[%b]" % self._peers.listed(said.scope or "", words.agent)
 
     async def on_register_mr(self, said: RegisterMr) -> Status | Refused:
         entry = MemoryEntry(length=said.length, addr=said.addr, rkey=said.rkey, lkey=said.lkey)
@@ -360,32 +368,3 @@ def _through_its_node(owner: PeerRecord) -> Refused:
 def _host(address: str) -> str:
     """The host in an address that may have a port."""
     return address.rpartition(":")[0].strip("[]") if address.count(":") == 1 or "]" in address else address
-
-
-def _entity(record: Engine) -> EntityInfo:
-    if record.entity_type == ENGINE:
-        endpoint: Any = {"host": record.host, "port": record.port}
-        metadata: Any = msgspec.to_builtins(info(record))
-    else:
-        endpoint, metadata = record.endpoint, record.metadata
-    return EntityInfo(
-        id=record.engine_id,
-        entity_id=record.engine_id,
-        entity_type=record.entity_type,
-        kind=record.kind,
-        endpoint=endpoint,
-        metadata=metadata,
-        resource=record.resource,
-    )
-
-
-def _agent(peer: Peer) -> PeerAgent:
-    return PeerAgent(
-        name=peer.alias,
-        device=peer.device,
-        ib_port=peer.ib_port,
-        link_type=peer.link_type,
-        address=peer.address,
-        resource=peer.resource or None,
-        memory_keys=peer.memory_keys,
-    )

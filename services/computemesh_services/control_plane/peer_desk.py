@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, cast
 
 from msgspec.structs import replace
 from prometheus_client import Counter, Gauge
@@ -17,7 +17,7 @@ from computemesh.bus import Bus, BusError, Conflict, NoResponder, TimedOut
 from computemesh.bus.pull import read_last
 from computemesh.contracts import peers as contracts
 from computemesh.contracts import storage
-from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Refused, encode, serve
+from computemesh.contracts.base import MESSAGE_BYTES_MAX, AnyBound, Message, Refused, encode, serve
 from computemesh.contracts.peer_records import AliasCounter, MemoryEntry, MemoryRecord, PeerRecord, TopologyRecord
 from computemesh.contracts.peers import (
     MemoryDrop,
@@ -49,6 +49,7 @@ from computemesh.ids import token_of
 from computemesh.lifecycle import Spawn
 from computemesh_services.control_plane import entities, peers
 from computemesh_services.control_plane.changes import ChangeLedger
+from computemesh_services.control_plane.newest import Newest
 from computemesh_services.control_plane.shelf import Shelf
 
 ANSWER_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 16 * 1024
@@ -63,6 +64,8 @@ CALLS_AT_ONCE: Final = 2048
 CALLS_TO_NODE_MAX: Final = 256
 """Of these, those to one node: so one that hangs keeps nobody from the others."""
 COUNTER_TRIES: Final = 32
+NUMBERS_S: Final = 30 * 86_400
+"""How long after the last alias was found for a scope its numbers are remembered."""
 ALIASES_AT_ONCE: Final = 100
 
 PEERS: Final = Gauge("computemesh_peers", "Peer agents that are known.")
@@ -92,8 +95,9 @@ class PeerDesk:
         """Of each scope, in order."""
         self._records: dict[str, PeerRecord] = {}
         """As they stood last, also those that are gone by now."""
-        self._revisions: dict[str, int] = {}
-        """The highest known of each scope."""
+        self._revisions = Newest()
+        self._lists: dict[str, dict[Callable[[Peer], Message], bytes]] = {}
+        """Of each scope, the lists that were made since something in it changed."""
         self.wishes: Final = peers.Wishes()
         self._specs: dict[str, TopologyRecord] = {}
         self._gone: dict[str, tuple[PeerRecord, float]] = {}
@@ -140,9 +144,12 @@ class PeerDesk:
 
     def _on_peer(self, key: str, record: PeerRecord | None) -> None:
         before = self._records.pop(key, None)
+        stands = record or before
+        if stands is not None and not (record and before and peers.same(record, before)):
+            self._lists.pop(stands.scope, None)
         if record is not None:
             self._records[key] = record
-            self._knows(record.scope, record.revision)
+            self._revisions.note(record.scope, record.revision)
             self._gone.pop(key, None)
             if before is None:
                 insort(self._aliases.setdefault(record.scope, []), record.alias)
@@ -155,9 +162,11 @@ class PeerDesk:
             self._went.set()
         PEERS.set(len(self._records))
 
-    def _on_memory(self, _: str, record: MemoryRecord | None) -> None:
+    def _on_memory(self, key: str, record: MemoryRecord | None) -> None:
+        if (peer := self._records.get(key)) is not None:
+            self._lists.pop(peer.scope, None)
         if record is not None:
-            self._knows(record.scope, record.revision)
+            self._revisions.note(record.scope, record.revision)
 
     def _on_topology(self, key: str, record: TopologyRecord | None) -> None:
         stands = record or self._specs.get(key)
@@ -167,16 +176,12 @@ class PeerDesk:
             del self._specs[key]
         else:
             self._specs[key] = record
-            self._knows(record.scope, record.revision)
+            self._revisions.note(record.scope, record.revision)
         self.wishes.set(stands.scope, stands.alias, record)
 
-    def _knows(self, scope: str, revision: int) -> None:
-        if revision > self._revisions.get(scope, 0):
-            self._revisions[scope] = revision
-
     def _revision(self, scope: str, now: float) -> int:
-        revision = peers.revision_after(self._revisions.get(scope, 0), now)
-        self._revisions[scope] = revision
+        revision = peers.revision_after(self._revisions.of(scope), now)
+        self._revisions.note(scope, revision)
         return revision
 
     def stale(self) -> Refused | None:
@@ -193,6 +198,19 @@ class PeerDesk:
             key = peers.key_of(scope, alias)
             yield peers.view(self._records[key], self._memory.known(key))
 
+    def listed(self, scope: str, word: Callable[[Peer], Message]) -> bytes:
+        """The peers of a scope in the words of another interface, without what is around the list.
+
+        Args:
+            word: a function by which the list is known again, until something in it changes.
+        """
+        if scope not in self._aliases:
+            return b""
+        lists = self._lists.setdefault(scope, {})
+        if word not in lists:
+            lists[word] = encode([word(peer) for peer in self.of(scope)])[1:-1]
+        return lists[word]
+
     # --- peers -------------------------------------------------------------------------------------------------------
 
     async def on_register(self, said: PeerRegister) -> Peer | Refused:
@@ -206,6 +224,8 @@ class PeerDesk:
         """
         if said.alias is not None:
             return await self._register(said, instance)
+        if instance is not None and (named := self._named(said.scope, instance)) is not None:
+            return await self._register(replace(said, alias=named), instance)  # It did not hear the answer.
         for _ in range(ALIASES_AT_ONCE):
             alias = peers.automatic(said.name_prefix, await self._number(said.scope))
             answer = await self._register(replace(said, alias=alias), instance)
@@ -214,15 +234,20 @@ class PeerDesk:
         reason = f"the next {ALIASES_AT_ONCE} names after {said.name_prefix!r} are taken"
         return Refused(code="full", reason=reason, field="name_prefix", status=503)
 
+    def _named(self, scope: str, instance: str) -> str | None:
+        """The alias that an instance has already, as memory knows it."""
+        records = (self._records[peers.key_of(scope, alias)] for alias in self._aliases.get(scope, ()))
+        return next((record.alias for record in records if record.instance == instance), None)
+
     async def _number(self, scope: str) -> int:
         """The next number of a scope, which no other peer gets."""
         key = f"{token_of(scope)}.numbers"
         for _ in range(COUNTER_TRIES):
             entry = await self._shelf.bucket.read_other(key, AliasCounter)
             number = (entry.value.last if entry is not None else 0) + 1
+            last = entry.revision if entry is not None else await self._shelf.bucket.newest(key)
             with contextlib.suppress(Conflict):
-                last = entry.revision if entry is not None else 0
-                await self._shelf.bucket.update_other(key, AliasCounter(last=number), last=last)
+                await self._shelf.bucket.update_other(key, AliasCounter(last=number), last=last, ttl_s=NUMBERS_S)
                 return number
         raise Conflict(f"{key}: {COUNTER_TRIES} races lost in a row")
 
@@ -233,6 +258,8 @@ class PeerDesk:
         before: list[PeerRecord | None] = []
 
         def registered(record: PeerRecord | None) -> PeerRecord | Refused:
+            if peers.made(record, now, revision):
+                return cast("PeerRecord", record)
             before[:] = [record]
             return peers.registered(record, said, instance, now, revision)
 
@@ -258,7 +285,7 @@ class PeerDesk:
         removed = await self._shelf.remove(key, lambda record: peers.owns(record, instance))
         if removed is None:
             stands = await self._shelf.read(key)
-            return _not_yours(alias) if stands is not None else PeerUnregistered(found=False)
+            return peers.not_yours(alias) if stands is not None else PeerUnregistered(found=False)
         _log.info("unregistered", peer=alias, scope=scope)
         await self._clear(key, removed)
         await self._tell(removed, "removed", self._revision(scope, time.time()))
@@ -282,9 +309,13 @@ class PeerDesk:
         return "gone"
 
     async def _clear(self, key: str, peer: PeerRecord) -> None:
-        """Drops what is kept of a peer beside itself."""
-        await self._memory.remove(key, lambda kept: kept.instance == peer.instance)
-        spec = await self._topology.remove(key)
+        """Drops what is kept of a peer that is gone, unless it is there again."""
+
+        async def gone() -> bool:
+            return await self._shelf.read(key) is None
+
+        await self._memory.remove(key, lambda kept: kept.instance == peer.instance, still=gone)
+        spec = await self._topology.remove(key, still=gone)
         for alias in peers.affected(spec, None) - {peer.alias}:
             await self._tell_topology(peer.scope, alias)
 
@@ -318,13 +349,13 @@ class PeerDesk:
             return stale
         taken: list[Peer] = []
         size, more = 0, False
-        for peer in self.of(ask.scope, ask.after or ""):
+        for peer in self.of(ask.scope, ask.after):
             size += len(encode(peer)) + 1
             if len(taken) >= ask.limit or (taken and size > ANSWER_BYTES_MAX):
                 more = True
                 break
             taken.append(peer)
-        return Peers(peers=taken, revision=self._revisions.get(ask.scope, 0), next=taken[-1].alias if more else None)
+        return Peers(peers=taken, revision=self._revisions.of(ask.scope), next=taken[-1].alias if more else "")
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -332,21 +363,25 @@ class PeerDesk:
         entry = MemoryEntry(
             length=said.length, epoch=said.epoch, addr=said.addr, rkey=said.rkey, transports=said.transports
         )
-        owner = await self._owner(said.scope, said.alias, said.instance)
-        if isinstance(owner, Refused):
-            return owner
         stored = await self.put_memory(said.scope, said.alias, said.instance, said.name, entry)
         return stored if isinstance(stored, Refused) else MemoryStored(revision=stored.revision)
 
     async def put_memory(
         self, scope: str, alias: str, instance: str | None, name: str, entry: MemoryEntry
     ) -> MemoryRecord | Refused:
-        """Makes a piece of memory known."""
+        """Makes a piece of memory known. Of a peer that has no instance, that need not be registered."""
+        key = peers.key_of(scope, alias)
+        stands = await self._memory.get(key)
+        over = stands if stands is not None and stands.instance != instance else None
+        owner = await self._owner(scope, alias, instance, surely=over is not None)
+        if isinstance(owner, Refused) and (instance is not None or owner.status != 404):
+            return owner
+        since = owner.registered_at if isinstance(owner, PeerRecord) else 0.0
         now = time.time()
         revision = self._revision(scope, now)
         empty = MemoryRecord(scope=scope, alias=alias, instance=instance, entries={}, revision=revision, at=now)
         record = await self._memory.move(
-            peers.key_of(scope, alias), lambda known: peers.with_memory(known, empty, name, entry, now, revision)
+            key, lambda known: peers.with_memory(known, empty, name, entry, over=over, since=since)
         )
         assert record is not None
         if isinstance(record, MemoryRecord) and record.revision == revision:
@@ -400,15 +435,17 @@ class PeerDesk:
         names = sorted(peers.offered(record, peer.instance))
         return PeerMemories(memories=[peers.memory_view(record, name) for name in names] if record else [])
 
-    async def _owner(self, scope: str, alias: str, instance: str) -> PeerRecord | Refused:
-        """The record of a peer, if *instance* speaks for it."""
+    async def _owner(
+        self, scope: str, alias: str, instance: str | None, *, surely: bool = False
+    ) -> PeerRecord | Refused:
+        """The record of a peer, if *instance* speaks for it: by memory, which may be late by a moment, or surely."""
         key = peers.key_of(scope, alias)
         record = self._shelf.known(key)
-        if not peers.owns(record, instance):
+        if surely or not peers.owns(record, instance):
             record = await self._shelf.read(key)
         if record is None:
             return _no_peer(alias)
-        return record if peers.owns(record, instance) else _not_yours(alias)
+        return record if peers.owns(record, instance) else peers.not_yours(alias)
 
     async def find(self, scope: str, alias: str) -> PeerRecord | None:
         """The record of a peer, from memory or else from the store."""
@@ -490,7 +527,7 @@ class PeerDesk:
             await self._bus.publish(contracts.CHANGED, told)
 
     async def _tell_topology(self, scope: str, alias: str) -> None:
-        await self._tell_about(scope, alias, "topology", self._revisions.get(scope, 0))
+        await self._tell_about(scope, alias, "topology", self._revisions.of(scope))
 
     # --- those that are gone -----------------------------------------------------------------------------------------
 
@@ -551,8 +588,3 @@ class PeerDesk:
 
 def _no_peer(alias: str) -> Refused:
     return Refused(code="not_found", reason=f"no peer {alias!r} in this scope", field="alias", status=404)
-
-
-def _not_yours(alias: str) -> Refused:
-    reason = f"{alias!r} belongs to another instance"
-    return Refused(code="not_yours", reason=reason, field="instance", status=409)

@@ -26,6 +26,9 @@ from computemesh.ids import token_of
 RECORD_BYTES_MAX: Final = 512 * 1024
 """What is kept in one record, as JSON."""
 
+ENTRY_BYTES_MAX: Final = 1024
+"""What one piece of memory needs of that, at most. So few pieces need not be counted out."""
+
 REFUSED_S: Final = 60.0
 """How long after an alias was refused to somebody a cleanup of it is taken to be theirs."""
 
@@ -82,6 +85,11 @@ def registered(
     return after if record is None or same(record, after) else replace(after, revision=revision)
 
 
+def made(record: PeerRecord | None, now: float, revision: int) -> bool:
+    """Whether a new record is what a registration of this time and revision made: its acknowledgement was lost."""
+    return record is not None and (record.registered_at, record.revision) == (now, revision)
+
+
 def same(one: PeerRecord, other: PeerRecord) -> bool:
     """Whether two records say the same of a peer, whenever it was heard."""
     plain: dict[str, Any] = {"seen_at": 0.0, "revision": 0, "refused_at": 0.0}
@@ -130,6 +138,12 @@ def view(record: PeerRecord, memory: MemoryRecord | None) -> Peer:
     )
 
 
+def not_yours(alias: str) -> Refused:
+    """Why somebody may not speak for a peer."""
+    reason = f"{alias!r} belongs to another instance"
+    return Refused(code="not_yours", reason=reason, field="instance", status=409)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -139,22 +153,34 @@ def offered(record: MemoryRecord | None, instance: str | None) -> dict[str, Memo
 
 
 def with_memory(
-    record: MemoryRecord | None, empty: MemoryRecord, name: str, entry: MemoryEntry, now: float, revision: int
+    record: MemoryRecord | None,
+    empty: MemoryRecord,
+    name: str,
+    entry: MemoryEntry,
+    *,
+    over: MemoryRecord | None = None,
+    since: float = 0.0,
 ) -> MemoryRecord | Refused:
     """The record after a piece of memory was offered. One with a lower epoch is late, and changes nothing.
 
     Args:
-        empty: the record of the life that offers it, without any memory.
+        empty: the record of the life that offers it, without any memory, as of now.
+        over: the record of another life, which is known to be over.
+        since: when this life was registered. What is older may be about to be dropped, and is written again.
     """
+    if record is not None and record.instance != empty.instance and (over is None or record.instance != over.instance):
+        return not_yours(empty.alias)
     entries = offered(record, empty.instance)
     known = entries.get(name)
-    if known is not None and (known == entry or known.epoch > entry.epoch):
-        return record or empty
+    if record is not None and known is not None and known.epoch > entry.epoch:
+        return record
+    if record is not None and known == entry and record.at >= since:
+        return record
     if known is None and len(entries) >= MEMORY_KEYS_MAX:
         reason = f"{empty.alias} offers {MEMORY_KEYS_MAX} pieces of memory, and no more are kept"
         return Refused(code="full", reason=reason, field="name", status=503)
-    after = replace(empty, entries={**entries, name: entry}, revision=revision, at=now)
-    if len(encode(after)) > RECORD_BYTES_MAX:
+    after = replace(empty, entries={**entries, name: entry})
+    if len(after.entries) * ENTRY_BYTES_MAX > RECORD_BYTES_MAX and len(encode(after)) > RECORD_BYTES_MAX:
         reason = f"the memory of {empty.alias} needs more than {RECORD_BYTES_MAX} bytes as JSON"
         return Refused(code="full", reason=reason, field="name", status=503)
     return after

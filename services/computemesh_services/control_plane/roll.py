@@ -8,8 +8,7 @@ from typing import Final
 
 from computemesh.contracts.base import encode
 from computemesh.contracts.engines import ENGINE, Engine, Engines, EnginesList
-from computemesh.contracts.nanoctrl import EngineInfo
-from computemesh_services.control_plane import entities
+from computemesh_services.control_plane import entities, words
 
 NO_ENGINES: Final = b'{"status":"ok","engines":[]}'
 
@@ -26,6 +25,8 @@ class _Scope:
         """Engines as NanoCtrl lists them, encoded."""
         self.listed: bytes | None = NO_ENGINES
         """All of them as one answer; None when that is to be made anew."""
+        self.entities: bytes | None = None
+        """Entities of all types as NanoCtrl lists them, without what is around the list; None likewise."""
 
     def order(self) -> list[str]:
         if self.ordered is None:
@@ -61,8 +62,11 @@ class Roll:
         self._keys[key] = (record.scope, place)
         if before is None:
             scope.ordered = None
-        if record.entity_type == ENGINE and (before is None or not entities.same(before, record)):
-            scope.infos[place] = encode(info(record))
+        if before is not None and entities.same(before, record):
+            return
+        scope.entities = None
+        if record.entity_type == ENGINE:
+            scope.infos[place] = encode(words.info(record))
             scope.listed = None
 
     def drop(self, key: str) -> None:
@@ -73,7 +77,7 @@ class Roll:
         name, place = found
         scope = self._scopes[name]
         del scope.records[place]
-        scope.ordered = None
+        scope.ordered = scope.entities = None
         if scope.infos.pop(place, None) is not None:
             scope.listed = None
         if not scope.records:
@@ -90,6 +94,15 @@ class Roll:
                 infos[place] for place in found.order() if place in infos
             )
         return found.listed
+
+    def entities(self, scope: str) -> bytes:
+        """The entities of a scope as NanoCtrl lists them, without what is around the list."""
+        found = self._scopes.get(scope)
+        if found is None:
+            return b""
+        if found.entities is None:
+            found.entities = encode([words.entity(record) for record in self.matching(scope, None, None)])[1:-1]
+        return found.entities
 
     def matching(self, scope: str, entity_type: str | None, kind: str | None) -> Iterator[Engine]:
         """The entities of a scope, in order, of a type and a kind; None: of any."""
@@ -119,22 +132,3 @@ class Roll:
         return Engines(
             engines=taken, count=len(records), revision=revision, next=places[first + len(taken) - 1] if more else ""
         )
-
-
-def info(record: Engine) -> EngineInfo:
-    """An engine in NanoCtrl's words."""
-    assert record.role is not None
-    return EngineInfo(
-        id=record.engine_id,
-        role=record.role,
-        world_size=record.world_size,
-        num_blocks=record.num_blocks,
-        host=record.host,
-        port=record.port,
-        peer_addrs=record.peer_addrs,
-        p2p_host=record.p2p_host,
-        p2p_port=record.p2p_port,
-        max_num_seqs=record.max_num_seqs,
-        model_path=record.model_path,
-        zmq_address=record.zmq_address,
-    )

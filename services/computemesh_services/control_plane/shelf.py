@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -111,8 +111,17 @@ class Shelf(Generic[V]):
                 return refusal[0]
         return None
 
-    async def remove(self, key: str, allowed: Callable[[V], bool] = lambda _: True) -> V | None:
+    async def remove(
+        self,
+        key: str,
+        allowed: Callable[[V], bool] = lambda _: True,
+        *,
+        still: Callable[[], Awaitable[bool]] | None = None,
+    ) -> V | None:
         """Removes a record, and gives what was removed; None when there was none, or none that was allowed.
+
+        Args:
+            still: whether it is to be removed. It is asked once the record was read; what is written after that stays.
 
         Raises:
             BusError: nobody knows whether it was removed.
@@ -123,6 +132,8 @@ class Shelf(Generic[V]):
                 entry = await self.bucket.get(key)
                 if entry is None or not allowed(entry.value):
                     return None
+            if still is not None and not await still():
+                return None
             try:
                 marker = await self.bucket.purge(key, last=entry.revision, marker_ttl_s=MARKER_S)
             except Conflict:

@@ -246,13 +246,13 @@ class Questions:
 
     async def _aliases(self, scope: str) -> Aliases | Refused:
         found: list[str] = []
-        after: str | None = None
+        after = ""
         while True:
             page = await self._node.bus.ask(peers.LIST, PeersList(scope=scope, after=after))
             if isinstance(page, Refused):
                 return page
             found += [peer.alias for peer in page.peers]
-            if (after := page.next) is None:
+            if not (after := page.next):
                 return Aliases(aliases=found)
 
 

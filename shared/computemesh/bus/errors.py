@@ -11,6 +11,11 @@ BusError
 
 from __future__ import annotations
 
+from typing import Final
+
+NO_ROOM: Final = frozenset({10023, 10047, 10077})
+"""The server's codes for a stream, an account or a disk that is full."""
+
 
 class BusError(Exception):
     """Base of all bus failures. The message names the subject and what was tried."""
@@ -41,3 +46,8 @@ class NotStored(BusError):
         super().__init__(text)
         self.code = code
         """The server's ``err_code``."""
+
+    @property
+    def full(self) -> bool:
+        """Whether there was no room for it."""
+        return self.code in NO_ROOM

@@ -98,12 +98,7 @@ class Bucket(Generic[V]):
         Raises:
             Conflict: somebody else wrote meanwhile.
         """
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
-        if ttl_s is not None:
-            headers["Nats-TTL"] = f"{ttl_s}s"
-        subject = self.spec.subject(key)
-        reply = await self._bus.call(subject, encode(value), headers=headers)
-        return read_ack(subject, reply.data).seq
+        return await self.update_other(key, value, last=last, ttl_s=ttl_s)
 
     async def update_together(self, writes: Sequence[Write]) -> int:
         """Writes several keys, all or none, and gives the revision of the last; those before it precede it by one each.
@@ -138,15 +133,19 @@ class Bucket(Generic[V]):
             return None
         return Entry(msgspec.json.decode(stored.data, type=kind), stored.seq)
 
-    async def update_other(self, key: str, value: msgspec.Struct, *, last: int) -> int:
+    async def update_other(self, key: str, value: msgspec.Struct, *, last: int, ttl_s: int | None = None) -> int:
         """As :meth:`update`, for a key of several tokens."""
-        subject = self.spec.subject(key)
         headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
-        return read_ack(subject, (await self._bus.call(subject, encode(value), headers=headers)).data).seq
+        if ttl_s is not None:
+            headers["Nats-TTL"] = f"{ttl_s}s"
+        subject = self.spec.subject(key)
+        reply = await self._bus.call(subject, encode(value), headers=headers)
+        return read_ack(subject, reply.data).seq
 
-    async def newest(self) -> int:
-        """The revision of the key that was written last, 0 when there is none. Keys of several tokens do not count."""
-        stored = await read_last(self._bus, self.spec.stream, self.spec.subject("*"))
+    async def newest(self, key: str = "*") -> int:
+        """The revision of a key, that of a marker included; 0 when there is nothing. Without one, of the key that was
+        written last; keys of several tokens do not count."""
+        stored = await read_last(self._bus, self.spec.stream, self.spec.subject(key))
         return stored.seq if stored else 0
 
     async def create(self, key: str, value: V, *, ttl_s: int | None = None) -> int:

@@ -20,7 +20,7 @@ from nats.aio.subscription import Subscription
 
 from computemesh import __version__, log, trace
 from computemesh.bus.connection import Bus, sender_of
-from computemesh.bus.errors import BusError
+from computemesh.bus.errors import BusError, NotStored
 from computemesh.bus.metrics import CALLS, SYSTEM
 from computemesh.contracts.base import AnyBound, AnyInParts, AnyServed, InParts, Message, Refused, Role, decode, encode
 from computemesh.contracts.permissions import is_inbox
@@ -204,7 +204,8 @@ async def guarded(subject: str, answering: Awaitable[R]) -> R | Refused:
         return await answering
     except BusError as error:
         _log.warning("no answer from the bus", subject=subject, reason=str(error))
-        return Refused(code="unavailable", reason=str(error), status=503, retry="later")
+        code = "full" if isinstance(error, NotStored) and error.full else "unavailable"
+        return Refused(code=code, reason=str(error), status=503, retry="later")
     except Exception:
         _log.exception("handler failed", subject=subject)
         return Refused(code="internal", reason="the service failed on this request; its log says why", status=500)

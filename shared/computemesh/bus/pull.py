@@ -91,7 +91,7 @@ class Pull:
         self._taken = 0
         """Messages that the consumer delivered and that arrived; the server counts them too."""
         self._inbox = ""
-        self._next = ""
+        self._consumer = ""
         self._on_stored: OnStored | None = None
         self._subscription: Subscription | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -134,7 +134,7 @@ class Pull:
         if created.error is not None:
             raise NotStored(f"{self._stream}: {created.error.description}", code=created.error.err_code)
         self._on_stored = on_stored
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{created.name}"
+        self._consumer = created.name
         self._inbox = self._bus.new_inbox()
         self._heard_s = asyncio.get_running_loop().time()
         self._subscription = await self._bus.listen(self._inbox, self._on_message, inline=True)
@@ -165,16 +165,20 @@ class Pull:
         raise BusError(f"{self._stream}: reading it broke off")
 
     async def stop(self) -> None:
+        """Ends it, and the consumer with it; of one that cannot be told, the server knows it after a while."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait({self._watch})
         if self._subscription is not None:
             await self._bus.forget(self._subscription)
+            with contextlib.suppress(BusError):
+                await self._bus.send(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}", b"")
 
     async def _request(self, batch: int) -> None:
         self._left += batch
         ask = {"batch": batch, "expires": int(EXPIRES_S * _NS), "idle_heartbeat": int(HEARTBEAT_S * _NS)}
-        await self._bus.send(self._next, msgspec.json.encode(ask), reply=self._inbox)
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}"
+        await self._bus.send(subject, msgspec.json.encode(ask), reply=self._inbox)
 
     async def _on_message(self, message: Msg) -> None:
         self._heard_s = asyncio.get_running_loop().time()

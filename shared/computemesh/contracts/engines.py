@@ -219,6 +219,7 @@ HEARTBEAT: Final = Request(
     asked_by=_SPEAKERS,
     service=CONTROL_PLANE,
     http=(Http(method="POST", path="/v1/engines/heartbeat"),),
+    refuses=(Refusal(code="full", status=503, when="there is no room to store that it was heard"),),
     example=EngineHeartbeat(scope="job-123", engine_id="prefill-0"),
     about="Keeps an entity known.",
 )

@@ -259,7 +259,8 @@ REFUSES: Final = (
     Refusal(code="bad_host", status=421, when="on loopback, it was called by a name that is not this machine's"),
     Refusal(code="bad_message", status=422, when="a field is missing or does not fit; `field` says which"),
     Refusal(code="internal", status=500, when="the service failed; its log says why"),
-    Refusal(code="unavailable", status=503, when="the bus is away, or there is no room"),
+    Refusal(code="unavailable", status=503, when="the bus is away"),
+    Refusal(code="full", status=503, when="there is no room for what is to be stored"),
 )
 
 

@@ -124,8 +124,8 @@ class PeerGet(Message, frozen=True, kw_only=True):
 
 class PeersList(Message, frozen=True, kw_only=True):
     scope: Scope = ""
-    after: EntityId | None = None
-    """Begins behind this alias."""
+    after: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """Begins behind this alias; `next` of the answer before."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=PEERS_PAGE_MAX)] = PEERS_PAGE_MAX
 
 
@@ -135,8 +135,8 @@ class Peers(Message, frozen=True, kw_only=True):
     peers: list[Peer]
     revision: int
     """Of the scope."""
-    next: str | None = None
-    """`after` of the next page; null on the last one."""
+    next: str = ""
+    """For `after`; empty on the last page."""
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -449,6 +449,7 @@ HEARTBEAT: Final = Request(
     gives=PeerHeard,
     asked_by=_PEERS,
     service=CONTROL_PLANE,
+    refuses=(_NO_PLACE,),
     example=PeerHeartbeat(peers=[PeerBeat(scope="job-123", alias="worker-a", instance="i-1")]),
     about="Keeps peers known.",
 )
