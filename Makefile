@@ -8,6 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --require-hashes --no-deps
+PYTEST := $(BIN)/python -m pytest
+# RETRY=1: tests that failed (status 1, and nothing else) are tried once more, one by one, and named.
+AGAIN = $(if $(RETRY),|| { [ $$? -eq 1 ] && printf '\033[1mTrying once more what failed\033[0m\n' && \
+  $(PYTEST) -v --last-failed --last-failed-no-failures none --maxfail 5; })
 SAY := @printf '\033[1m%s\033[0m\n'
 
 .PHONY: help up down status test test-fast chaos chaos-cluster mutants check lint format types bench bench-control-plane bench-gpus bench-infer bench-nodes bench-peers bench-scheduler bench-transfers ledger-sim sim soak-peers docs golden lock test-rdma wheel wheel-test clean
@@ -26,8 +30,8 @@ status: $(VENV)/.run ## Show what runs
 
 test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes and a real model
 	$(SAY) "Running the tests"
-	@$(BIN)/python -m pytest -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/chaos
-	@$(BIN)/python -m pytest tests/chaos
+	@$(PYTEST) -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/chaos $(AGAIN)
+	@$(PYTEST) tests/chaos $(AGAIN)
 
 test-fast: $(VENV)/.dev ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/property
