@@ -31,14 +31,18 @@ status: $(VENV)/.run ## Show what runs
 test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes and a real model
 	$(SAY) "Running the tests"
 	@$(PYTEST) -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/chaos $(AGAIN)
-	@$(PYTEST) tests/chaos $(AGAIN)
+	@$(PYTEST) -n $(or $(JOBS),auto) --maxprocesses 2 --dist loadfile --durations 15 tests/chaos $(AGAIN)
 
 test-fast: $(VENV)/.dev ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit tests/property
 
 test-rdma: $(VENV)/.dev ## Run the tests of RDMA, in a virtual machine that has RDMA devices (TESTS="-k name")
 	$(SAY) "Testing RDMA in a virtual machine"
-	@$(BIN)/python -m tests.rdma.vm --verbose --timeout 900 --env PYTHONPATH=/usr/lib/python3/dist-packages -- $(BIN)/python -m pytest -p no:cacheprovider -m rdma --durations 5 tests/rdma $(TESTS)
+	@# To collect them here compiles them; inside, that takes ten times as long, as do plugins that they do not need.
+	@$(PYTEST) -q --collect-only -m rdma tests/rdma >/dev/null
+	@$(BIN)/python -m tests.rdma.vm --verbose --timeout 1800 $(if $(OPTIONAL),--optional) \
+	  --env PYTHONPATH=/usr/lib/python3/dist-packages --env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 -- $(PYTEST) -v \
+	  -p no:cacheprovider -p pytest_asyncio.plugin -p pytest_timeout -m rdma --durations 5 tests/rdma $(TESTS)
 
 chaos: $(VENV)/.dev ## Kill, stop and restart everything under load, N times (N=20, or SEEDS=7,8 to play those again)
 	@CHAOS_RUNS=$(or $(N),2) CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -v --no-header tests/chaos/test_chaos.py \

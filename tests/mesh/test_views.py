@@ -17,7 +17,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +45,17 @@ from computemesh.testing.cli import WAIT_S, Cli, until
 
 MANY: Final = 1100
 """More nodes than are asked for at a time."""
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cli]:
+    """A mesh that waits for nodes as long as the tests need: those that they announce send no heartbeats."""
+    shared = Cli(tmp_path_factory.mktemp("mesh") / "home")
+    try:
+        shared.up(COMPUTEMESH_SUSPECT_AFTER_S="900", COMPUTEMESH_LOST_AFTER_S="1000")
+        yield shared
+    finally:
+        shared.end()
 
 
 @asynccontextmanager

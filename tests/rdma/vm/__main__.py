@@ -1,13 +1,14 @@
 """Runs a command in a virtual machine that has two RDMA devices; ends with the command's own status.
 
-    python -m tests.rdma.vm [--env NAME=VALUE] [--timeout S] [--verbose] -- COMMAND [ARGUMENT ...]
+    python -m tests.rdma.vm [--env NAME=VALUE] [--timeout S] [--verbose] [--optional] -- COMMAND [ARGUMENT ...]
 
 Inside are ``rxe0`` (10.77.0.1) and ``rxe1`` (10.77.0.2), soft-RoCE on the two ends of one cable. The checkout is where
 it is on the host, to be read only, and with it its virtual environment: ``.venv/bin/python`` runs, on the machine's own
 interpreter. Nothing outside can be reached. All is emulated, so neither KVM nor root is needed; it is slow.
 
 The image is made once, in the folder ``COMPUTEMESH_VM_CACHE`` (``~/.cache/computemesh/rdma-vm``), from packages of
-Debian. Status 124: the command did not end in time; 125: there is no machine, and standard error says why.
+Debian. Status 124: the command did not end in time; 125: there is no machine, and standard error says why; with
+``--optional`` that is 0. A machine that ends before its command does is a failure, 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,8 +54,10 @@ def main() -> int:
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--timeout", type=float, default=600, metavar="S")
     parser.add_argument("--verbose", action="store_true", help="say how long each step took")
+    parser.add_argument("--optional", action="store_true", help="where no machine can be had, say so and end with 0")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the machine ends with this program
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -64,8 +68,8 @@ def main() -> int:
         image = ready_image(say)
         return run(image, args.command, args.env, args.timeout, say)
     except Unavailable as why:
-        print(f"rdma-vm: {why}", file=sys.stderr)
-        return NO_MACHINE
+        print(f"rdma-vm: {'skipped, since ' if args.optional else ''}there is no machine: {why}", file=sys.stderr)
+        return 0 if args.optional else NO_MACHINE
 
 
 def ready_image(say: Callable[[str], None]) -> Path:
@@ -147,11 +151,16 @@ def run(image: Path, command: list[str], variables: list[str], timeout_s: float,
         say("the machine has ended")
         status = (folder / "status").read_text().strip()
         console = (folder / "console").read_text(errors="replace")
-    if not status:
-        raise Unavailable(f"the machine ended by itself, the emulator with {machine.returncode}:\n{console[-4000:]}")
-    if int(status) == NO_MACHINE:
-        raise Unavailable(f"the machine could not be prepared:\n{console[-4000:]}")
-    return int(status)
+    match status.split():
+        case []:
+            raise Unavailable(f"it ended by itself, the emulator with {machine.returncode}:\n{console[-4000:]}")
+        case ["begun", ended]:
+            return int(ended)
+        case ["begun"]:
+            print(f"rdma-vm: the machine ended before its command did:\n{console[-4000:]}", file=sys.stderr)
+        case _:  # its recipe does not fit its packages
+            print(f"rdma-vm: the machine could not be prepared:\n{console[-4000:]}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ while read -r module; do
   insmod "/modules/$module" || echo "init: cannot load $module"
 done </modules/order
 
-end() { # end STATUS: the host reads it from the second port
+end() { # end STATUS: the host reads it from the second port; `begun` before it when the machine was ready
   echo "$1" >/dev/vport0p2
   sync
   echo o >/proc/sysrq-trigger
@@ -52,5 +52,6 @@ for number in 0 1; do rdma link add rxe$number type rxe netdev veth$number || en
 ulimit -l unlimited
 ulimit -c 0
 cd "$CHECKOUT" || end 125
+echo begun >/dev/vport0p2
 run </dev/null >/dev/vport0p1 2>&1
 end $?
