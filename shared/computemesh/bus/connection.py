@@ -211,7 +211,7 @@ class Bus:
         return Unreachable(f"no NATS server at {self.where.shown}: {self._reason()}")
 
     def _reason(self) -> str:
-        return str(self._last_error or "no answer")
+        return str(self._last_error or "") or "no answer"
 
     async def _on_error(self, error: Exception) -> None:
         # A refusal says more than the reset that follows it, and stays until there is a connection.

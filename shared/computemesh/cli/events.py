@@ -19,7 +19,7 @@ from rich.text import Text
 from computemesh.bus import Bus
 from computemesh.cli import common, complete, subjects
 from computemesh.cli.common import STATE_COLOURS, Failure, err, is_list, is_mapping, one_line
-from computemesh.contracts import gpus, nodes, resources, work
+from computemesh.contracts import gpus, nodes, peers, resources, work
 from computemesh.contracts.base import Refused, Role, decode, too_deep
 from computemesh.contracts.catalog import events as all_events
 
@@ -33,6 +33,8 @@ SHOWN: Final[Mapping[type[Any], tuple[str, ...]]] = {
     gpus.GpuReserved: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "timeout_seconds", "work_id"),
     gpus.GpuReleased: ("reservation_id", "node_id", "owner", "total_mb", "gpus", "work_id", "reason"),
     gpus.GpuPressure: ("node_id", "kind", "index", "level", "was", "oom_in_s", "reason"),
+    peers.PeerChanged: ("scope", "alias", "node_id", "change", "revision"),
+    peers.Transferred: ("transfer_id", "node_id", "scope", "alias", "peer", "kind", "ok", "bytes", "code", "reason"),
     resources.Inventory: ("node_id", "tier", "gpus", "warnings"),
     work.WorkItem: ("work_id", "work_type", "model_name", "priority", "owner"),
     work.WorkRecord: ("work_id", "state", "work_type", "model_name", "node_id", "attempt", "error"),

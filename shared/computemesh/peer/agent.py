@@ -219,7 +219,7 @@ class PeerAgent:
             local_device, peer_device: network interfaces that are to be used, for RDMA.
             ib_port: of either.
             qp_num: queue pairs, for RDMA.
-            min_bw: is passed on; nothing is made of it.
+            min_bw: as ``100Gbps``; over RDMA a slower port is not taken. Other transports make nothing of it.
             transport: `auto`, or `shm`, `rdma` or `tcp`, of which nothing else will do then. `auto` takes shared memory
                 within a machine, else RDMA where both sides have it, else TCP; the connection says which, and why.
             local_host: as given to the agent; there is one listener for all connections.
