@@ -449,6 +449,18 @@ async def test_a_lease_has_one_holder_and_passes_on_when_released_or_silent(bus:
     await taken.release()
 
 
+async def test_a_lease_that_never_expires_is_taken_over_once_it_was_silent_for_long(bus: Bus) -> None:
+    """A server that was killed may bring one back that had expired, and forget when it was to end."""
+    waited = asyncio.Event()
+    revision = await Bucket(bus, storage.LEASES).create("svc", storage.Lease(holder="dead", epoch=1))
+    second = asyncio.create_task(leases.acquire(bus, "svc", "b", on_wait=waited.set))
+    await asyncio.wait_for(waited.wait(), 5)
+    assert not second.done()
+    held = await asyncio.wait_for(second, 20)
+    assert held.epoch > revision
+    await held.release()
+
+
 async def until_renewed(bus: Bus, service: str, *, times: int) -> None:
     """Waits until a lease was written so many times more, which takes as many seconds."""
     seen: set[int] = set()

@@ -781,6 +781,30 @@ async def test_a_store_without_room_says_that_it_is_full(mesh: RunningMesh, scop
     await register(bus, scope, "a")
 
 
+async def test_what_the_server_forgot_to_end_ends(brief: RunningMesh, scope: str) -> None:
+    """One that was killed may bring expired records back without their time. They expire all the same, and no name stays
+    taken."""
+    services, bus, heard = await brief.bus(Role.SERVICES), await brief.bus(Role.NODE), Heard(scope)
+    await bus.subscribe(peers.CHANGED, heard)
+    await bus.flush()
+    engine = await register(bus, scope, "e")
+    await join(bus, scope)
+    kinds: list[tuple[storage.Bucket[Any], str]] = [
+        (storage.ENGINES, entities.key(engine)),
+        (storage.PEERS, f"{token_of(scope)}/a"),
+    ]
+    for spec, key in kinds:
+        bucket = Bucket(services, spec)
+        entry = await bucket.get(key)
+        assert entry is not None
+        await bucket.update(key, entry.value, last=entry.revision)
+    await until(lambda: ("expired", "a") in heard.changes, what="the peer is gone")
+    async with asyncio.timeout(30):
+        while (await changes(bus, scope)).changes[-1].change != "expired":
+            await asyncio.sleep(0.1)
+    assert (await join(bus, scope, instance="i2")).alias == "a"
+
+
 async def test_a_peer_of_which_nothing_is_heard_goes_with_all_that_is_its(brief: RunningMesh, scope: str) -> None:
     """Its memory, its topology and what that said of others; NanoCtrl keeps these for ever."""
     bus, heard = await brief.bus(Role.NODE), Heard(scope)

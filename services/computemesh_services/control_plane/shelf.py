@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from computemesh.bus import Bucket, Bus, Conflict, Mirror, TimedOut, Writer
+from computemesh import log
+from computemesh.bus import Bucket, Bus, BusError, Conflict, Mirror, TimedOut, Writer
 from computemesh.bus.kv import OnChange
 from computemesh.contracts import storage
 from computemesh.contracts.base import Refused
@@ -19,6 +21,11 @@ MARKER_S: Final = 3600
 WITHIN_S: Final = 4.0
 """How long a change may take until who asked for it hears that nobody knows whether it was made, and it is not tried
 again. NanoCtrl's clients wait for 5 s."""
+
+OVERDUE_S: Final = 2.0
+"""How long a record may stay behind its time."""
+
+_log = log.get("shelf")
 
 V = TypeVar("V", bound=msgspec.Struct)
 Decide = Callable[[V | None], V | Refused | None]
@@ -39,6 +46,7 @@ class Shelf(Generic[V]):
         self.bucket: Final = Bucket(bus, spec)
         self.mirror: Final[Mirror[V]] = Mirror(bus, spec, on_change)
         self._writer = Writer(bus, spec, self.mirror, ttl_s=ttl_s)
+        self._ttl_s = ttl_s
 
     async def start(self) -> None:
         await self._writer.start()
@@ -48,7 +56,35 @@ class Shelf(Generic[V]):
 
     async def follow(self) -> None:
         """Learns of what other replicas store, until cancelled."""
-        await self.mirror.follow()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.mirror.follow())
+            if self._ttl_s is not None:
+                tasks.create_task(self._end_overdue(self._ttl_s))
+
+    async def _end_overdue(self, ttl_s: int) -> None:
+        """Gives records that outlived their time another second of it.
+
+        A server that was killed may bring expired records back, and forgets when they were to end. How long one stands
+        unchanged is measured by this process's own clock, so clocks that differ do no harm.
+        """
+        while True:
+            await asyncio.sleep(OVERDUE_S)
+            before_s = time.monotonic() - ttl_s - OVERDUE_S
+            overdue = [(key, entry) for key, entry in self.mirror.entries.items() if entry.since_s < before_s]
+            for key, entry in overdue:
+                if not self.mirror.synced.is_set():
+                    break
+                if self._writer.writing(key):
+                    continue
+                try:
+                    revision = await self.bucket.update(key, entry.value, last=entry.revision, ttl_s=1)
+                except Conflict:
+                    continue
+                except BusError as error:
+                    _log.warning("cannot end what outlived its time", bucket=self.bucket.spec.name, reason=str(error))
+                    break
+                self.mirror.wrote(key, entry.value, revision)
+                _log.info("outlived its time", bucket=self.bucket.spec.name, key=key)
 
     def known(self, key: str) -> V | None:
         """The record as memory has it."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -38,6 +38,8 @@ class Entry(Generic[V]):
     value: V
     revision: int
     """Sequence in the bucket's stream; the next compare-and-set names it."""
+    since_s: float = field(default_factory=time.monotonic, compare=False)
+    """When this process first saw it, by the monotonic clock."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,17 @@ from prometheus_client import Gauge
 from computemesh import log
 from computemesh.bus.connection import Bus
 from computemesh.bus.errors import BusError, Conflict
-from computemesh.bus.kv import Bucket
+from computemesh.bus.kv import Bucket, Entry
 from computemesh.contracts import storage
 from computemesh.contracts.storage import Lease
 from computemesh.tasks import end_all
 
 TTL_S: Final = 3
 """Silence after which another replica may take over. Whole seconds, as the server counts."""
+
+OVERDUE_S: Final = 2.0 * TTL_S
+"""Silence after which it may take over a lease that the server has kept all the same. One that was killed brings some back
+that had expired, and forgets when they were to end."""
 
 RENEW_S: Final = 1.0
 
@@ -94,9 +98,13 @@ async def acquire(bus: Bus, service: str, holder: str, *, on_wait: Callable[[], 
         on_wait: called when another replica is seen to hold it.
     """
     bucket = Bucket(bus, storage.LEASES)
+    seen: Entry[Lease] | None = None
     while True:
         try:
-            held = await _try(bucket, service, holder)
+            entry = await bucket.get(service)
+            if entry is None or seen is None or entry.revision != seen.revision:
+                seen = entry
+            held = await _try(bucket, service, holder, seen)
         except BusError as error:
             _log.warning("cannot ask for the lease", lease=service, reason=str(error))
         else:
@@ -107,9 +115,8 @@ async def acquire(bus: Bus, service: str, holder: str, *, on_wait: Callable[[], 
         await asyncio.sleep(ATTEMPT_S)
 
 
-async def _try(bucket: Bucket[Lease], service: str, holder: str) -> Held | None:
-    entry = await bucket.get(service)
-    if entry is not None and entry.value.holder != holder:
+async def _try(bucket: Bucket[Lease], service: str, holder: str, entry: Entry[Lease] | None) -> Held | None:
+    if entry is not None and entry.value.holder != holder and time.monotonic() - entry.since_s < OVERDUE_S:
         return None
     # The epoch grows with the bucket, also across leases that expired.
     lease = Lease(holder=holder, epoch=entry.revision if entry else 0)
