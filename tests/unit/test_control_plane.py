@@ -177,17 +177,20 @@ def test_a_list_is_made_once_until_something_in_it_changes() -> None:
     """A heartbeat is not in it; a new port is, and so is who went."""
     record = an_engine("a")
     roll = a_roll(record, an_engine("b"))
-    before = roll.listed("")
+    before, entities_before = roll.listed(""), roll.entities("")
     roll.take(entities.key(record), replace(record, seen_at=NOW + 1))
     assert roll.listed("") is before
+    assert roll.entities("") is entities_before
     roll.take(entities.key(record), replace(record, port=2))
     assert roll.listed("") != before
+    assert roll.entities("") != entities_before
     roll.drop(entities.key(record))
     assert listed(roll) == ["b"]
+    assert [one["id"] for one in msgspec.json.decode(b"[%b]" % roll.entities(""))] == ["b"]
     roll.drop(entities.key(record))
     assert (len(roll), roll.scopes) == (1, 1)
     roll.drop(entities.key(an_engine("b")))
-    assert (len(roll), roll.scopes, roll.listed("")) == (0, 0, NO_ENGINES)
+    assert (len(roll), roll.scopes, roll.listed(""), roll.entities("")) == (0, 0, NO_ENGINES, b"")
 
 
 @pytest.mark.parametrize("bytes_max", [1, 1200, 10**6])
@@ -355,7 +358,7 @@ def test_the_newest_revision_of_a_scope_never_falls_also_when_it_is_forgotten(mo
     assert [newest.of("a"), newest.of("b"), newest.of("c"), newest.of("other")] == [3, 4, 9, 3]
     newest.note("b", 5)
     newest.note("d", 6)
-    assert [newest.of("b"), newest.of("c")] == [5, 9], "what changed last is remembered"
+    assert [newest.of("b"), newest.of("c"), newest.of("other")] == [5, 9, 9], "what changed last is remembered"
 
 
 # --- topology ------------------------------------------------------------------------------------------------------
