@@ -316,7 +316,7 @@ class PeerCalled(Message, frozen=True, kw_only=True):
     alias: EntityId
     """Who says it; the control plane has made sure."""
     node_id: Id
-    """Where that one is."""
+    """Where that one is, by the word of the peer-agent that registered it."""
     peer: EntityId
     body: Connect | Resolve | Close
 
