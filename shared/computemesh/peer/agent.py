@@ -628,8 +628,8 @@ def start_peer_agent(
     Args:
         nanoctrl_url: left out, or a path: the peer-agent's socket; left out, ``COMPUTEMESH_PEER_SOCKET``, else that of
             the mesh in ``COMPUTEMESH_HOME``. With `http://HOST:3000`, or `HOST:3000`, the control plane there must know
-            this peer afterwards, and with `nats://HOST:PORT` that must be the bus: a program that was told of another mesh
-            than its machine belongs to hears of it. `ctrl_url` and `address` are other names of it.
+            this peer afterwards, and with `nats://HOST:PORT` that must be the bus: a program that was told of another
+            mesh than its machine belongs to hears of it. `ctrl_url` and `address` are other names of it.
         alias: what it is to be called; left out, the control plane finds `{name_prefix}-{number}`.
         device: the network interface it prefers, as `mlx5_0`.
         scope: a space of names; peers of other scopes neither see this one nor reach it.

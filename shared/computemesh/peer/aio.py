@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -71,13 +72,26 @@ class AsyncPeerAgent:
     ) -> None:
         await asyncio.to_thread(self.agent.set_desired_topology, target_peers, min_bw=min_bw, symmetric=symmetric)
 
-    async def connect_to(self, peer_alias: str, *, timeout: float | None = 60.0, **options: Any) -> PeerConnection:
+    async def connect_to(
+        self,
+        peer_alias: str,
+        local_device: str | None = None,
+        peer_device: str | None = None,
+        ib_port: int | None = 1,
+        qp_num: int | None = 1,
+        min_bw: str | None = None,
+        transport: str = "auto",
+        *,
+        timeout: float | None = 60.0,
+    ) -> PeerConnection:
         """As :meth:`PeerAgent.connect_to`, and waits until bytes can go both ways.
 
         Raises:
             TimeoutError: they can't in so many seconds; it goes on trying.
         """
-        conn = await asyncio.to_thread(self.agent.connect_to, peer_alias, **options)
+        conn = await asyncio.to_thread(
+            self.agent.connect_to, peer_alias, local_device, peer_device, ib_port, qp_num, min_bw, transport
+        )
         return await asyncio.to_thread(conn.wait, timeout)
 
     def get_connections(self) -> dict[str, dict[str, PeerConnection]]:
@@ -89,20 +103,37 @@ class AsyncPeerAgent:
         return self.agent.query_connection(peer_alias, local_nic=local_nic, remote_nic=remote_nic)
 
     async def register_memory_region(
-        self, mr_name: str, ptr: Any, offset: int = 0, length: int | None = None, **options: Any
+        self,
+        mr_name: str,
+        ptr: Any,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        writable: bool = True,
+        fd: int | None = None,
+        fd_offset: int = 0,
     ) -> int:
         return await asyncio.to_thread(
-            lambda: self.agent.register_memory_region(mr_name, ptr, offset, length, **options)
+            self.agent.register_memory_region,
+            mr_name,
+            ptr,
+            offset,
+            length,
+            writable=writable,
+            fd=fd,
+            fd_offset=fd_offset,
         )
 
     async def allocate_memory_region(self, name: str, length: int, *, writable: bool = True) -> PeerMemoryRegion:
-        return await asyncio.to_thread(lambda: self.agent.allocate_memory_region(name, length, writable=writable))
+        return await asyncio.to_thread(self.agent.allocate_memory_region, name, length, writable=writable)
 
-    async def unregister_memory_region(self, mr_name: str) -> bool:
-        return await asyncio.to_thread(self.agent.unregister_memory_region, mr_name)
+    async def unregister_memory_region(self, mr_name: str, *, handle: int | None = None) -> bool:
+        return await asyncio.to_thread(self.agent.unregister_memory_region, mr_name, handle=handle)
 
-    async def get_mr_info(self, *names: str, **options: str) -> dict[str, Any] | None:
-        return await asyncio.to_thread(lambda: self.agent.get_mr_info(*names, **options))
+    async def get_mr_info(
+        self, *names: str, peer_alias: str | None = None, mr_name: str | None = None
+    ) -> dict[str, Any] | None:
+        return await asyncio.to_thread(self.agent.get_mr_info, *names, peer_alias=peer_alias, mr_name=mr_name)
 
     async def get_handle(self, mr_name: str, peer_alias: str | None = None) -> int:
         return await asyncio.to_thread(self.agent.get_handle, mr_name, peer_alias)
@@ -118,7 +149,7 @@ class AsyncPeerAgent:
         checksum: Expected = None,
     ) -> TransferFuture:
         """As :meth:`PeerAgent.read`, and waits until the bytes are there. Returns the future, which is done."""
-        return await self._transfer("read", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
+        return await self._move("read", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
 
     async def write(
         self,
@@ -131,28 +162,42 @@ class AsyncPeerAgent:
         checksum: Expected = None,
     ) -> TransferFuture:
         """As :meth:`PeerAgent.write`, and waits until the bytes are there. Returns the future, which is done."""
-        return await self._transfer("write", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
+        return await self._move("write", peer_alias, assign, local_nic, remote_nic, epoch, checksum)
 
     async def write_with_imm(
-        self, peer_alias: str, assign: Assignments, imm_data: int = 0, **options: Any
+        self,
+        peer_alias: str,
+        assign: Assignments,
+        imm_data: int = 0,
+        *,
+        local_nic: str | None = None,
+        remote_nic: str | None = None,
     ) -> TransferFuture:
+        """As :meth:`PeerAgent.write_with_imm`, and waits until the bytes are there, and the number."""
+        write = self.agent.write_with_imm
         return await ended(
-            await asyncio.to_thread(lambda: self.agent.write_with_imm(peer_alias, assign, imm_data, **options))
+            await asyncio.to_thread(write, peer_alias, assign, imm_data, local_nic=local_nic, remote_nic=remote_nic)
         )
 
-    async def send(self, peer_alias: str, chunk: Any, **options: Any) -> MessageFuture:
+    async def send(
+        self, peer_alias: str, chunk: Any, *, local_nic: str | None = None, remote_nic: str | None = None
+    ) -> MessageFuture:
         """As :meth:`PeerAgent.send`, and waits until the peer has it."""
-        return await ended(self.agent.send(peer_alias, chunk, **options))
+        return await ended(self.agent.send(peer_alias, chunk, local_nic=local_nic, remote_nic=remote_nic))
 
-    async def recv(self, peer_alias: str, chunk: Any, **options: Any) -> MessageFuture:
+    async def recv(
+        self, peer_alias: str, chunk: Any, *, local_nic: str | None = None, remote_nic: str | None = None
+    ) -> MessageFuture:
         """As :meth:`PeerAgent.recv`, and waits for it. When the task is cancelled the buffer stays promised."""
-        return await ended(self.agent.recv(peer_alias, chunk, **options))
+        return await ended(self.agent.recv(peer_alias, chunk, local_nic=local_nic, remote_nic=remote_nic))
 
-    async def imm_recv(self, peer_alias: str, **options: Any) -> ImmFuture:
+    async def imm_recv(
+        self, peer_alias: str, *, local_nic: str | None = None, remote_nic: str | None = None
+    ) -> ImmFuture:
         """As :meth:`PeerAgent.imm_recv`, and waits for the number."""
-        return await ended(self.agent.imm_recv(peer_alias, **options))
+        return await ended(self.agent.imm_recv(peer_alias, local_nic=local_nic, remote_nic=remote_nic))
 
-    async def _transfer(
+    async def _move(
         self,
         kind: Literal["read", "write"],
         peer_alias: str,
@@ -162,23 +207,12 @@ class AsyncPeerAgent:
         epoch: Expected,
         checksum: Expected,
     ) -> TransferFuture:
-        def begin(*, cached_only: bool) -> TransferFuture | None:
-            return self.agent.begin(
-                kind,
-                peer_alias,
-                assign,
-                local_nic=local_nic,
-                remote_nic=remote_nic,
-                epoch=epoch,
-                checksum=checksum,
-                cached_only=cached_only,
-            )
-
+        begin = partial(self.agent.begin, kind, peer_alias, assign, local_nic, remote_nic, epoch, checksum)
         future = None
         if sum(one.length for one in parse(assign)) <= INLINE_MAX and epoch is None:
             future = begin(cached_only=True)
         if future is None:
-            future = await asyncio.to_thread(begin, cached_only=False)
+            future = await asyncio.to_thread(begin)
         assert future is not None
         return await ended(future)
 
@@ -202,7 +236,22 @@ async def start_async_peer_agent(
     alias: str | None = None,
     device: str | None = None,
     scope: str | None = None,
-    **options: Any,
+    *,
+    ctrl_url: str | None = None,
+    address: str | None = None,
+    name_prefix: str = "agent",
+    local_host: str | None = None,
 ) -> AsyncPeerAgent:
     """As :func:`start_peer_agent`, with methods that are awaited."""
-    return AsyncPeerAgent(await asyncio.to_thread(start_peer_agent, nanoctrl_url, alias, device, scope, **options))
+    agent = await asyncio.to_thread(
+        start_peer_agent,
+        nanoctrl_url,
+        alias,
+        device,
+        scope,
+        ctrl_url=ctrl_url,
+        address=address,
+        name_prefix=name_prefix,
+        local_host=local_host,
+    )
+    return AsyncPeerAgent(agent)
