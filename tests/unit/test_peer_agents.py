@@ -469,6 +469,27 @@ def test_what_is_begun_without_asking_is_begun_without_asking_also_when_it_does_
     assert seat.asked
 
 
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_what_is_moved_and_what_fails_is_counted(agents: Agents, transport: str) -> None:
+    a, b = agents.pair(transport)
+    for agent in (a, b):
+        agent.allocate_memory_region("kv", 64)
+    for _ in range(3):
+        a.read("b", [("kv", 0, 0, 8), ("kv", 8, 8, 16)]).wait(WAIT_S)
+    a.write("b", ("kv", 0, 0, 5)).wait(WAIT_S)
+    a.read("b", ("kv", 0, 0, 1), checksum=zlib.crc32(b"\0")).wait(WAIT_S)
+    stats = a.stats()
+    assert {"reads": 4, "writes": 1, "bytes_read": 73, "bytes_written": 5}.items() <= stats[transport].items()
+    assert (stats["under_way"], stats["failed"], stats["regions"]) == (0, {}, 1)
+    assert stats["connections"] == {"connecting": 0, "connected": 1, "failed": 0}
+    assert b.stats()[transport]["bytes_read"] == 0
+    message = a.recv("b", bytearray(8))
+    assert a.stats()["under_way"] == 1
+    b.shutdown()
+    assert code_of(lambda: message.wait(WAIT_S)) == LINK_LOST
+    assert (a.stats()["under_way"], a.stats()["failed"]) == (0, {LINK_LOST: 1})
+
+
 def test_memory_of_an_earlier_registration_ends_only_that_one(agents: Agents) -> None:
     a = agents("a")
     first = a.allocate_memory_region("kv", 8)

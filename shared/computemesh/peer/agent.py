@@ -590,7 +590,14 @@ class PeerAgent:
     # --- the end -----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Counts of this agent: regions, connections by state, and for each transport what it has moved and refused."""
+        """Counts of this agent.
+
+        Returns:
+            `{regions, connections: {connecting, connected, failed}, under_way, failed: {code: futures},` and for each
+            transport that can be used here `shm, rdma, tcp: {reads, writes, bytes_read, bytes_written}}`: orders of
+            this process and their bytes. An order that needs two transports counts in both. `tcp` has
+            besides `links, lost, strangers, breaches, refused_{code}`, and `rdma` `links, refused`: what peers did.
+        """
         return self._core.stats()
 
     def shutdown(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from computemesh.peer.errors import LINK_LOST, NO_WAY, PeerError
@@ -91,6 +92,25 @@ def on_incoming(me: str, peer: str, state: State | None, phase: Phase) -> Litera
     return "replace" if state in ("connecting", "connected") else "take"
 
 
+@dataclass(slots=True)
+class Moved:
+    """What a peer has ordered of one transport. Threads count without a lock: the interpreter changes them only where
+    a function is called or a loop begins anew, and not in the midst of ``+=``."""
+
+    reads: int = 0
+    writes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def count(self, kind: Literal["read", "write"], length: int) -> None:
+        if kind == "read":
+            self.reads += 1
+            self.bytes_read += length
+        else:
+            self.writes += 1
+            self.bytes_written += length
+
+
 class Route(NamedTuple):
     """How a local and a remote region come together on a connection."""
 
@@ -102,6 +122,8 @@ class Route(NamedTuple):
     remote_room: int
     kinds: tuple[str, ...]
     """What may be done: `read`, and `write` where the peer lets it."""
+    moved: Moved
+    """Where it is counted."""
 
 
 class PeerConnection:

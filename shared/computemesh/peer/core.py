@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final, cast
 
 from computemesh.contracts.base import Refused
@@ -225,16 +226,15 @@ class Core:
         logger.error("peer %s: %s; connections go on, but nobody finds it any more", self._life.alias, reason)
 
     def stats(self) -> dict[str, Any]:
-        """Counts: regions, connections by state, and what each transport counts."""
+        """See :meth:`computemesh.peer.agent.PeerAgent.stats`."""
         states = [conn.state for conn in self.connections.all()]
         found: dict[str, Any] = {
             "regions": len(self.regions.by_name),
             "connections": {state: states.count(state) for state in ("connecting", "connected", "failed")},
         }
+        found |= self.transfers.stats()
         for name, endpoint in self.connections.endpoints.items():
-            stats = getattr(endpoint, "stats", None)
-            if callable(stats):
-                found[name] = stats()
+            found[name] = {**asdict(self.transfers.moved[name]), **endpoint.stats()}
         return found
 
     def close(self, reason: str = "this agent was shut down") -> None:

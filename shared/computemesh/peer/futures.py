@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
@@ -33,7 +34,7 @@ class PeerFuture:
     """By which a thread that waits may see to it itself."""
     held: object = None
     """Keeps buffers alive while the transport has them."""
-    under_way: set[PeerFuture] | None = None
+    under_way: UnderWay | None = None
     """Of its peer: this one is among them until it has ended."""
 
     def uses(self, region: LocalRegion) -> bool:
@@ -49,6 +50,8 @@ class PeerFuture:
         self._outcome = outcome
         if self.under_way is not None:
             self.under_way.discard(self)
+            if outcome.code:
+                self.under_way.failed[outcome.code] += 1
         if self.drive is not None:
             self.drive = None
         if self.held is not None:
@@ -140,6 +143,18 @@ class PeerFuture:
                 logger.exception("a callback of a transfer failed")
 
 
+class UnderWay(set[PeerFuture]):
+    """What a peer has begun and has not ended.
+
+    Attributes:
+        failed: how many have, by the code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: Counter[str] = Counter()
+
+
 class TransferFuture(PeerFuture):
     """Of a read or a write."""
 
@@ -148,7 +163,8 @@ class TransferFuture(PeerFuture):
     """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
 
     def uses(self, region: LocalRegion) -> bool:
-        return any(copy.local is region for copy in self.copies)
+        """Also while it is being begun, and nobody knows yet."""
+        return not self.copies or any(copy.local is region for copy in self.copies)
 
     @property
     def epochs(self) -> tuple[int, ...]:

@@ -113,6 +113,9 @@ class ShmEndpoint:
     def facts(self) -> Facts:
         return {}
 
+    def stats(self) -> abc.Mapping[str, int]:
+        return {}
+
     def expose(self, region: LocalRegion) -> Facts | None:
         """Lets peers map a region, if it has a descriptor of something that has bytes at offsets."""
         if region.fd < 0 or self.absent() or self._closed or not memory.is_file(region.fd):

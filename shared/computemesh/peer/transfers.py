@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 from computemesh.contracts.peers import PeerMemory, Region, Resolve
 from computemesh.peer.assignments import Wanted, parse
 from computemesh.peer.attachment import ASK_S, Attachment
-from computemesh.peer.connection import PeerConnection, Route
+from computemesh.peer.connection import Moved, PeerConnection, Route
 from computemesh.peer.connections import Connections
 from computemesh.peer.errors import (
     BAD_CHECKSUM,
@@ -26,7 +26,7 @@ from computemesh.peer.errors import (
     STALE_EPOCH,
     PeerError,
 )
-from computemesh.peer.futures import Gathered, ImmFuture, MessageFuture, PeerFuture, Reading, TransferFuture
+from computemesh.peer.futures import Gathered, ImmFuture, MessageFuture, PeerFuture, Reading, TransferFuture, UnderWay
 from computemesh.peer.memory import Descriptor
 from computemesh.peer.regions import LocalRegions, check_name
 from computemesh.peer.signals import FDS_MAX, Call, Called, GetMemory, MemoryFacts, RegionsResolved
@@ -71,9 +71,11 @@ class Transfers:
         self.regions = regions
         self.connections = Connections(life, endpoints, self._resolve_again)
         self._first = self.connections.ready
-        self._under_way: set[PeerFuture] = set()
-        """What was begun and has not ended. Those that begin one say so before they look whether the memory is still
-        registered, and who ends a region says so before it looks here: so one of the two sees the other."""
+        self.moved: dict[str, Moved] = {endpoint.name: Moved() for endpoint in endpoints}
+        """By transport."""
+        self._under_way = UnderWay()
+        """Who begins one says so before it looks whether the memory is still registered, and who ends a region says so
+        before it looks here: one of the two sees the other."""
         self._handles: dict[int, RemoteHandle] = {}
         self._handle_of: dict[RemoteHandle, int] = {}
         self._resolving = threading.Lock()
@@ -150,11 +152,16 @@ class Transfers:
         under_way.add(future)
         try:
             if imm is None and (quick := _quick(conn.routes, kind, assign)) is not None:
-                link, future.copies = quick
-                if _are_live(future.copies):
-                    future.transport = link.transport
-                    future.drive = link.order(kind, future.copies, future.settle)
-                    return future
+                link, future.copies, moved, total = quick
+                if kind == "read":  # As `Moved.count`, without a call.
+                    moved.reads += 1
+                    moved.bytes_read += total
+                else:
+                    moved.writes += 1
+                    moved.bytes_written += total
+                future.transport = link.transport
+                future.drive = link.order(kind, future.copies, future.settle)
+                return future
             wanted = parse(assign)
             if cached_only and not all(_is_known(conn, kind, one) for one in wanted):
                 under_way.discard(future)
@@ -184,7 +191,7 @@ class Transfers:
             if one.length:
                 by_link.setdefault(route.link, []).append(copy)
         future.copies = copies
-        if not _are_live(copies):
+        if not all(copy.local.live for copy in copies):
             raise PeerError(NO_REGION, "a memory region was unregistered here just now")
         self._issue_parts(conn, kind, by_link, imm, future)
 
@@ -201,6 +208,8 @@ class Transfers:
         links = conn.links
         if not links:
             raise conn.failure()
+        for link, copies in by_link.items():
+            self.moved[link.transport].count(kind, sum(copy.length for copy in copies))
         if len(by_link) == 1:
             link, copies = next(iter(by_link.items()))
             if imm is None or link is links[-1]:
@@ -250,7 +259,7 @@ class Transfers:
                 continue
             if ("rdma" in local.tokens) if link.transport == "rdma" else (local.view is not None):
                 kinds = ("read", "write") if remote.writable else ("read",)
-                route = Route(local, remote, link, local.length, remote.length, kinds)
+                route = Route(local, remote, link, local.length, remote.length, kinds, self.moved[link.transport])
                 conn.routes[local_key, remote_key] = route
                 if local_key == remote_key:
                     conn.routes[local_key] = route
@@ -453,6 +462,10 @@ class Transfers:
                 one.wait_for(max(0.0, until - time.monotonic()))
         return all(one.done() for one in using)
 
+    def stats(self) -> dict[str, Any]:
+        """See :meth:`computemesh.peer.agent.PeerAgent.stats`."""
+        return {"under_way": len(self._under_way), "failed": dict(self._under_way.failed)}
+
     def after_fork(self, outcome: Outcome) -> None:
         """The child has none of the threads that would end what is under way."""
         self._resolving = threading.Lock()
@@ -471,18 +484,11 @@ def _is_known(conn: PeerConnection, kind: Kind, one: Wanted) -> bool:
     return route is not None and route.local.live and _why_not(route, kind, one) is None
 
 
-def _are_live(copies: Sequence[Copy]) -> bool:
-    """Whether the memory here is still registered."""
-    for copy in copies:  # noqa: SIM110  # Most have one, and a generator costs more than that.
-        if not copy.local.live:
-            return False
-    return True
-
-
-def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link, list[Copy]] | None:
+def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link, list[Copy], Moved, int] | None:
     """What most assignments are: good, of regions that are known, and all by one link. None for any other."""
     copies: list[Copy] = []
     first: Link | None = None
+    total = 0
     try:
         for item in assign if assign.__class__ is list else (assign,):
             if len(item) == 4:
@@ -493,21 +499,25 @@ def _quick(routes: Mapping[object, Route], kind: str, assign: Any) -> tuple[Link
                 route = routes[mine, theirs]
                 if type(mine) is not str:
                     here, there = there, here
-            local, remote, link, local_room, remote_room, kinds = route
+            local, remote, link, local_room, remote_room, kinds, moved = route
             if not (
                 type(here) is type(there) is type(length) is int
                 and length > 0
                 and 0 <= here <= local_room - length
                 and 0 <= there <= remote_room - length
+                and local.live
                 and kind in kinds
                 and (link is first or first is None)
             ):
                 return None
             first = link
+            total += length
             copies.append(Copy(local, here, remote, there, length))
     except (KeyError, TypeError, ValueError):
         return None
-    return None if first is None else (first, copies)
+    if first is None:
+        return None
+    return first, copies, moved, total  # pyright: ignore[reportPossiblyUnboundVariable]  # It came with the link.
 
 
 def _why_not(route: Route, kind: Kind, one: Wanted) -> PeerError | None:

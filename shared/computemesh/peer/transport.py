@@ -213,6 +213,10 @@ class Endpoint(Protocol):
         """Ends that. When it returns, no peer reads or writes the region any more."""
         ...
 
+    def stats(self) -> Mapping[str, int]:
+        """Counts that only this transport has."""
+        ...
+
     def offer(self, parties: Parties) -> Mapping[str, Any]:
         """What the peer must know to accept a link. Raises TransportError when there can be none."""
         ...

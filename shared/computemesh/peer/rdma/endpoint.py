@@ -128,6 +128,10 @@ class RdmaEndpoint:
             found = []
         return {"nics": [nics.describe(nic, self._mtu) for nic in found]}
 
+    def stats(self) -> Mapping[str, int]:
+        """`links` there are, and `refused`: those whose peer could not prove who it is, or spoke out of turn."""
+        return {"links": len(self._links), "refused": self.refused}
+
     def _speaks(self) -> Verbs:
         with self._lock:
             if self._verbs is None:
