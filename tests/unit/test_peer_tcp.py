@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from computemesh.peer.tcp import TcpEndpoint
+from computemesh.peer.tcp.asker import TRUSTED
 from computemesh.peer.tcp.link import SMALL_MAX
 from computemesh.peer.tcp.mail import SENDS_MAX, STORED_MAX
 from computemesh.peer.tcp.wire import EAGER_MAX, FRAME_MAX, PIECES_MAX
@@ -428,3 +429,53 @@ def test_a_callback_may_do_what_it_likes(pair: Pair) -> None:
 
     pair.link.order("read", [Copy(pair.mine, 0, pair.remote, 0, 9)], second)
     assert ended.wait() == DONE
+
+
+def test_a_thread_that_always_waits_keeps_the_reactor_out_of_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some reads in a row nobody tells epoll of each one any more."""
+    told: list[int] = []
+    for lane in pair.link._askers:
+        monkeypatch.setattr(lane.reactor, "modify", lambda _, events: told.append(events))
+    copy = Copy(pair.mine, 0, pair.remote, 0, 4096)
+    for _ in range(TRUSTED):
+        assert move(pair.link, "read", copy) == DONE
+    del told[:]
+    for _ in range(100):
+        assert move(pair.link, "read", copy) == DONE
+    assert len(told) < 100, "of 200 without that"
+    assert bytes_of(pair.mine)[:4096] == bytes_of(pair.theirs)[:4096]
+
+
+@pytest.mark.parametrize("size", [1, 4096, 20_000])
+def test_an_answer_that_nobody_waits_for_comes_also_after_many_that_were_waited_for(pair: Pair, size: int) -> None:
+    copy = Copy(pair.mine, 0, pair.remote, 0, size)
+    for _ in range(3):
+        for _ in range(TRUSTED + 1):
+            assert move(pair.link, "read", copy) == DONE
+        orders = [Settled() for _ in range(5)]
+        for order in orders:
+            pair.link.order("read", [copy], order)
+        assert [order.wait() for order in orders] == [DONE] * 5
+
+
+def test_the_reactor_stops_glancing_where_nothing_is_asked_any_more(pair: Pair) -> None:
+    copy = Copy(pair.mine, 0, pair.remote, 0, 1)
+    for _ in range(TRUSTED):
+        assert move(pair.link, "read", copy) == DONE
+    reactor = pair.link._askers[0].reactor
+    until(lambda: not reactor._glances)
+    assert move(pair.link, "read", copy) == DONE
+
+
+def test_answers_that_the_socket_takes_in_parts_come_whole(pair: Pair) -> None:
+    """Reads of one piece each, and nobody takes their answers for a while."""
+    size, step = 200_000, 1000
+    orders = [Settled() for _ in range(100)]
+    with pair.link._askers[0]._receiving:
+        for number, order in enumerate(orders):
+            copy = Copy(pair.mine, number * step, pair.remote, number * step, size)
+            pair.link.order("read", [copy], order)
+        until(lambda: pair.back._answerers[0]._out)
+    assert [order.wait() for order in orders] == [DONE] * len(orders)
+    end = (len(orders) - 1) * step + size
+    assert bytes_of(pair.mine)[:end] == bytes_of(pair.theirs)[:end]

@@ -228,7 +228,7 @@ def _map(fd: int, offset: int, length: int, prot: int, unit: int) -> int:
     room = _libc.mmap(None, length + unit, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if room == _MAP_FAILED:
         raise _os_error()
-    at = room + (offset - room) % unit
+    at: int = room + (offset - room) % unit
     if _libc.mmap(at, length, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) == _MAP_FAILED:
         error = _os_error()
         _libc.munmap(room, length + unit)

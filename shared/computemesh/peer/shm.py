@@ -65,9 +65,9 @@ the interpreter, here for 8 to 30 µs at most. A larger copy lets other threads 
 
 PIECE: Final = 4 * 1024**2
 PIECE_MAX: Final = 256 * 1024**2
-"""Bytes that a thread copies before it looks again whether it should, within these bounds: a quarter of its share, or all
-if it is the only one. What is very large the C library writes past the caches: 256 MiB at once went 1.4 times as fast
-as in pieces of 128 MiB or less, and take 30 ms."""
+"""Bytes that a thread copies before it looks again whether it should, within these bounds: a quarter of its share, or
+all if it is the only one. What is very large the C library writes past the caches: 256 MiB at once went 1.4 times as
+fast as in pieces of 128 MiB or less, and take 30 ms."""
 
 THREADS_MAX: Final = 4
 """For one order. A core copies about 10 GiB/s; a few of them fill what the memory can do."""

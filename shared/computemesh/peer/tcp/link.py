@@ -247,7 +247,7 @@ class TcpLink:
     ) -> Drive | None:
         reading = kind == "read"
         for copy in copies:
-            if code := _unfit(copy, reading=reading):
+            if code := _unfit(copy, reading):
                 done(Outcome(code, f"the local range: {REASONS[code].removeprefix('the ')}"))
                 return None
         if not self._askers or self._end is not None:
@@ -364,7 +364,7 @@ def _nothing(_: int) -> None:
     pass
 
 
-def _unfit(copy: Copy, *, reading: bool) -> str:
+def _unfit(copy: Copy, reading: bool) -> str:
     """Why this side's end of a copy cannot be had; empty when it can."""
     view = copy.local.view
     if view is None:

@@ -16,6 +16,8 @@ logger: Final = logging.getLogger(__name__)
 STOP_S: Final = 2.0
 """So long the end of a thread is waited for: it may itself wait for the one that ends it."""
 
+GLANCE_S: Final = 0.002
+
 Handler = Callable[[int], None]
 """Is told what epoll says of its socket."""
 
@@ -31,6 +33,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._calls: deque[Callable[[], None]] = deque()
+        self._glances: list[Callable[[], bool]] = []
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._tick_s = tick_s
@@ -61,6 +64,10 @@ class Reactor:
                 return
         what()
 
+    def glance(self, look: Callable[[], bool]) -> None:
+        """Calls it every `GLANCE_S` in the reactor's thread, until it says False."""
+        self.call(lambda: self._glances.append(look))
+
     def stop(self) -> None:
         """Runs what it was given, and ends. Returns when it has, unless it was called by the reactor itself, or by what
         the reactor waits for, as a callback of a transfer that another thread drives."""
@@ -83,8 +90,9 @@ class Reactor:
         handlers = self._handlers
         poll = self._epoll.poll
         tick_at = time.monotonic() + self._tick_s
+        glance_at = 0.0
         while True:
-            for fd, events in poll(self._tick_s):
+            for fd, events in poll(GLANCE_S if self._glances else self._tick_s):
                 if (handler := handlers.get(fd)) is not None:
                     try:
                         handler(events)
@@ -94,6 +102,9 @@ class Reactor:
                     os.eventfd_read(fd)
             while self._calls:
                 self._guarded(self._calls.popleft())
+            if self._glances and (now := time.monotonic()) >= glance_at:
+                glance_at = now + GLANCE_S
+                self._glances = [look for look in self._glances if look()]
             if self._on_tick is not None and (now := time.monotonic()) >= tick_at:
                 tick_at = now + self._tick_s
                 self._guarded(self._on_tick)

@@ -57,6 +57,8 @@ CHALLENGE_BYTES: Final = NONCE_BYTES + PROOF_BYTES
 
 QUESTION: Final = struct.Struct("<BBHIQQ")
 PIECE: Final = struct.Struct("<QQQQ")
+READ_ONE: Final = struct.Struct("<BBHIQQQQQQ")
+"""A question with one piece, as most are."""
 FRAME: Final = struct.Struct("<HHIQ")
 
 READ: Final = 1
