@@ -5,7 +5,7 @@ Each is started anew, in turns; :mod:`tests.bench.programs.transfer` has the rul
 ``--get`` makes an environment for each library and installs it there; what is not installed is left out.
 
 A machine's memory is never as fast twice. So every initiator copies the same amounts by memcpy between its transfers,
-and what counts is the ratio of the two.
+and what counts is the ratio of the two. That memcpy is one thread, in one go, between private pages of the usual size.
 """
 
 from __future__ import annotations
