@@ -28,6 +28,7 @@ down: ## Stop the mesh
 status: $(VENV)/.run ## Show what runs
 	@$(BIN)/computemesh status
 
+test: export CHAOS_CHANCE := $(shell date +%s)
 test: $(VENV)/.dev $(VENV)/.model ## Run the tests, on real servers, processes and a real model
 	$(SAY) "Running the tests"
 	@$(PYTEST) -n $(or $(JOBS),auto) --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 --ignore tests/chaos $(AGAIN)

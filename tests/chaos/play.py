@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import random
-import secrets
 import signal
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
@@ -54,7 +53,9 @@ def seeds(*, runs: int = 2) -> list[int]:
     """Those of the environment, or one that is always the same and random ones."""
     if named := os.environ.get("CHAOS_SEEDS"):
         return [int(seed) for seed in named.split(",")]
-    return [1, *(secrets.randbelow(1_000_000) for _ in range(int(os.environ.get("CHAOS_RUNS", runs)) - 1))]
+    # The processes of one run, and those that try again what failed, must choose the same.
+    chance = random.Random(os.environ.get("CHAOS_CHANCE") or os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+    return [1, *(chance.randrange(1_000_000) for _ in range(int(os.environ.get("CHAOS_RUNS", runs)) - 1))]
 
 
 @contextlib.asynccontextmanager

@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--optional", action="store_true", help="where no machine can be had, say so and end with 0")
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the machine ends with this program
+    signal.signal(signal.SIGTERM, stop)
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -70,6 +70,11 @@ def main() -> int:
     except Unavailable as why:
         print(f"rdma-vm: {'skipped, since ' if args.optional else ''}there is no machine: {why}", file=sys.stderr)
         return 0 if args.optional else NO_MACHINE
+
+
+def stop(number: int, frame: object) -> None:
+    """Ends this program, and with it the machine."""
+    sys.exit(128 + number)
 
 
 def ready_image(say: Callable[[str], None]) -> Path:
