@@ -130,7 +130,7 @@ def refusals(a: PeerAgent, b: Program, memory: bytearray) -> None:
     conn.remotes["kv"]["rdma"] = dataclasses.replace(there, token=token)
     conn.routes.clear()
     assert code_of(lambda: a.read("b", ("kv", 0, 0, 1000)).wait(SLOW_S)) == LINK_LOST
-    assert not conn.is_connected()
+    until_failed(conn)
     assert memory == before
     again = connected(a)
     assert again is not conn
@@ -152,4 +152,12 @@ def death(a: PeerAgent, b: Program, memory: bytearray) -> None:
         reading.wait(60)
     assert error.value.code == LINK_LOST
     assert time.monotonic() - began < 30
-    assert conn.state == "failed"
+    until_failed(conn)
+
+
+def until_failed(conn: PeerConnection) -> None:
+    """What was under way hears first that its link is lost, then the connection does."""
+    end = time.monotonic() + SLOW_S
+    while conn.state != "failed":
+        assert time.monotonic() < end, conn.state
+        time.sleep(0.01)
