@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import nats
-import nats.errors
 import pytest
 
 from computemesh.cli.common import CONNECT_S
