@@ -782,8 +782,8 @@ async def test_a_store_without_room_says_that_it_is_full(mesh: RunningMesh, scop
 
 
 async def test_what_the_server_forgot_to_end_ends(brief: RunningMesh, scope: str) -> None:
-    """One that was killed may bring expired records back without their time. They expire all the same, and no name stays
-    taken."""
+    """One that was killed may bring expired records back without their time. They expire all the same, and no name
+    stays taken."""
     services, bus, heard = await brief.bus(Role.SERVICES), await brief.bus(Role.NODE), Heard(scope)
     await bus.subscribe(peers.CHANGED, heard)
     await bus.flush()

@@ -26,7 +26,7 @@ TTL_S: Final = 3
 """Silence after which another replica may take over. Whole seconds, as the server counts."""
 
 OVERDUE_S: Final = 2.0 * TTL_S
-"""Silence after which it may take over a lease that the server has kept all the same. One that was killed brings some back
+"""Silence after which it may take over a lease that the server keeps all the same. One that was killed brings some back
 that had expired, and forgets when they were to end."""
 
 RENEW_S: Final = 1.0
