@@ -21,6 +21,8 @@ from computemesh.contracts.peers import (
     PeerAnswered,
     PeerCall,
     PeerCalled,
+    PeerRegister,
+    PeersList,
     Resolve,
     Resolved,
 )
@@ -41,6 +43,7 @@ from computemesh.peer.signals import (
 from computemesh.peer.socket import AgentSocket
 from computemesh.tasks import end_all
 from computemesh.testing import running_mesh
+from computemesh_services.peer_agent import attendance
 from computemesh_services.peer_agent.config import PeerAgentConfig
 from computemesh_services.peer_agent.service import PeerAgentService
 
@@ -55,8 +58,13 @@ class Held(Bus):
     """What the control plane says of memory, in place of its own answer."""
     before: Any = None
     """Awaited once; what it raises is what becomes of the call."""
+    silent = False
+    """Registrations are stored, and their answers are lost."""
 
     async def ask(self, request: Any, question: Any, **options: Any) -> Any:
+        if isinstance(question, PeerRegister) and self.silent:
+            await super().ask(request, question, **options)
+            raise TimedOut("nobody answered")
         if isinstance(question, PeerCall) and isinstance(question.body, Connect) and self.before is not None:
             before, self.before = self.before, None
             await before()
@@ -75,7 +83,7 @@ class Node:
         self._path = path
         self._ends: list[AgentSocket] = []
 
-    async def attach(self, alias: str) -> AgentSocket:
+    async def attach(self, alias: str | None) -> AgentSocket:
         end = await asyncio.to_thread(AgentSocket, self._path, Hello(alias=alias), on_told=self._on_told)
         self._ends.append(end)
         return end
@@ -179,3 +187,31 @@ async def test_memory_that_the_control_plane_refuses_leaves_what_had_its_name(no
     node.bus.refuses = None
     await asyncio.to_thread(a.ask, PutRegion(name="kv", length=4, epoch=4))
     assert await lengths() == [4]
+
+
+@pytest.mark.parametrize("alias", ["a", None])
+async def test_a_start_that_was_not_answered_takes_no_alias(
+    node: Node, alias: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as the control plane answers again the name is free, and nobody is listed who is not there."""
+    monkeypatch.setattr(attendance, "REGISTER_S", 1.0)
+    node.bus.silent = True
+    for _ in range(2):
+        with pytest.raises(PeerError) as raised:
+            await node.attach(alias)
+        assert raised.value.code == "unavailable"
+    node.bus.silent = False
+    end: AgentSocket | None = None
+    deadline_s = asyncio.get_running_loop().time() + WAIT_S
+    while end is None:
+        try:
+            end = await node.attach(alias)
+        except PeerError as error:
+            assert error.code == "unavailable", error
+    while True:
+        listed = await node.control_plane.ask(peers.LIST, PeersList())
+        assert not isinstance(listed, Refused)
+        if [peer.alias for peer in listed.peers] == [end.welcome.alias]:
+            break
+        assert asyncio.get_running_loop().time() < deadline_s, "somebody is listed who is not there"
+        await asyncio.sleep(0.05)

@@ -56,11 +56,13 @@ class Attendance:
         if hello.protocol != PROTOCOL:
             reason = f"this peer-agent speaks protocol {PROTOCOL}, not {hello.protocol}"
             return Refused(code="bad_message", reason=reason, field="ask.protocol")
-        if hello.alias is not None:
-            await self._gone(Name(hello.scope, hello.alias))
-        return await (self._host(line, hello) if hello.hosted else self._enter(line, hello))
+        until_s = asyncio.get_running_loop().time() + REGISTER_S
+        if hello.alias is not None and not await self._gone(Name(hello.scope, hello.alias), until_s):
+            reason = f"the control plane does not answer, and has to forget first who was {hello.alias!r} before"
+            return Refused(code="unavailable", reason=reason, status=503, retry="later")
+        return await (self._host(line, hello) if hello.hosted else self._enter(line, hello, until_s))
 
-    async def _enter(self, line: Line, hello: Hello) -> Welcome | Refused:
+    async def _enter(self, line: Line, hello: Hello, until_s: float) -> Welcome | Refused:
         instance = hello.instance or new_id("i")
         if hello.alias is not None:
             name = Name(hello.scope, hello.alias)
@@ -79,8 +81,13 @@ class Attendance:
             resource=hello.resource,
         )
         try:
-            peer = await within(REGISTER_S, lambda: self._node.bus.ask(peers.REGISTER, register))
+            left_s = until_s - asyncio.get_running_loop().time()
+            peer = await within(left_s, lambda: self._node.bus.ask(peers.REGISTER, register))
         except BusError as error:
+            if hello.instance is None or not line.open:  # Nobody comes back who knows the instance.
+                withdrawing = self._node.spawn(self._plane.withdraw(register))
+                if hello.alias is not None:
+                    self._is_leaving(Name(hello.scope, hello.alias), withdrawing)
             return no_answer(error)
         if isinstance(peer, Refused):
             return replace(peer, field=f"ask.{peer.field}") if peer.field else peer
@@ -125,12 +132,13 @@ class Attendance:
         self._calls.do(self._node.desk.forget(name))
         line.end("")
 
-    async def _gone(self, name: Name) -> None:
+    async def _gone(self, name: Name, until_s: float) -> bool:
         """Waits until a process that has ended is forgotten by all, so that its alias is free."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REGISTER_S):
+            async with asyncio.timeout_at(until_s):
                 while (leaving := self._leaving.get(name)) is not None:
                     await asyncio.wait({leaving})
+        return name not in self._leaving
 
     # --- they go -----------------------------------------------------------------------------------------------------
 

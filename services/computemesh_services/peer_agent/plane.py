@@ -147,6 +147,19 @@ class Plane:
         owned.epochs.pop(region, None)
         return answer_to_drop
 
+    async def withdraw(self, register: PeerRegister) -> None:
+        """Takes a registration back that was not answered, and of which nobody knows whether it is stored, or will be.
+
+        It is asked for once more, so that it is before its end and not behind it.
+        """
+        try:
+            peer = await within(peers.TTL_S, lambda: self._node.bus.ask(peers.REGISTER, register))
+        except BusError as error:
+            _log.warning("cannot take a registration back", alias=register.alias, reason=str(error))
+            return
+        if not isinstance(peer, Refused):
+            await self.forget(Name(peer.scope, peer.alias), register.instance)
+
     async def forget(self, name: Name, instance: str) -> None:
         """Unregisters a process that has ended. While that cannot be told it is tried again, until the control plane
         has forgotten it by itself."""
