@@ -68,6 +68,7 @@ class Line:
         self._splitter = Splitter()
         self._outbox = Outbox()
         self._writing = False
+        self._hears = True
         self._number = 0
         self._asked: dict[int, asyncio.Future[Answer | Refused]] = {}
         self._given_up: dict[int, Accept] = {}
@@ -77,7 +78,7 @@ class Line:
 
     def say(self, frame: Frame, fds: Sequence[int] = ()) -> None:
         """Sends a frame, now or as soon as the process reads. One that does not read at all is cut off."""
-        if not self.open:
+        if not self.open or not self._hears:
             return
         try:
             self._outbox.put(frame, fds)
@@ -90,6 +91,10 @@ class Line:
     def _write(self) -> None:
         try:
             all_gone = self._outbox.flush(self._sock)
+        except ConnectionError:  # It has closed its end, which the reader sees when it has read what was said before.
+            self._outbox.close()
+            self._hears = False
+            all_gone = True
         except OSError as error:
             self.end(str(error))
             return
@@ -130,6 +135,9 @@ class Line:
             try:
                 data, fds = receive(self._sock)
             except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:  # It ended with answers that it had not read.
+                self.end("")
                 return
             except OSError as error:
                 self.end(str(error))
