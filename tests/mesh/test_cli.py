@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import termios
@@ -94,6 +95,7 @@ def test_what_env_prints_a_shell_can_evaluate_and_a_program_can_use(mesh: Cli, r
     values = json.loads(shell.stdout)
     assert values["NATS_URL"].startswith(f"nats://{role}-" if role == "node" else f"nats://{role}:")
     assert values["COMPUTEMESH_TOKEN"]
+    assert stat.S_ISSOCK(Path(values["COMPUTEMESH_PEER_SOCKET"]).stat().st_mode)
     for name in ("NODE_REGISTRY_URL", "WORK_MARSHALING_URL", "RESOURCE_DETECTOR_URL", "NODE_AGENT_URL"):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", values[name])
     elsewhere = Cli(mesh.home.parent / f"elsewhere-{role}")

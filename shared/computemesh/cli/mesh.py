@@ -39,6 +39,7 @@ from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import NodeView
+from computemesh.contracts.services import PEER_AGENT
 from computemesh.ids import token_from
 from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, add_node
 from computemesh.paths import Home, home, private_folder, write_private
@@ -464,6 +465,8 @@ async def _counts() -> tuple[dict[str, Any], list[EngineRow], NoMesh | None]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(role: str, name: str, as_json: bool) -> None:
     """Print shell exports that let any program use this mesh: eval "$(computemesh env)"."""
+    from computemesh.peer.socket import SOCKET_VARIABLE, socket_path
+
     found = common.mesh_status()
     if found.joined and role != Role.NODE:
         raise common.only_a_node(f"has no credentials of the role {role}")
@@ -479,4 +482,6 @@ def env(role: str, name: str, as_json: bool) -> None:
     }
     for service in found.services:
         values |= dict.fromkeys(found.url_names.get(service.name, []), service.http)
+        if service.name == PEER_AGENT.name:
+            values[SOCKET_VARIABLE] = str(socket_path())
     access.print_exports(values, as_json=as_json)

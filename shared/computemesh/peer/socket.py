@@ -53,6 +53,7 @@ from computemesh.peer.signals import (
     Welcome,
 )
 
+SOCKET_VARIABLE: Final = "COMPUTEMESH_PEER_SOCKET"
 ASK_TIMEOUT_S: Final = 30.0
 CONNECT_TIMEOUT_S: Final = 30.0
 """For the peer-agent to take a process, which may wait for the control plane."""
@@ -76,7 +77,7 @@ _log = logging.getLogger(__name__)
 
 def socket_path() -> Path:
     """Where the peer-agent of this node listens: ``COMPUTEMESH_PEER_SOCKET``, else in the home of the mesh."""
-    named = os.environ.get("COMPUTEMESH_PEER_SOCKET")
+    named = os.environ.get(SOCKET_VARIABLE)
     return Path(named).expanduser() if named else home().run / SOCKET_NAME
 
 
