@@ -209,9 +209,9 @@ async def listed(mesh: RunningMesh, scope: str = "") -> dict[str, list[str]]:
     return {peer.alias: peer.memory_keys for peer in answer.peers}
 
 
-async def fetched(mesh: RunningMesh, path: str) -> str:
+async def fetched(mesh: RunningMesh, path: str, service: str = "peer-agent") -> str:
     async with httpx.AsyncClient() as http:
-        return (await http.get(mesh.http("peer-agent") + path)).text
+        return (await http.get(mesh.http(service) + path)).text
 
 
 async def eventually(condition: Callable[[], Any], *, what: str, within_s: float = WAIT_S) -> None:
@@ -758,14 +758,22 @@ async def test_a_transfer_is_begun_once_and_its_end_is_told_once(mesh: RunningMe
     assert 'computemesh_peer_transfer_bytes_total{transport="tcp"} 4.0' in text
 
 
-async def test_what_processes_say_makes_no_new_series(mesh: RunningMesh, attach: Attach) -> None:
-    """A code of their own counts as another one; a transport counts once."""
+async def test_what_processes_say_makes_no_new_series(mesh: RunningMesh, attach: Attach, tmp_path: Path) -> None:
+    """A code of their own counts as another one, in the control plane, too; a transport counts once."""
     a, b, watched = await attach("a"), await attach("b"), Watched()
     await watched.start(mesh)
     a.refuses = Refused(code="my_own", reason="as I like", status=409)
     with pytest.raises(PeerError) as raised:
         await b.connect("a")
     assert raised.value.code == "my_own"
+    async with another_node(mesh, tmp_path) as (far, _):
+        c = await attach("c", path=far)
+        with pytest.raises(PeerError) as raised:
+            await c.connect("a")
+    assert raised.value.code == "my_own"
+    passed_on = await fetched(mesh, "/metrics", "control-plane")
+    assert 'computemesh_peer_calls_total{outcome="other"} 1.0' in passed_on
+    assert "my_own" not in passed_on
     odd: dict[str, Any] = {"node_id": "n1", "alias": "a", "peer": "b", "kind": "read", "at": 1.0}
     a.end.tell(Ended(outcome=Transferred(transfer_id="t-1", ok=False, code="also_my_own", **odd)))
     many: list[Any] = ["tcp", "shm", "tcp", "tcp"]

@@ -47,6 +47,7 @@ from computemesh.contracts.peers import (
 )
 from computemesh.ids import token_of
 from computemesh.lifecycle import Spawn
+from computemesh.peer.errors import outcome_of
 from computemesh_services.control_plane import entities, peers
 from computemesh_services.control_plane.changes import ChangeLedger
 from computemesh_services.control_plane.newest import Newest
@@ -478,7 +479,7 @@ class PeerDesk:
 
     async def on_call(self, said: PeerCall) -> PeerAnswered | Refused:
         answer = await self._call(said)
-        CALLS.labels(answer.code if isinstance(answer, Refused) else "ok").inc()
+        CALLS.labels(outcome_of(answer.code) if isinstance(answer, Refused) else "ok").inc()
         return answer
 
     async def _call(self, said: PeerCall) -> PeerAnswered | Refused:

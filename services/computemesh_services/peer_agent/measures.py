@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge
 
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Transferred, Transport
-from computemesh.peer import errors
+from computemesh.peer.errors import outcome_of
 from computemesh.peer.signals import Answer, Ended, Frame, Question
 from computemesh_services.peer_agent.line import Line
 
@@ -32,25 +32,6 @@ UNTOLD: Final = Counter(
 BYTES: Final = Counter(
     "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
 )
-
-
-_CODES: Final = {getattr(errors, name) for name in errors.__all__ if name.isupper()} | {
-    "conflict",
-    "failed",
-    "full",
-    "io_error",
-    "no_link",
-    "no_peer",
-    "not_hosted",
-    "not_yours",
-    "refused",
-    "too_many_requests",
-}
-
-
-def outcome_of(code: str) -> str:
-    """A code as it is counted. Processes say what they like, and each new word would be a series for ever."""
-    return code if code in _CODES else "other"
 
 
 def refused(code: str) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "TOO_LARGE",
     "UNAVAILABLE",
     "PeerError",
+    "outcome_of",
 ]
 
 ALIAS_TAKEN: Final = "alias_taken"
@@ -55,6 +56,44 @@ UNAVAILABLE: Final = "unavailable"
 
 FORKED: Final = "this process is a fork of the one that is the peer; it needs its own agent"
 """A reason, with `closed`."""
+
+
+_CODES: Final = {
+    ALIAS_TAKEN,
+    BAD_CHECKSUM,
+    BAD_MESSAGE,
+    CANCELLED,
+    CLOSED,
+    CROSSED,
+    LINK_LOST,
+    NOT_CONNECTED,
+    NOT_FOUND,
+    NO_AGENT,
+    NO_REGION,
+    NO_WAY,
+    OTHER_MESH,
+    OUT_OF_RANGE,
+    READ_ONLY,
+    STALE_EPOCH,
+    TIMED_OUT,
+    TOO_LARGE,
+    UNAVAILABLE,
+    "conflict",
+    "failed",
+    "full",
+    "io_error",
+    "no_link",
+    "no_peer",
+    "not_hosted",
+    "not_yours",
+    "refused",
+    "too_many_requests",
+}
+
+
+def outcome_of(code: str) -> str:
+    """A code as it is counted. Processes say what they like, and each new word would be a series for ever."""
+    return code if code in _CODES else "other"
 
 
 class PeerError(RuntimeError):
