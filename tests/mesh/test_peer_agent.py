@@ -39,6 +39,7 @@ from computemesh.contracts.peers import (
     Transferred,
 )
 from computemesh.ids import new_id
+from computemesh.peer.agent import start_peer_agent
 from computemesh.peer.errors import PeerError
 from computemesh.peer.frames import close_fds
 from computemesh.peer.signals import (
@@ -60,6 +61,7 @@ from computemesh.peer.signals import (
     ListPeers,
     Lost,
     MemoryFacts,
+    Moves,
     Order,
     PeerFacts,
     PutEpochs,
@@ -69,6 +71,7 @@ from computemesh.peer.signals import (
     SetTopology,
     Told,
     TopologyFacts,
+    Traffic,
 )
 from computemesh.peer.socket import AgentSocket
 from computemesh.testing import RunningMesh, running_mesh, until
@@ -774,6 +777,8 @@ async def test_what_processes_say_makes_no_new_series(mesh: RunningMesh, attach:
     passed_on = await fetched(mesh, "/metrics", "control-plane")
     assert 'computemesh_peer_calls_total{outcome="other"} 1.0' in passed_on
     assert "my_own" not in passed_on
+    a.end.report(Traffic(moved={"rdma": Moves(reads=2, bytes_read=8, writes=1, bytes_written=5)}, failed={"mine": 3}))
+    a.end.report(Traffic(moved={"rdma": Moves(reads=1, bytes_read=8)}, failed={"link_lost": 1, "my_own": 1}))
     odd: dict[str, Any] = {"node_id": "n1", "alias": "a", "peer": "b", "kind": "read", "at": 1.0}
     a.end.tell(Ended(outcome=Transferred(transfer_id="t-1", ok=False, code="also_my_own", **odd)))
     many: list[Any] = ["tcp", "shm", "tcp", "tcp"]
@@ -781,6 +786,13 @@ async def test_what_processes_say_makes_no_new_series(mesh: RunningMesh, attach:
     await until(lambda: watched.of("t-2"), what="the ends are told")
     text = await fetched(mesh, "/metrics")
     assert "my_own" not in text
+    assert 'code="mine"' not in text
+    assert 'computemesh_peer_orders_total{kind="read",transport="rdma"} 3.0' in text
+    assert 'computemesh_peer_order_bytes_total{kind="read",transport="rdma"} 16.0' in text
+    assert 'computemesh_peer_orders_total{kind="write",transport="rdma"} 1.0' in text
+    assert 'computemesh_peer_order_bytes_total{kind="write",transport="rdma"} 5.0' in text
+    assert 'computemesh_peer_failures_total{code="link_lost"} 1.0' in text
+    assert 'computemesh_peer_failures_total{code="other"} 4.0' in text
     assert 'computemesh_peer_refusals_total{code="other"} 1.0' in text
     assert 'computemesh_peer_transfers_total{kind="read",outcome="other"} 1.0' in text
     assert 'computemesh_peer_transfer_bytes_total{transport="shm+tcp"} 4.0' in text
@@ -980,3 +992,27 @@ async def test_a_second_peer_agent_in_the_same_home_says_so(mesh: RunningMesh) -
     assert "another peer-agent listens at" in second.stdout
     raw = Raw(mesh.home.run / "peer-agent.sock")
     raw.sock.close()
+
+
+async def test_what_the_library_moves_shows_in_the_numbers_of_its_node(mesh: RunningMesh) -> None:
+    """No byte of it passed the peer-agent, which is told at the end at the latest."""
+    path = mesh.home.run / "peer-agent.sock"
+
+    def move() -> None:
+        with start_peer_agent(path, alias="a") as a, start_peer_agent(path, alias="b") as b:
+            for agent in (a, b):
+                agent.allocate_memory_region("kv", 4096)
+            a.connect_to("b").wait(WAIT_S)
+            a.read("b", ("kv", 0, 0, 4096)).wait(WAIT_S)
+            a.write("b", ("kv", 0, 0, 96)).wait(WAIT_S)
+
+    await asyncio.to_thread(move)
+
+    async def shown() -> bool:
+        text = await fetched(mesh, "/metrics")
+        return all(
+            f'computemesh_peer_order_bytes_total{{kind="{kind}",transport="shm"}} {moved}' in text
+            for kind, moved in (("read", "4096.0"), ("write", "96.0"))
+        )
+
+    await eventually(shown, what="the bytes are counted")

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Connect, Piece, Topology, Transfer
-from computemesh.peer import core
+from computemesh.peer import core, traffic
 from computemesh.peer.agent import PeerAgent
 from computemesh.peer.attachment import Attachment
 from computemesh.peer.connections import FAILED_MAX
@@ -44,8 +45,8 @@ from computemesh.peer.errors import (
     PeerError,
 )
 from computemesh.peer.shm import ShmEndpoint, ShmLink
-from computemesh.peer.signals import Accept, Begun, Desired, Lost, Order
-from computemesh.testing.peers import Exchange
+from computemesh.peer.signals import Accept, Begun, Desired, Lost, Moves, Order
+from computemesh.testing.peers import Exchange, Seat
 
 WAIT_S = 20.0
 
@@ -490,6 +491,50 @@ def test_what_is_moved_and_what_fails_is_counted(agents: Agents, transport: str)
     assert (a.stats()["under_way"], a.stats()["failed"]) == (0, {LINK_LOST: 1})
 
 
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_what_is_moved_and_what_fails_is_told_to_the_peer_agent_and_at_the_end_the_rest(
+    agents: Agents, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, and nothing while nothing moves; a peer-agent that is away hears it later."""
+    monkeypatch.setattr(traffic, "TELL_S", 0.05)
+    a, b = agents.pair(transport)
+    seat, other = (agents.exchange.seats["", alias] for alias in ("a", "b"))
+    for agent in (a, b):
+        agent.allocate_memory_region("kv", 64)
+
+    def told(seat: Seat) -> tuple[int, int, int, int, dict[str, int]]:
+        moves = [said.moved[cast(Any, transport)] for said in seat.reports if said.moved]
+        assert all(said.moved.keys() <= {transport} for said in seat.reports)
+        failed: Counter[str] = Counter()
+        for said in seat.reports:
+            failed.update(said.failed)
+        sums = [sum(getattr(one, name) for one in moves) for name in Moves.__struct_fields__]
+        return (sums[0], sums[1], sums[2], sums[3], dict(failed))
+
+    for _ in range(3):
+        a.read("b", [("kv", 0, 0, 8), ("kv", 8, 8, 16)]).wait(WAIT_S)
+    until(lambda: told(seat) == (3, 0, 72, 0, {}))
+    count = len(seat.reports)
+    time.sleep(0.2)
+    assert len(seat.reports) == count
+    seat.away = True
+    a.write("b", ("kv", 0, 0, 5)).wait(WAIT_S)
+    time.sleep(0.2)
+    assert len(seat.reports) == count
+    seat.away = False
+    until(lambda: told(seat) == (3, 1, 72, 5, {}))
+    monkeypatch.setattr(traffic, "TELL_S", 60.0)
+    time.sleep(0.1)  # Whoever waits now waits long.
+    message = a.recv("b", bytearray(8))
+    a.read("b", ("kv", 0, 0, 1)).wait(WAIT_S)
+    b.shutdown()
+    assert code_of(lambda: message.wait(WAIT_S)) == LINK_LOST
+    assert told(seat) == (3, 1, 72, 5, {})
+    a.shutdown()
+    assert told(seat) == (4, 1, 73, 5, {LINK_LOST: 1})
+    assert told(other) == (0, 0, 0, 0, {})
+
+
 def test_memory_of_an_earlier_registration_ends_only_that_one(agents: Agents) -> None:
     a = agents("a")
     first = a.allocate_memory_region("kv", 8)
@@ -822,6 +867,11 @@ def test_an_agent_that_nobody_holds_ends_by_itself_and_twice_is_fine(agents: Age
 
 
 def test_lives_leave_no_threads_and_no_descriptors(agents: Agents) -> None:
+    others = set(threading.enumerate())  # Of agents that go on.
+
+    def threads() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if one.name.startswith("peer-") and one not in others]
+
     def live() -> None:
         a, b = agents.pair()
         a.allocate_memory_region("kv", 8)
@@ -833,13 +883,13 @@ def test_lives_leave_no_threads_and_no_descriptors(agents: Agents) -> None:
 
     live()
     gc.collect()
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("peer-")])
+    until(lambda: not threads())
     before = _open_files()
     for _ in range(10):
         live()
     gc.collect()
     until(lambda: _open_files() <= before)
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("peer-")])
+    until(lambda: not threads())
 
 
 def _open_files() -> int:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from computemesh.contracts.peers import Topology, Transferred
 from computemesh.peer.frames import pack
-from computemesh.peer.signals import Accept, Desired, Done, Ended, Frame, Question
+from computemesh.peer.signals import Accept, Desired, Done, Ended, Frame, News, Question
 from computemesh_services.peer_agent.line import Line
 
 WAIT_S = 10.0
@@ -23,10 +23,10 @@ class Heard:
     """What a connection says of its process."""
 
     def __init__(self) -> None:
-        self.asked: list[Question | Ended] = []
+        self.asked: list[Question | News] = []
         self.over = asyncio.Event()
 
-    def heard(self, line: Line, number: int, ask: Question | Ended, fds: tuple[int, ...]) -> None:
+    def heard(self, line: Line, number: int, ask: Question | News, fds: tuple[int, ...]) -> None:
         self.asked.append(ask)
 
     def late(self, line: Line, accept: Accept) -> None:

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from computemesh import log
 from computemesh.contracts.base import Refused
 from computemesh.peer.frames import FrameError, Outbox, Said, Splitter, discard, receive
-from computemesh.peer.signals import Accept, Accepted, Answer, Desired, Ended, Frame, Lost, Order, Question, Told
+from computemesh.peer.signals import Accept, Accepted, Answer, Desired, Frame, Lost, News, Order, Question, Told
 from computemesh_services.peer_agent.desk import Name
 from computemesh_services.peer_agent.hosted import Hosted
 
@@ -26,7 +26,7 @@ _log = log.get("line")
 class OnFrames(Protocol):
     """Who is told of what comes in. Nothing here may block."""
 
-    def heard(self, line: Line, number: int, ask: Question | Ended, fds: tuple[int, ...]) -> None:
+    def heard(self, line: Line, number: int, ask: Question | News, fds: tuple[int, ...]) -> None:
         """A process asks or tells something. The descriptors are the taker's."""
         ...
 

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge
 from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Transferred, Transport
 from computemesh.peer.errors import outcome_of
-from computemesh.peer.signals import Answer, Ended, Frame, Question
+from computemesh.peer.signals import Answer, Frame, News, Question, Traffic
 from computemesh_services.peer_agent.line import Line
 
 PROCESSES: Final = Gauge("computemesh_peer_processes", "Processes of this node that are peers.")
@@ -32,13 +32,20 @@ UNTOLD: Final = Counter(
 BYTES: Final = Counter(
     "computemesh_peer_transfer_bytes_total", "Bytes that such transfers moved, by transport.", ["transport"]
 )
+ORDERS: Final = Counter(
+    "computemesh_peer_orders_total", "Reads and writes of this node's processes, as they say.", ["transport", "kind"]
+)
+ORDER_BYTES: Final = Counter("computemesh_peer_order_bytes_total", "Bytes of these.", ["transport", "kind"])
+FAILURES: Final = Counter(
+    "computemesh_peer_failures_total", "Reads, writes and messages of this node's processes that failed.", ["code"]
+)
 
 
 def refused(code: str) -> None:
     REFUSED.labels(outcome_of(code)).inc()
 
 
-def answer(line: Line, number: int, ask: Question | Ended, answer: Answer | Refused, fds: Sequence[int] = ()) -> None:
+def answer(line: Line, number: int, ask: Question | News, answer: Answer | Refused, fds: Sequence[int] = ()) -> None:
     kind = type(ask).__name__
     if isinstance(answer, Refused):
         refused(answer.code)
@@ -54,3 +61,17 @@ def count(ended: Transferred) -> None:
     TRANSFERS.labels(ended.kind, "ok" if ended.ok else outcome_of(ended.code)).inc()
     if ended.bytes:
         BYTES.labels("+".join(one for one in get_args(Transport) if one in ended.transports)).inc(ended.bytes)
+
+
+def count_traffic(said: Traffic) -> None:
+    """Counts what a process says that it has ordered since the last time."""
+    for transport, moves in said.moved.items():
+        for kind, orders, moved in (
+            ("read", moves.reads, moves.bytes_read),
+            ("write", moves.writes, moves.bytes_written),
+        ):
+            if orders:
+                ORDERS.labels(transport, kind).inc(orders)
+                ORDER_BYTES.labels(transport, kind).inc(moved)
+    for code, failed in said.failed.items():
+        FAILURES.labels(outcome_of(code)).inc(failed)

@@ -28,12 +28,14 @@ from computemesh.peer.signals import (
     HostedTransferred,
     ListPeers,
     MemoryFacts,
+    News,
     PeerFacts,
     PutEpochs,
     PutRegion,
     Question,
     SetTopology,
     TopologyFacts,
+    Traffic,
 )
 from computemesh_services.peer_agent.attendance import Attendance
 from computemesh_services.peer_agent.calls import Calls
@@ -42,7 +44,7 @@ from computemesh_services.peer_agent.desires import Desires
 from computemesh_services.peer_agent.desk import Name, view
 from computemesh_services.peer_agent.hosted import Hosted, Hosts
 from computemesh_services.peer_agent.line import Line, gone
-from computemesh_services.peer_agent.measures import answer, count
+from computemesh_services.peer_agent.measures import answer, count, count_traffic
 from computemesh_services.peer_agent.node import Node
 from computemesh_services.peer_agent.orders import Orders
 from computemesh_services.peer_agent.plane import Plane, no_answer
@@ -72,7 +74,7 @@ class Questions:
         self._attendance = attendance
         self._desires = desires
 
-    def heard(self, line: Line, number: int, ask: Question | Ended, fds: tuple[int, ...]) -> None:
+    def heard(self, line: Line, number: int, ask: Question | News, fds: tuple[int, ...]) -> None:
         """A process asks or tells something. The descriptors are ours from now on."""
         name = line.name
         if isinstance(ask, Hello) and not line.hello:
@@ -85,6 +87,8 @@ class Questions:
             raise AssertionError("only who is welcome asks anything now")
         elif isinstance(ask, Ended):
             self._orders.told(name, ask.outcome)
+        elif isinstance(ask, Traffic):
+            count_traffic(ask)
         elif line.hosted is not None:
             self._begin(line, ask, self._asked_by_hosted(line, line.hosted, name, number, ask, fds))
         elif isinstance(ask, (PutRegion, PutEpochs, DropRegion)):
@@ -96,7 +100,7 @@ class Questions:
         else:
             self._begin(line, ask, self._asked(line, name, number, ask))
 
-    def _not_now(self, line: Line, ask: Question | Ended) -> Refused | None:
+    def _not_now(self, line: Line, ask: Question | News) -> Refused | None:
         """Why a process cannot ask this at all, or not now."""
         if isinstance(ask, Hello) or not line.hello:
             reason = "hello was said already" if line.hello else "the first question is hello"
@@ -104,7 +108,7 @@ class Questions:
             reason = "the process is not welcome yet"
         elif line.hosted is None and self._node.lines.get(line.name) is not line:
             reason = "the process speaks over another connection now"
-        elif not isinstance(ask, Ended) and line.in_hand[_sort(ask)] >= (most := IN_HAND_MAX[_sort(ask)]):
+        elif not isinstance(ask, News) and line.in_hand[_sort(ask)] >= (most := IN_HAND_MAX[_sort(ask)]):
             reason = f"{most} questions of this process are in hand"
             return Refused(code="too_many_requests", reason=reason, status=429, retry="later")
         else:

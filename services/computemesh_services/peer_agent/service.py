@@ -15,7 +15,7 @@ from computemesh.contracts.base import AnyBound, serve
 from computemesh.contracts.peers import PeerChanged
 from computemesh.edge import Extra
 from computemesh.lifecycle import Spawn
-from computemesh.peer.signals import Accept, Ended, Lost, Question
+from computemesh.peer.signals import Accept, Lost, News, Question
 from computemesh_services.peer_agent import measures
 from computemesh_services.peer_agent.attendance import Attendance
 from computemesh_services.peer_agent.calls import CALLS_AT_ONCE, Calls
@@ -140,7 +140,7 @@ class PeerAgentService:
 
     # --- what comes in by the door -----------------------------------------------------------------------------------
 
-    def heard(self, line: Line, number: int, ask: Question | Ended, fds: tuple[int, ...]) -> None:
+    def heard(self, line: Line, number: int, ask: Question | News, fds: tuple[int, ...]) -> None:
         """A process asks or tells something. The descriptors are ours from now on."""
         self._questions.heard(line, number, ask, fds)
 

@@ -12,7 +12,7 @@ from typing import Final, Protocol, TypeVar
 
 from computemesh.contracts.base import Refused
 from computemesh.peer.errors import BAD_MESSAGE, CLOSED, PeerError
-from computemesh.peer.signals import Answer, Ended, Question, Told, Welcome
+from computemesh.peer.signals import Answer, Ended, Question, Told, Traffic, Welcome
 
 logger: Final = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Signals(Protocol):
     ) -> tuple[Answer, tuple[int, ...]]: ...
 
     def tell(self, said: Ended) -> None: ...
+
+    def report(self, said: Traffic) -> bool: ...
 
     def close(self) -> None: ...
 

@@ -1,7 +1,8 @@
 """One peer: its memory, its connections, and the transfers over them. What programs hold is in :mod:`.agent`.
 
 Threads: a call runs in its caller's, down to the copy where memory is shared. Besides there are the transports' own
-threads, one for each connection that is being made, and one for what must be asked again after an order failed.
+threads, one for each connection that is being made, one for what must be asked again after an order failed, and one
+that tells the peer-agent what was moved.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from computemesh.peer.signals import (
     Welcome,
 )
 from computemesh.peer.topology import Keeper
+from computemesh.peer.traffic import Teller
 from computemesh.peer.transfers import Transfers
 from computemesh.peer.transport import STALL_S, Endpoint, LocalRegion, Outcome, TransportError
 
@@ -74,6 +76,7 @@ class Core:
         self.connections = self.transfers.connections
         self.orders = Orders(self._life, self.transfers)
         self._keeper = Keeper(self._life, self.connections)
+        self._teller = Teller(self._life, self.transfers)
         self._registering = threading.Lock()
         """One region is registered at a time, so that what is said of a name comes in order."""
         self._epochs_sent = False
@@ -88,6 +91,7 @@ class Core:
         self.scope = signals.welcome.scope
         self.node_id = signals.welcome.node_id
         self._life.begin(signals)
+        self._teller.begin()
         _living.add(self)
 
     @property
@@ -252,6 +256,7 @@ class Core:
                 self.regions.take(region.name)
                 with contextlib.suppress(PeerError):
                     self._conceal(region, wait=False)
+        self._teller.end()
         self._life.signals.close()
         for endpoint in self._all:
             endpoint.close()

@@ -230,6 +230,23 @@ class Ended(Message, frozen=True, kw_only=True, tag_field="kind", tag="ended"):
     outcome: Transferred
 
 
+class Moves(Message, frozen=True, kw_only=True):
+    """Orders of a process that went by one transport, and their bytes."""
+
+    reads: Bytes = 0
+    writes: Bytes = 0
+    bytes_read: Bytes = 0
+    bytes_written: Bytes = 0
+
+
+class Traffic(Message, frozen=True, kw_only=True, tag_field="kind", tag="traffic"):
+    """From the process to its peer-agent, without an answer: what it has ordered since it said so last."""
+
+    moved: dict[Transport, Moves] = {}
+    failed: Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Bytes], msgspec.Meta(max_length=64)] = {}
+    """By code: transfers and messages that failed."""
+
+
 class Desired(Message, frozen=True, kw_only=True, tag_field="kind", tag="desired"):
     """Whom you are to be connected to. Told once after the welcome if there is something, and when it changes. There
     is no answer."""
@@ -238,6 +255,7 @@ class Desired(Message, frozen=True, kw_only=True, tag_field="kind", tag="desired
 
 
 Told = Accept | Lost | Order | Desired
+News = Ended | Traffic
 Answer = (
     Welcome | Done | Aliases | PeerFacts | MemoryFacts | TopologyFacts | Called | HostedTransferred | Accepted | Begun
 )
@@ -247,6 +265,6 @@ class Frame(Message, frozen=True, kw_only=True, omit_defaults=True):
     """One thing said. Ids are chosen by who asks, each side for itself; 0 where no answer is wanted."""
 
     id: int = 0
-    ask: Question | Told | Ended | None = None
+    ask: Question | Told | News | None = None
     answer: Answer | None = None
     refused: Refused | None = None

@@ -50,6 +50,7 @@ from computemesh.peer.signals import (
     PutRegion,
     Question,
     Told,
+    Traffic,
     Welcome,
 )
 
@@ -348,6 +349,16 @@ class AgentSocket:
         with self._lock:
             self._ends.append(said)
         self._tell_ends()
+
+    def report(self, said: Traffic) -> bool:
+        """Says what has no answer and can be said later; False if the peer-agent is not there now."""
+        connection = self._connection
+        try:
+            connection.send(Frame(ask=said))
+        except OSError:
+            connection.shut()
+            return False
+        return True
 
     def _tell_ends(self) -> None:
         with self._lock:

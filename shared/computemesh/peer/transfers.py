@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
-from computemesh.contracts.peers import PeerMemory, Region, Resolve
+from computemesh.contracts.peers import PeerMemory, Region, Resolve, Transport
 from computemesh.peer.assignments import Wanted, parse
 from computemesh.peer.attachment import ASK_S, Attachment
 from computemesh.peer.connection import Moved, PeerConnection, Route
@@ -71,7 +71,7 @@ class Transfers:
         self.regions = regions
         self.connections = Connections(life, endpoints, self._resolve_again)
         self._first = self.connections.ready
-        self.moved: dict[str, Moved] = {endpoint.name: Moved() for endpoint in endpoints}
+        self.moved: dict[Transport, Moved] = {endpoint.name: Moved() for endpoint in endpoints}
         """By transport."""
         self._under_way = UnderWay()
         """Who begins one says so before it looks whether the memory is still registered, and who ends a region says so
@@ -464,7 +464,11 @@ class Transfers:
 
     def stats(self) -> dict[str, Any]:
         """See :meth:`computemesh.peer.agent.PeerAgent.stats`."""
-        return {"under_way": len(self._under_way), "failed": dict(self._under_way.failed)}
+        return {"under_way": len(self._under_way), "failed": self.failed()}
+
+    def failed(self) -> dict[str, int]:
+        """How many orders and messages have failed, by code."""
+        return dict(self._under_way.failed)
 
     def after_fork(self, outcome: Outcome) -> None:
         """The child has none of the threads that would end what is under way."""

@@ -38,6 +38,7 @@ from computemesh.peer.signals import (
     SetTopology,
     Told,
     TopologyFacts,
+    Traffic,
     Welcome,
 )
 
@@ -56,6 +57,9 @@ class Seat:
     """By their name, the peer at the other end."""
     asked: list[Question] = field(default_factory=list[Question])
     ended: list[Ended] = field(default_factory=list[Ended])
+    reports: list[Traffic] = field(default_factory=list[Traffic])
+    away: bool = False
+    """There is no peer-agent to tell anything."""
     closed: bool = False
 
     def ask(
@@ -72,6 +76,11 @@ class Seat:
 
     def tell(self, said: Ended) -> None:
         self.ended.append(said)
+
+    def report(self, said: Traffic) -> bool:
+        if not self.away:
+            self.reports.append(said)
+        return not self.away
 
     def close(self) -> None:
         self.exchange.leave(self)
