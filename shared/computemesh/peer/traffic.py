@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from typing import Final
 
+from computemesh.contracts.peers import Transport
 from computemesh.peer.attachment import Attachment
 from computemesh.peer.errors import outcome_of
 from computemesh.peer.signals import Moves, Traffic
@@ -44,7 +45,7 @@ class Teller:
                 self._told = now
 
     def _now(self) -> Traffic:
-        moved = {
+        moved: dict[Transport, Moves] = {
             name: Moves(reads=one.reads, writes=one.writes, bytes_read=one.bytes_read, bytes_written=one.bytes_written)
             for name, one in self._transfers.moved.items()
         }
@@ -56,10 +57,13 @@ class Teller:
 
 def since(before: Traffic, now: Traffic) -> Traffic:
     """What has come between two counts of the same peer; without transports and codes of which nothing has."""
-    moved = {name: _less(count, before.moved.get(name, Moves())) for name, count in now.moved.items()}
+    moved: dict[Transport, Moves] = {
+        name: _less(count, before.moved.get(name, Moves())) for name, count in now.moved.items()
+    }
     failed = {code: count - before.failed.get(code, 0) for code, count in now.failed.items()}
+    some: dict[Transport, Moves] = {name: count for name, count in moved.items() if count != Moves()}
     return Traffic(
-        moved={name: count for name, count in moved.items() if count != Moves()},
+        moved=some,
         failed={code: count for code, count in failed.items() if count},
     )
 
