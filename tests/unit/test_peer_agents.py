@@ -46,6 +46,7 @@ from computemesh.peer.errors import (
 )
 from computemesh.peer.shm import ShmEndpoint, ShmLink
 from computemesh.peer.signals import Accept, Begun, Desired, Lost, Moves, Order
+from computemesh.peer.tcp import TcpLink
 from computemesh.testing.peers import Exchange, Seat
 
 WAIT_S = 20.0
@@ -618,6 +619,36 @@ def test_peers_of_two_machines_use_tcp_and_the_reason_says_why_not_rdma(agents: 
     del b
 
 
+@pytest.mark.parametrize("slow", ["a", "b"])
+def test_when_one_side_is_connected_the_other_is_too_for_all_that_it_may_be_asked(
+    agents: Agents, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    ready, hold = TcpLink.ready, threading.Event()
+
+    def late(link: TcpLink, timeout_s: float) -> None:
+        ready(link, timeout_s)
+        if link.parties.me == slow:
+            assert hold.wait(WAIT_S)
+
+    monkeypatch.setattr(TcpLink, "ready", late)
+    a, b = agents("a"), agents("b")
+    a.allocate_memory_region("kv", 8)
+    b.allocate_memory_region("kv", 8)
+    mine = a.connect_to("b")
+    until(lambda: b.query_connection("a") is not None)
+    theirs = b.connect_to("a")
+    (theirs if slow == "a" else mine).wait(WAIT_S)
+    assert (mine if slow == "a" else theirs).state == "connecting"
+    timer = threading.Timer(0.1, hold.set)
+    timer.start()
+    late_one, other = (a, "b") if slow == "a" else (b, "a")
+    number = late_one.imm_recv(other)
+    assert late_one.read(other, ("kv", 0, 0, 8)).wait(WAIT_S) == 0
+    (b if slow == "a" else a).write_with_imm(slow, ("kv", 0, 0, 8), 7).wait(WAIT_S)
+    assert number.imm_data() == 7
+    timer.join()
+
+
 def test_two_that_ask_for_each_other_at_once_have_one_connection(agents: Agents) -> None:
     for number in range(25):
         a, b = agents(f"a{number}"), agents(f"b{number}")
@@ -777,6 +808,21 @@ def test_any_number_of_regions_is_learnt_anew(agents: Agents) -> None:
     asked = len(agents.exchange.seats["", "a"].asked)
     assert a.read("b", everything).transport == "tcp"
     assert len(agents.exchange.seats["", "a"].asked) == asked
+
+
+@pytest.mark.parametrize("said", [{}, {"epoch": None, "checksum": [None] * 50}])
+def test_the_regions_of_an_order_are_asked_for_at_once(agents: Agents, said: dict[str, Any]) -> None:
+    a, b = agents.pair()
+    for number in range(50):
+        for agent in (a, b):
+            agent.allocate_memory_region(f"layer-{number}", 8)
+    known = a.get_handle("layer-0", "b")
+    here = a.get_handle("layer-0")
+    asked = len(agents.exchange.seats["", "a"].asked)
+    everything: list[Any] = [(f"layer-{number}", 0, 0, 8) for number in range(50)]
+    everything[0] = (here, known, 0, 0, 8)
+    assert a.read("b", everything, **said).wait(WAIT_S) == 0
+    assert len(agents.exchange.seats["", "a"].asked) == asked + 1
 
 
 # --- what is known of others ------------------------------------------------------------------------------------

@@ -183,6 +183,7 @@ class AsyncPeerAgent:
         self, peer_alias: str, chunk: Any, *, local_nic: str | None = None, remote_nic: str | None = None
     ) -> MessageFuture:
         """As :meth:`PeerAgent.send`, and waits until the peer has it."""
+        await self._up(peer_alias, local_nic, remote_nic)
         return await ended(self.agent.send(peer_alias, chunk, local_nic=local_nic, remote_nic=remote_nic))
 
     async def recv(
@@ -197,6 +198,12 @@ class AsyncPeerAgent:
         """As :meth:`PeerAgent.imm_recv`, and waits for the number."""
         return await ended(self.agent.imm_recv(peer_alias, local_nic=local_nic, remote_nic=remote_nic))
 
+    async def _up(self, peer_alias: str, local_nic: str | None, remote_nic: str | None) -> None:
+        """Waits for a connection that is about to be up, where the call itself would have the loop wait."""
+        connections = self.agent.core.connections
+        if peer_alias not in connections.ready or local_nic is not None or remote_nic is not None:
+            await asyncio.to_thread(connections.connected, peer_alias, local_nic, remote_nic)
+
     async def _move(
         self,
         kind: Literal["read", "write"],
@@ -207,6 +214,7 @@ class AsyncPeerAgent:
         epoch: Expected,
         checksum: Expected,
     ) -> TransferFuture:
+        await self._up(peer_alias, local_nic, remote_nic)
         begin = partial(self.agent.begin, kind, peer_alias, assign, local_nic, remote_nic, epoch, checksum)
         future = None
         if sum(one.length for one in parse(assign)) <= INLINE_MAX and epoch is None:

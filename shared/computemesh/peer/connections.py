@@ -69,7 +69,8 @@ class Connections:
             return sorted(self._connections.values(), key=lambda conn: conn.conn_id)
 
     def connected(self, peer: str, local_nic: str | None = None, remote_nic: str | None = None) -> PeerConnection:
-        """A connection that bytes can go over.
+        """A connection that bytes can go over. One whose terms are exchanged is waited for: it is up for the peer
+        perhaps, who may have said so.
 
         Raises:
             PeerError: there is none, or it is not up yet, or not any more.
@@ -88,6 +89,9 @@ class Connections:
         self._life.check_open()
         for conn in candidates:
             if conn.state == "connecting":
+                if conn.phase == "answered":
+                    with contextlib.suppress(TimeoutError):
+                        return conn.wait(CONNECT_S)
                 raise PeerError(NOT_CONNECTED, f"{conn.conn_id} is not connected yet; call wait() on it first")
         for conn in candidates:
             raise conn.failure()

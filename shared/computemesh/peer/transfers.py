@@ -175,6 +175,7 @@ class Transfers:
     def _issue(
         self, conn: PeerConnection, kind: Kind, wanted: Sequence[Wanted], imm: int | None, future: TransferFuture
     ) -> None:
+        self._learn_lacking(conn, wanted)
         copies: list[Copy] = []
         by_link: dict[Link, list[Copy]] = {}
         for one in wanted:
@@ -271,6 +272,17 @@ class Transfers:
             f"{conn.transport} reaches region {name!r} of {conn.peer_alias!r}, or {local.name!r} here, in no way",
         )
 
+    def _learn_lacking(self, conn: PeerConnection, wanted: Sequence[Wanted]) -> None:
+        """Asks at once for all regions of an order that nothing is known of, as those of the layers of a model."""
+        lacking: dict[str, None] = {}
+        for one in wanted:
+            held = None if isinstance(one.remote, str) else self._handles.get(one.remote)
+            name = one.remote if isinstance(one.remote, str) else held.name if held is not None else None
+            if name is not None and name not in conn.remotes:
+                lacking[name] = None
+        if len(lacking) > 1:
+            self._learn(conn, list(lacking))
+
     def _learn(
         self, conn: PeerConnection, names: Sequence[str], timeout_s: float = ASK_S
     ) -> dict[str, dict[str, RemoteRegion]]:
@@ -349,6 +361,7 @@ class Transfers:
         for what, given in (("epoch", epochs), ("checksum", checksums)):
             if given is not None and len(given) != len(wanted):
                 raise ValueError(f"{what}: {len(given)} of them for {len(wanted)} assignments")
+        self._learn_lacking(conn, wanted)
         for number, epoch in enumerate(epochs or ()):
             if epoch is not None:
                 self._check_epoch(conn, wanted[number], epoch)
