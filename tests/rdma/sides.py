@@ -131,6 +131,14 @@ class Side:
         self.link.recv_imm(done)
         return ticket
 
+    def withdraw(self, ticket: int) -> bool:
+        assert self.link is not None
+        return self.link.withdraw(self._outcomes[ticket].put)
+
+    def give_back(self, taken: bytes | int) -> None:
+        assert self.link is not None
+        self.link.give_back(taken)
+
     def outcome(self, ticket: int, within_s: float = WAIT_S) -> Outcome:
         return self._outcomes[ticket].get(timeout=within_s)
 

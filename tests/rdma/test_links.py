@@ -167,6 +167,27 @@ def test_messages_come_in_order_though_nobody_receives_at_first(linked: Two) -> 
     assert {linked.a.outcome(ticket).code for ticket in tickets} == {""}
 
 
+@pytest.mark.parametrize("length", [SMALL, MB])
+def test_what_is_withdrawn_takes_nothing_and_what_is_given_back_comes_again(linked: Two, length: int) -> None:
+    message, number = linked.b.recv(length), linked.b.recv_imm()
+    assert linked.b.withdraw(message)
+    assert linked.b.withdraw(number)
+    sent = [linked.a.send(pattern(seed, length)) for seed in range(2)]
+    for imm in range(2):
+        linked.a.order("write", [], imm)
+    first = linked.b.received(linked.b.recv(length))
+    assert first == pattern(0, length)
+    for _ in range(300):  # More often than messages may be on their way: each counts once.
+        linked.b.give_back(first)
+        assert linked.b.received(linked.b.recv(length)) == first
+    assert linked.b.outcome(linked.b.recv_imm()).imm == 0
+    linked.b.give_back(0)
+    assert [linked.b.outcome(linked.b.recv_imm()).imm for _ in range(2)] == [0, 1]
+    assert linked.b.received(linked.b.recv(length)) == pattern(1, length)
+    assert {linked.a.outcome(ticket).code for ticket in sent} == {""}
+    assert not linked.b.withdraw(message)
+
+
 def test_both_ends_may_send_as_much_as_they_like_at_once(linked: Two) -> None:
     count = 150
     ours = [linked.a.send(pattern(number, 1000)) for number in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -25,6 +26,7 @@ from computemesh.contracts.base import Refused
 from computemesh.contracts.peers import Connect, Piece, Topology, Transfer
 from computemesh.peer import core, traffic
 from computemesh.peer.agent import PeerAgent
+from computemesh.peer.aio import AsyncPeerAgent
 from computemesh.peer.attachment import Attachment
 from computemesh.peer.connections import FAILED_MAX
 from computemesh.peer.errors import (
@@ -47,6 +49,7 @@ from computemesh.peer.errors import (
 from computemesh.peer.shm import ShmEndpoint, ShmLink
 from computemesh.peer.signals import Accept, Begun, Desired, Lost, Moves, Order
 from computemesh.peer.tcp import TcpLink
+from computemesh.peer.transport import CANCELLED
 from computemesh.testing.peers import Exchange, Seat
 
 WAIT_S = 20.0
@@ -187,6 +190,97 @@ def test_a_chunk_is_an_address_with_an_offset_and_a_length(agents: Agents) -> No
     a.send("b", (ctypes.addressof(data), 2, 3)).wait(WAIT_S)
     future.wait(WAIT_S)
     assert bytes(into) == bytes([0, 0, 0, 0, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_what_is_withdrawn_takes_nothing_and_the_next_one_gets_it(agents: Agents, size: int) -> None:
+    a, b = agents.pair()
+    a.allocate_memory_region("kv", 8)
+    b.allocate_memory_region("kv", 8)
+    number, buffer = b.imm_recv("a"), bytearray(size)
+    message = b.recv("a", buffer)
+    assert number.cancel()
+    assert message.cancel()
+    assert code_of(number.wait) == code_of(message.wait) == CANCELLED
+    buffer.clear()  # It is the program's own again.
+    written, sent = a.write_with_imm("b", ("kv", 0, 0, 8), 8), a.send("b", bytes(size))
+    number, message = b.imm_recv("a"), b.recv("a", bytearray(size))
+    assert [number.imm_data(), message.wait(WAIT_S), message.received] == [8, 0, size]
+    for future in (number, message, written, sent):
+        assert future.wait(WAIT_S) == 0
+        assert not future.cancel()
+    assert not a.read("b", ("kv", 0, 0, 8)).cancel()
+
+
+async def test_a_task_that_is_cancelled_leaves_what_comes_to_the_next_one(agents: Agents) -> None:
+    a, b = agents.pair()
+    a.allocate_memory_region("kv", 8)
+    b.allocate_memory_region("kv", 8)
+    receiver, abandoned = AsyncPeerAgent(b), bytearray(5)
+    for waiting in (receiver.imm_recv("a"), receiver.recv("a", abandoned)):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(waiting, 0.05)
+    a.write_with_imm("b", ("kv", 0, 0, 8), 8).wait(WAIT_S)
+    a.send("b", b"hello").wait(WAIT_S)
+    buffer = bytearray(5)
+    assert (await asyncio.wait_for(receiver.imm_recv("a"), WAIT_S)).imm_data() == 8
+    assert (await asyncio.wait_for(receiver.recv("a", buffer), WAIT_S)).received == 5
+    assert [buffer, abandoned] == [b"hello", bytes(5)]
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+async def test_what_has_come_when_its_task_is_cancelled_is_given_to_the_next_one(agents: Agents, size: int) -> None:
+    a, b = agents.pair()
+    a.allocate_memory_region("kv", 8)
+    b.allocate_memory_region("kv", 8)
+    receiver = AsyncPeerAgent(b)
+    tasks = [asyncio.ensure_future(one) for one in (receiver.imm_recv("a"), receiver.recv("a", bytearray(size)))]
+    while b.stats()["under_way"] < 2:
+        await asyncio.sleep(0.001)
+    for number in range(2):  # The loop hears of none of it before the tasks are cancelled.
+        a.write_with_imm("b", ("kv", 0, 0, 8), number).wait(WAIT_S)
+        a.send("b", bytes([number]) * size)
+    until(lambda: b.stats()["under_way"] == 0)
+    assert [task.cancel() for task in tasks] == [True, True]
+    for task in tasks:
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    for number in range(2):
+        buffer = bytearray(size)
+        assert (await asyncio.wait_for(receiver.imm_recv("a"), WAIT_S)).imm_data() == number
+        assert (await asyncio.wait_for(receiver.recv("a", buffer), WAIT_S)).received == size
+        assert buffer == bytes([number]) * size
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+async def test_however_often_a_program_gives_up_all_comes_once_and_in_order(agents: Agents, size: int) -> None:
+    a, b = agents.pair()
+    a.allocate_memory_region("kv", 8)
+    b.allocate_memory_region("kv", 8)
+    receiver, count, given_up = AsyncPeerAgent(b), 100, 0
+
+    def say() -> None:
+        for number in range(count):
+            a.write_with_imm("b", ("kv", 0, 0, 8), number).wait(WAIT_S)
+            a.send("b", bytes([number]) * size).wait(WAIT_S)
+
+    async def hear(begin: Callable[[], Any]) -> Any:
+        nonlocal given_up
+        for turn in range(10_000):
+            try:
+                return await asyncio.wait_for(begin(), 0.0001 * (turn % 20))
+            except TimeoutError:
+                given_up += 1
+        raise AssertionError("it never came")
+
+    talking = asyncio.ensure_future(asyncio.to_thread(say))
+    for number in range(count):
+        assert (await hear(lambda: receiver.imm_recv("a"))).imm_data() == number
+        buffer = bytearray(size)
+        assert (await hear(lambda: receiver.recv("a", buffer))).received == size  # noqa: B023  # It is awaited at once.
+        assert buffer == bytes([number]) * size
+    await talking
+    assert given_up
 
 
 @settings(max_examples=60, deadline=None)

@@ -46,3 +46,16 @@ def test_at_the_end_those_who_wait_are_known_and_all_is_forgotten() -> None:
     numbers.come(1)
     assert numbers.drop() == []
     assert numbers.take() is None
+
+
+def test_who_waits_no_longer_is_not_told_and_what_is_given_back_comes_first() -> None:
+    numbers = Immediates()
+    first, second = partial(_hear, 1), partial(_hear, 2)
+    numbers.wait(first)
+    numbers.wait(second)
+    assert [numbers.withdraw(first), numbers.withdraw(first)] == [True, False]
+    assert [numbers.come(1), numbers.come(2)] == [second, None]
+    assert numbers.give_back(1) is None
+    assert [numbers.take(), numbers.take(), numbers.take()] == [Outcome(imm=1), Outcome(imm=2), None]
+    numbers.wait(first)
+    assert numbers.give_back(1) is first

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar, cast
 
 from computemesh.peer.agent import Expected, PeerAgent, PeerMemoryRegion, start_peer_agent
 from computemesh.peer.assignments import Assignments, parse
 from computemesh.peer.connection import PeerConnection
+from computemesh.peer.errors import PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, PeerFuture, TransferFuture
 
 INLINE_MAX: Final = 256 * 1024
@@ -44,6 +46,22 @@ async def ended(future: F) -> F:
         await waiting
     future.wait(0)
     return future
+
+
+async def taken(future: F, give_back: Callable[[], None]) -> F:
+    """As `ended`, for what a peer sends. When the task is cancelled, what has not begun to come is the next one's; what
+    has is let in first, so that nothing is written to its buffer afterwards, and given back.
+    """
+    try:
+        return await ended(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            try:
+                with contextlib.suppress(PeerError):
+                    await ended(future)
+            finally:  # Also if the task does not wait for that either.
+                future.add_done_callback(lambda _: give_back())
+        raise
 
 
 class AsyncPeerAgent:
@@ -189,14 +207,21 @@ class AsyncPeerAgent:
     async def recv(
         self, peer_alias: str, chunk: Any, *, local_nic: str | None = None, remote_nic: str | None = None
     ) -> MessageFuture:
-        """As :meth:`PeerAgent.recv`, and waits for it. When the task is cancelled the buffer stays promised."""
-        return await ended(self.agent.recv(peer_alias, chunk, local_nic=local_nic, remote_nic=remote_nic))
+        """As :meth:`PeerAgent.recv`, and waits for it. When the task is cancelled, the message is that of the next
+        `recv`."""
+        await self._up(peer_alias, local_nic, remote_nic)
+        future = self.agent.recv(peer_alias, chunk, local_nic=local_nic, remote_nic=remote_nic)
+        into = future.held  # None if it is done, and nothing can come between.
+        return await taken(future, lambda: future.give_back(cast(memoryview, into)))
 
     async def imm_recv(
         self, peer_alias: str, *, local_nic: str | None = None, remote_nic: str | None = None
     ) -> ImmFuture:
-        """As :meth:`PeerAgent.imm_recv`, and waits for the number."""
-        return await ended(self.agent.imm_recv(peer_alias, local_nic=local_nic, remote_nic=remote_nic))
+        """As :meth:`PeerAgent.imm_recv`, and waits for the number. When the task is cancelled, it is that of the next
+        `imm_recv`."""
+        await self._up(peer_alias, local_nic, remote_nic)
+        future = self.agent.imm_recv(peer_alias, local_nic=local_nic, remote_nic=remote_nic)
+        return await taken(future, future.give_back)
 
     async def _up(self, peer_alias: str, local_nic: str | None, remote_nic: str | None) -> None:
         """Waits for a connection that is about to be up, where the call itself would have the loop wait."""

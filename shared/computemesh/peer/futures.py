@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 from computemesh.peer.errors import PeerError
-from computemesh.peer.transport import Copy, Drive, LocalRegion, Outcome
+from computemesh.peer.transport import CANCELLED, Copy, Drive, Link, LocalRegion, Outcome
 
 logger: Final = logging.getLogger(__name__)
+
+WITHDRAWN: Final = Outcome(CANCELLED, "it was withdrawn before anything came")
 
 _lock: Final = threading.RLock()
 """For the rare moments in which somebody begins to wait for a future, or asks to be called. The collector may come by
@@ -117,6 +119,15 @@ class PeerFuture:
         if self._outcome is not None:
             self._call()
 
+    def cancel(self) -> bool:
+        """Withdraws what only waits: a `recv` for which no message has begun to come, or an `imm_recv`. It ends with
+        `cancelled` then, and what comes is the next one's.
+
+        Returns:
+            Whether it is so. False: it has ended, or will, by itself; as all that sends, reads or writes.
+        """
+        return False
+
     def _await(self, timeout: float | None) -> Outcome | None:
         drive = self.drive
         if drive is not None:
@@ -172,8 +183,27 @@ class TransferFuture(PeerFuture):
         return tuple(copy.remote.epoch for copy in self.copies)
 
 
-class MessageFuture(PeerFuture):
+class Receiving(PeerFuture):
+    """Of what a peer sends when it likes."""
+
+    link: Link | None = None
+    """Over which it comes."""
+
+    def cancel(self) -> bool:
+        if self.link is None or not self.link.withdraw(self.settle):
+            return False
+        self.settle(WITHDRAWN)
+        return True
+
+
+class MessageFuture(Receiving):
     """Of a message that is sent or received."""
+
+    def give_back(self, into: memoryview) -> None:
+        """The message that came into this buffer is the next one again; nothing if none came."""
+        outcome = self._outcome
+        if self.link is not None and outcome is not None and not outcome.code:
+            self.link.give_back(bytes(into[: outcome.received]))
 
     @property
     def received(self) -> int:
@@ -181,7 +211,7 @@ class MessageFuture(PeerFuture):
         return self._outcome.received if self._outcome is not None else 0
 
 
-class ImmFuture(PeerFuture):
+class ImmFuture(Receiving):
     """Of a number that comes with a peer's write.
 
     Attributes:
@@ -208,6 +238,11 @@ class ImmFuture(PeerFuture):
         assert self._outcome is not None
         imm = (self._outcome.imm or 0) & 0xFFFFFFFF
         return imm - (1 << 32) if imm >= 1 << 31 else imm
+
+    def give_back(self) -> None:
+        """The number is the next one again; nothing if none came."""
+        if self.link is not None and self._outcome is not None and not self._outcome.code:
+            self.link.give_back(self.imm_data())
 
 
 class Reading(PeerFuture):

@@ -38,6 +38,21 @@ class Immediates:
         self._came.append(imm)
         return None
 
+    def withdraw(self, done: Done) -> bool:
+        """`done` waits no longer; False if it does not wait."""
+        try:
+            self._wanted.remove(done)
+        except ValueError:
+            return False
+        return True
+
+    def give_back(self, imm: int) -> Done | None:
+        """One that was taken comes again, before all that came later. Who is to be told of it; None: it is kept."""
+        if self._wanted:
+            return self._wanted.popleft()
+        self._came.appendleft(imm)
+        return None
+
     def drop(self) -> list[Done]:
         """Forgets all; who waits in vain."""
         waiting = list(self._wanted)

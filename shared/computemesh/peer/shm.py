@@ -248,6 +248,12 @@ class ShmLink:
     def recv_imm(self, done: Done) -> None:
         done(_NO_MESSAGES)
 
+    def withdraw(self, done: Done) -> bool:
+        return False
+
+    def give_back(self, taken: bytes | int) -> None:
+        raise AssertionError("none came over this link")
+
     def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         """What is under way fails after its present piece. Regions stay mapped until they are dropped."""
         self._end = self._end or why

@@ -445,13 +445,14 @@ class Transfers:
     def recv(self, conn: PeerConnection, into: memoryview) -> MessageFuture:
         link = _messages(conn)
         future = self._begun(MessageFuture())
-        future.held = into
+        future.held, future.link = into, link
         link.recv(into, future.settle)
         return future
 
     def recv_imm(self, conn: PeerConnection) -> ImmFuture:
         link = _messages(conn)
         future = self._begun(ImmFuture())
+        future.link = link
         link.recv_imm(future.settle)
         return future
 

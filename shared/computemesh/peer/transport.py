@@ -187,6 +187,14 @@ class Link(Protocol):
         """Takes the next number that came with a write, also one that came before this was called."""
         ...
 
+    def withdraw(self, done: Done) -> bool:
+        """Takes back the `recv` or `recv_imm` that has this `done`, which is not called then. False: it is too late."""
+        ...
+
+    def give_back(self, taken: bytes | int) -> None:
+        """A message or a number that was taken is the next one again."""
+        ...
+
     def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         """Ends it. What is under way ends with `why`, unless it has ended by itself."""
         ...

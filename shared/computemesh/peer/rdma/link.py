@@ -132,6 +132,8 @@ class Incoming:
 
     data: bytes = b""
     large: Note | None = None
+    counted: bool = False
+    """Whether it was taken once, and the peer is told so."""
 
 
 @dataclass(slots=True, eq=False)
@@ -320,6 +322,24 @@ class RdmaLink:
                 self._immediates.wait(done)
             else:
                 calls.append(_told(done, outcome))
+
+    def withdraw(self, done: Done) -> bool:
+        with self._within():
+            for wanted in self._wanted:
+                if wanted.done == done:
+                    self._wanted.remove(wanted)
+                    return True
+            return self._immediates.withdraw(done)
+
+    def give_back(self, taken: bytes | int) -> None:
+        with self._within() as calls:
+            if isinstance(taken, int):
+                if (done := self._immediates.give_back(taken)) is not None:
+                    calls.append(_told(done, Outcome(imm=taken)))
+            else:
+                self._inbox.appendleft(Incoming(taken, counted=True))
+                self._match(calls)
+                self._pump(calls)
 
     def close(self, why: Outcome = WAS_CLOSED, /) -> None:
         with self._within() as calls:
@@ -674,7 +694,8 @@ class RdmaLink:
         """Gives messages that came to those who wait for one."""
         while self._inbox and self._wanted:
             incoming, wanted = self._inbox.popleft(), self._wanted.popleft()
-            self._flow.taken += 1
+            if not incoming.counted:
+                self._flow.taken += 1
             length = len(incoming.data) if incoming.large is None else incoming.large.length
             if length > len(wanted.into):
                 if incoming.large is not None:

@@ -355,6 +355,12 @@ class TcpLink:
     def recv_imm(self, done: Done) -> None:
         self.mail.recv_imm(done)
 
+    def withdraw(self, done: Done) -> bool:
+        return self.mail.withdraw(done)
+
+    def give_back(self, taken: bytes | int) -> None:
+        self.mail.give_back(taken)
+
 
 def _nobody(_: str) -> None:
     pass

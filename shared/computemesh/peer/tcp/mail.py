@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 from computemesh.peer.immediates import Immediates
@@ -250,6 +251,28 @@ class Mail:
                 self._pulls[number] = done
         status = HELD if data is None else 0 if length <= len(into) else STATUS[TOO_LARGE]
         return status, lambda: self._receive(number, length, data, into, done)
+
+    def withdraw(self, done: Done) -> bool:
+        with self._lock:
+            for place, (_, waiting) in enumerate(self._recvs):
+                if waiting == done:
+                    del self._recvs[place]
+                    return True
+            return self._immediates.withdraw(done)
+
+    def give_back(self, taken: bytes | int) -> None:
+        with self._lock:
+            if isinstance(taken, int):
+                waiting = self._immediates.give_back(taken)
+                then = None if waiting is None else partial(waiting, Outcome(imm=taken))
+            elif self._recvs:
+                then = partial(self._receive, 0, len(taken), taken, *self._recvs.popleft())
+            else:
+                then = None
+                self._arrived.appendleft((0, len(taken), taken))
+                self._stored += len(taken) + STORED_EACH
+        if then is not None:
+            then()
 
     # --- numbers
 
