@@ -162,9 +162,10 @@ def test_the_number_of_a_write_comes_after_its_bytes_and_waits_for_who_asks_late
     early.add_done_callback(lambda _: seen.append(bytes(there.view[:4])))
     a.write_with_imm("b", [("kv", 0, 0, 4096)], -5).wait(WAIT_S)
     a.write_with_imm("b", ("kv", 0, 0, 1), 7).wait(WAIT_S)
+    a.write_with_imm("b", ("kv", 0, 0, 1), 2**32 - 2).wait(WAIT_S)  # Numbers of verbs have no sign.
     assert early.imm_data() == -5
     assert seen == [b"new!"]
-    assert b.imm_recv("a").imm_data() == 7
+    assert [b.imm_recv("a").imm_data() for _ in range(2)] == [7, -2]
 
 
 def test_messages_go_both_ways_whole_and_in_their_order(agents: Agents) -> None:
@@ -409,6 +410,13 @@ BAD: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     (lambda a: a.register_memory_region("kv", bytearray(4), fd=0, fd_offset=-1), ValueError, "fd_offset: -1"),
     (lambda a: a.unregister_memory_region(1), TypeError, "mr_name: text is wanted, not int"),
     (lambda a: a.set_desired_topology("b"), TypeError, "target_peers: a list of aliases is wanted, not str"),
+    (lambda a: a.set_desired_topology(["b"], min_bw="fast"), ValueError, "min_bw: 'fast' is no bandwidth"),
+    (lambda a: a.set_desired_topology(["b"], min_bw=100), TypeError, "min_bw: text is wanted, not int"),
+    (lambda a: a.connect_to("b", min_bw="fast"), ValueError, "min_bw: 'fast' is no bandwidth"),
+    (lambda a: a.imm_recv("b").wait("x"), TypeError, "timeout: seconds are wanted, not str"),
+    (lambda a: a.imm_recv("b").wait_for([]), TypeError, "timeout: seconds are wanted, not list"),
+    (lambda a: a.connect_to("b").wait("x"), TypeError, "timeout: seconds are wanted, not str"),
+    (lambda a: a.imm_recv("b").add_done_callback(5), TypeError, "call: something to call is wanted, not int"),
     (lambda a: a.set_desired_topology(None), TypeError, "target_peers: a list of aliases is wanted"),
     (lambda a: a.get_mr_info(), TypeError, "get_mr_info"),
     (lambda a: a.get_mr_info("b", "kv", peer_alias="b"), TypeError, "get_mr_info"),
@@ -418,7 +426,8 @@ BAD: list[tuple[Callable[[Any], object], type[Exception], str]] = [
     (lambda a: a.read("b", ("kv", 0, 0, 1), epoch=[1, 2]), ValueError, "epoch: 2 of them for 1"),
     (lambda a: a.read("b", ("kv", 0, 0, 1), epoch="1"), TypeError, "epoch: a whole number is wanted, not str"),
     (lambda a: a.read("b", ("kv", 0, 0, 1), checksum=-1), ValueError, "checksum: -1 is negative"),
-    (lambda a: a.write_with_imm("b", ("kv", 0, 0, 1), 2**31), ValueError, "imm_data"),
+    (lambda a: a.write_with_imm("b", ("kv", 0, 0, 1), 2**32), ValueError, "imm_data"),
+    (lambda a: a.write_with_imm("b", ("kv", 0, 0, 1), -(2**31) - 1), ValueError, "imm_data"),
     (lambda a: a.write_with_imm("b", ("kv", 0, 0, 1), "1"), TypeError, "imm_data"),
     (lambda a: a.send("b", (1, 2)), TypeError, "chunk"),
     (lambda a: a.send("b", 4096), TypeError, "chunk"),

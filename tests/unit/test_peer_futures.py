@@ -43,6 +43,21 @@ def test_a_failure_is_raised_each_time_with_its_code() -> None:
     assert error.code == LINK_LOST
 
 
+def test_a_future_says_what_it_is_of_and_how_it_stands() -> None:
+    futures: list[PeerFuture] = [TransferFuture(), MessageFuture(), ImmFuture()]
+    assert [repr(one) for one in futures] == [
+        "<future of a transfer, under way>",
+        "<future of a message, under way>",
+        "<future of a number, under way>",
+    ]
+    futures[0].settle(DONE)
+    futures[1].settle(LOST)
+    assert [repr(one) for one in futures[:2]] == [
+        "<future of a transfer, done>",
+        "<future of a message, failed: link_lost>",
+    ]
+
+
 def test_only_the_first_end_counts() -> None:
     future = PeerFuture()
     future.settle(DONE)

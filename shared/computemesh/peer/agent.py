@@ -34,6 +34,7 @@ from computemesh.peer.errors import NO_WAY, PeerError
 from computemesh.peer.futures import ImmFuture, MessageFuture, TransferFuture
 from computemesh.peer.memory import Descriptor, SharedMemory
 from computemesh.peer.rdma import RdmaEndpoint
+from computemesh.peer.rdma.nics import gbps
 from computemesh.peer.regions import Memory, check_name, is_address, memory_of, whole_number
 from computemesh.peer.resource import first_port, resource_of
 from computemesh.peer.shm import ShmEndpoint
@@ -45,7 +46,7 @@ from computemesh.peer.transport import Endpoint
 HOST_VARIABLE: Final = "COMPUTEMESH_PEER_HOST"
 """Names this machine's address on the network over which peers of other machines reach it."""
 IMM_MIN: Final = -(2**31)
-IMM_MAX: Final = 2**31 - 1
+IMM_MAX: Final = 2**32 - 1
 
 Expected = int | Sequence[int | None] | None
 
@@ -193,10 +194,16 @@ class PeerAgent:
         """Says whom this peer is to be connected to, from now on and again after a failure. They need not be there yet.
 
         Args:
+            min_bw: as for `connect_to`.
             symmetric: each of them is to be connected to this one as well.
+
+        Raises:
+            TypeError, ValueError: an argument is none.
+            PeerError: the control plane does not take it.
         """
         if isinstance(target_peers, str) or not isinstance(target_peers, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"target_peers: a list of aliases is wanted, not {type(target_peers).__name__}")
+        _bandwidth(min_bw)
         self._core.set_topology(target_peers, min_bw=min_bw, symmetric=symmetric)
 
     # --- connections -------------------------------------------------------------------------------------------
@@ -239,8 +246,7 @@ class PeerAgent:
         ):
             raise ValueError(f"local_host, local_port: give local_host to start_peer_agent, or set {HOST_VARIABLE}")
         ib_port, qp_num = 1 if ib_port is None else ib_port, 1 if qp_num is None else qp_num
-        if min_bw is not None and not isinstance(min_bw, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"min_bw: text is wanted, not {type(min_bw).__name__}")
+        _bandwidth(min_bw)
         for what, value, most in (("ib_port", ib_port, 255), ("qp_num", qp_num, 1024)):
             if not 1 <= whole_number(value, what) <= most:
                 raise ValueError(f"{what}: {value} is not between 1 and {most}")
@@ -497,7 +503,8 @@ class PeerAgent:
         """As `write`; the peer gets a number after the bytes, from `imm_recv`.
 
         Args:
-            imm_data: -2**31 to 2**31 - 1.
+            imm_data: 32 bits, as a number with a sign or without one. `ImmFuture.imm_data` gives it with one, as
+                DLSlime does: 2**32 - 1 arrives as -1.
         """
         _no_stream(stream)
         if isinstance(imm_data, bool) or not isinstance(imm_data, Integral):
@@ -720,6 +727,13 @@ def _no_stream(stream: object) -> None:
 def _peer(alias: object) -> None:
     if not isinstance(alias, str) or not alias:
         raise TypeError("peer_alias: a peer's alias is wanted, and it must not be empty")
+
+
+def _bandwidth(min_bw: object) -> None:
+    if min_bw is not None and not isinstance(min_bw, str):
+        raise TypeError(f"min_bw: text is wanted, not {type(min_bw).__name__}")
+    if min_bw:
+        gbps(min_bw)
 
 
 def _checked(field: str, value: str, kind: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from computemesh.peer.errors import LINK_LOST, NO_WAY, PeerError
+from computemesh.peer.errors import LINK_LOST, NO_WAY, PeerError, check_timeout
 from computemesh.peer.transport import Link, LocalRegion, RemoteRegion
 
 State = Literal["connecting", "connected", "failed"]
@@ -184,6 +184,7 @@ class PeerConnection:
             TimeoutError: they can't in `timeout` seconds; it goes on trying.
             PeerError: it failed.
         """
+        check_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while self.state == "connecting":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Final
 
 from computemesh.contracts.base import Refused
@@ -114,3 +115,9 @@ class PeerError(RuntimeError):
         """What a refusal says, naming the field at fault: of what was asked, not of the frame it came in."""
         field = refused.field.removeprefix("ask.")
         return cls(refused.code, f"{field}: {refused.reason}" if field else refused.reason)
+
+
+def check_timeout(timeout: object) -> None:
+    """Raises TypeError if it is neither seconds nor None."""
+    if timeout is not None and not isinstance(timeout, Real):
+        raise TypeError(f"timeout: seconds are wanted, not {type(timeout).__name__}")

@@ -8,9 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
-from computemesh.peer.errors import PeerError
+from computemesh.peer.errors import PeerError, check_timeout
 from computemesh.peer.transport import CANCELLED, Copy, Drive, Link, LocalRegion, Outcome
 
 logger: Final = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 class PeerFuture:
     """What becomes of a read, a write, or a message. Any number of threads may wait for it."""
 
+    what: ClassVar[str] = "something"
     # Defaults of the class, so that making one costs next to nothing.
     _outcome: Outcome | None = None
     _waiter: threading.Event | None = None
@@ -38,6 +39,11 @@ class PeerFuture:
     """Keeps buffers alive while the transport has them."""
     under_way: UnderWay | None = None
     """Of its peer: this one is among them until it has ended."""
+
+    def __repr__(self) -> str:
+        outcome = self._outcome
+        state = "under way" if outcome is None else f"failed: {outcome.code}" if outcome.code else "done"
+        return f"<future of {self.what}, {state}>"
 
     def uses(self, region: LocalRegion) -> bool:
         """Whether its bytes go to this memory, or come from there."""
@@ -83,6 +89,7 @@ class PeerFuture:
 
         Raises:
             PeerError: it failed; a RuntimeError with a `code`.
+            TypeError: `timeout` is no number.
             TimeoutError: it has not ended in time. It goes on, and may be waited for again.
         """
         outcome = self._outcome
@@ -112,6 +119,8 @@ class PeerFuture:
 
     def add_done_callback(self, call: Callable[[Self], object]) -> None:
         """Calls *call* with this future once it has ended: from the thread that ends it, or at once if it has."""
+        if not callable(call):  # pyright: ignore[reportUnnecessaryComparison]
+            raise TypeError(f"call: something to call is wanted, not {type(call).__name__}")
         with _lock:
             if self._called is None:
                 self._called = []
@@ -129,6 +138,7 @@ class PeerFuture:
         return False
 
     def _await(self, timeout: float | None) -> Outcome | None:
+        check_timeout(timeout)
         drive = self.drive
         if drive is not None:
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -169,6 +179,7 @@ class UnderWay(set[PeerFuture]):
 class TransferFuture(PeerFuture):
     """Of a read or a write."""
 
+    what: ClassVar[str] = "a transfer"
     copies: Sequence[Copy] = ()
     transport: str = ""
     """By which it goes: `shm`, `tcp`, `rdma`, or more than one with a `+` between."""
@@ -199,6 +210,8 @@ class Receiving(PeerFuture):
 class MessageFuture(Receiving):
     """Of a message that is sent or received."""
 
+    what: ClassVar[str] = "a message"
+
     def give_back(self, into: memoryview) -> None:
         """The message that came into this buffer is the next one again; nothing if none came."""
         outcome = self._outcome
@@ -219,6 +232,7 @@ class ImmFuture(Receiving):
         received_at: when it came; None before.
     """
 
+    what: ClassVar[str] = "a number"
     received_at: float | None = None
 
     def __init__(self) -> None:
