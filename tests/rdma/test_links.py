@@ -177,7 +177,7 @@ def test_what_is_withdrawn_takes_nothing_and_what_is_given_back_comes_again(link
         linked.a.order("write", [], imm)
     first = linked.b.received(linked.b.recv(length))
     assert first == pattern(0, length)
-    for _ in range(300):  # More often than messages may be on their way: each counts once.
+    for _ in range(2 * WINDOW if length == SMALL else 2):  # More than may be on their way: each counts once.
         linked.b.give_back(first)
         assert linked.b.received(linked.b.recv(length)) == first
     assert linked.b.outcome(linked.b.recv_imm()).imm == 0
