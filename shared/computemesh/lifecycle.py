@@ -50,6 +50,9 @@ as often as Python does by default costs a fifth of the time under load and find
 PROVISION_S: Final = (0.5, 4.0)
 """The first pause before streams and buckets are tried again, which doubles, and the longest."""
 
+UNREADY_S: Final = 2.0
+"""From when on the supervisor is told what a service waits for until it is ready."""
+
 _UP = Gauge("computemesh_service_info", "Which service this process is.", ["service", "version", "instance"])
 _log = log.get("lifecycle")
 
@@ -129,20 +132,21 @@ async def _live(card: ServiceCard, config: C, make: Callable[[Bus, C, Callable[[
     instance = config.instance or f"{card.name}-{socket.gethostname()}-{os.getpid()}"
     _UP.labels(card.name, __version__, instance).set(1)
     edge = Edge(config)
+    tell = _Supervisor(config.ready_fd)
     defects: asyncio.Queue[BaseException] = asyncio.Queue()
     bus = Bus(Where(url=config.nats_url, role=card.role, name=instance), on_defect=defects.put_nowait)
     metrics.expose(lambda: bus.stats, lambda: bus.up)
     try:
-        if not await _connect(bus, card.role, config, stop):
+        if not await _connect(bus, card.role, config, stop, tell):
             return 0
         service = make(bus, config, lambda: edge.url)
-        return await _serve(card, instance, config, bus, edge, service, stop, defects)
+        return await _serve(card, instance, config, bus, edge, service, stop, defects, tell)
     finally:
         edge.stop()
         await bus.close()
 
 
-async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Event) -> bool:
+async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Event, tell: _Supervisor) -> bool:
     """Connects and provisions; False when told to end before that was done."""
 
     async def connect() -> None:
@@ -158,6 +162,7 @@ async def _connect(bus: Bus, role: Role, config: ServiceConfig, stop: asyncio.Ev
             except BusError as error:
                 if (reason := str(error)) != told:
                     _log.warning("cannot set up streams and buckets yet", reason=reason)
+                    tell.unready(f"cannot set up streams and buckets: {reason}")
                 told = reason
                 await asyncio.sleep(pause_s)
                 pause_s = min(PROVISION_S[1], 2 * pause_s)
@@ -182,6 +187,7 @@ async def _serve(
     service: Service,
     stop: asyncio.Event,
     defects: asyncio.Queue[BaseException],
+    tell: _Supervisor,
 ) -> int:
     status = 0
     started_s = time.monotonic()
@@ -215,7 +221,7 @@ async def _serve(
                 await micro.start([bound for bound in bounds if not bound.acting])
             await bus.flush()  # The server has our subscriptions before we say that we are ready.
             http = group.create_task(edge.serve(app))
-            background.append(group.create_task(_say_ready(config, edge, unready)))
+            background.append(group.create_task(_say_ready(tell, edge, unready)))
             background.append(group.create_task(_end_on_defect(defects)))
             _log.info("serving", http=edge.url, instance=instance)
             await stop.wait()
@@ -248,16 +254,40 @@ async def _end_on_defect(defects: asyncio.Queue[BaseException]) -> None:
         _log.warning("could not handle a message", reason=str(error))
 
 
-async def _say_ready(config: ServiceConfig, edge: Edge, unready: Callable[[], str]) -> None:
-    """Tells the supervisor once the service can serve."""
+class _Supervisor:
+    """The pipe to the supervisor, if there is one: a line with each reason why the service is not ready, and a last one
+    once it is."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def unready(self, reason: str) -> None:
+        self._write({"unready": reason})
+
+    def ready(self, http: str) -> None:
+        self._write({"http": http})
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _write(self, line: dict[str, str]) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._descriptor, msgspec.json.encode(line) + b"\n")
+
+
+async def _say_ready(tell: _Supervisor, edge: Edge, unready: Callable[[], str]) -> None:
+    """Tells the supervisor once the service can serve, and what that waits for when it takes long."""
+    began_s, told = time.monotonic(), ""
     while reason := unready():
         _log.debug("not ready", reason=reason)
+        if reason != told and time.monotonic() - began_s > UNREADY_S:
+            tell.unready(reason)
+            told = reason
         await asyncio.sleep(0.02)
     _log.info("ready")
-    if config.ready_fd is not None:
-        with contextlib.suppress(OSError):
-            os.write(config.ready_fd, msgspec.json.encode({"http": edge.url}) + b"\n")
-            os.close(config.ready_fd)
+    tell.ready(edge.url)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -80,6 +80,9 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     since: float = 0.0
     reason: str = ""
+    """Why it failed, or how its last life ended."""
+    unready: str = ""
+    """What keeps it from being ready, in its own words, when it takes long."""
 
 
 class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +106,10 @@ class MeshStatus(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str
     services: list[ServiceStatus]
     url_names: dict[str, list[str]]
+
+    def expects(self, service: str) -> bool:
+        """Whether the mesh is meant to have a service: one of which only a node runs here has all."""
+        return self.joined or any(known.name == service for known in self.services)
 
 
 OnLine = Callable[[str, bytes], None]
@@ -192,7 +199,7 @@ class Supervised:
             raise
         finally:
             os.close(write_fd)
-        self._set(state="starting", pid=process.pid)
+        self._set(state="starting", pid=process.pid, unready="")
         ready = asyncio.create_task(self._hear_ready(read_fd))
         try:
             await self._copy_log(process)
@@ -204,19 +211,24 @@ class Supervised:
             self.ready.clear()
 
     async def _hear_ready(self, descriptor: int) -> None:
-        """Waits for the one line a ready service writes. The pipe closes by itself when it dies before."""
+        """Waits for the line that a ready service writes; those before it say why it is not. The pipe closes by itself
+        when it dies before."""
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
         )
         try:
-            if line := await reader.readline():
+            while line := await reader.readline():
                 said = msgspec.json.decode(line, type=dict[str, str])
+                if reason := said.get("unready"):
+                    self._set(unready=reason)
+                    continue
                 http = said.get("http", "")
                 if self._environment["COMPUTEMESH_HTTP_PORT"] == "0":
                     self._port = str(urlsplit(http).port or "")
-                self._set(state="ready", http=http, reason="")
+                self._set(state="ready", http=http, reason="", unready="")
                 self.ready.set()
+                return
         finally:
             transport.close()
 
@@ -292,7 +304,7 @@ class Supervisor:
         self._server_status = ServiceStatus(name="nats-server", state="starting")
         self._services: list[Supervised] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._seen: dict[str, State] = {}
+        self._seen: dict[str, tuple[State, str]] = {}
         self._stopping = False
         self._lock = -1
 
@@ -448,8 +460,9 @@ class Supervisor:
         if self._lock >= 0:
             write_private(self._status_file, msgspec.json.encode(status).decode())
         for service in status.services:
-            if self._seen.get(service.name) != service.state:
-                self._seen[service.name] = service.state
+            seen = service.state, service.unready
+            if self._seen.get(service.name) != seen:
+                self._seen[service.name] = seen
                 self._on_status(service)
 
     def _take_lock(self) -> None:

@@ -379,12 +379,18 @@ async def test_what_cannot_be_set_up_is_tried_ever_more_seldom_and_said_when_the
     monkeypatch.setattr(lifecycle, "provision", provision)
     monkeypatch.setattr(lifecycle, "PROVISION_S", (0.57, 4.0))  # As nobody else pauses.
     monkeypatch.setattr(asyncio, "sleep", sleep)
+    read_fd, write_fd = os.pipe()
+    tell = lifecycle._Supervisor(write_fd)
     bus = Bus(Where(url=server.url(Role.SERVICES), role=Role.SERVICES, name="t"))
     try:
-        assert await lifecycle._connect(bus, Role.SERVICES, ServiceConfig(), asyncio.Event())
+        assert await lifecycle._connect(bus, Role.SERVICES, ServiceConfig(), asyncio.Event(), tell)
     finally:
         monkeypatch.undo()
         await bus.close()
+        os.close(write_fd)
+    with os.fdopen(read_fd) as pipe:
+        told = [json.loads(line)["unready"] for line in pipe]
+    assert told == [f"cannot set up streams and buckets: {why}, 1" for why in ("no space", "no leader", "no space")]
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot set up" in line]
     assert [next(word for word in ("space", "leader") if word in line) for line in said] == ["space", "leader", "space"]
     assert [one for one in pauses if one in (0.57, 1.14, 2.28, 4.0)] == [0.57, 1.14, 2.28, 4.0, 4.0, 4.0, 4.0]

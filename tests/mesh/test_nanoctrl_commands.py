@@ -6,6 +6,7 @@ not its own. Method: commands as processes, each test in a runtime folder of its
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,7 +21,9 @@ from typing import Any
 import psutil
 import pytest
 
+from computemesh.contracts.base import Role
 from computemesh.nanoctrl import NanoCtrlClient
+from computemesh.nats_server import NatsServer
 from computemesh.testing.cli import until
 from tests.bench.servers import nats_server
 
@@ -75,6 +78,15 @@ class Commands:
     def service(self) -> psutil.Process:
         """That of the control plane itself."""
         return next(process for process in self.processes() if "computemesh_services" in " ".join(process.cmdline()))
+
+
+def mesh_command(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """`computemesh` on the mesh that a control plane is."""
+    command = [sys.executable, "-m", "computemesh.cli", *words]
+    environment = {name: value for name, value in os.environ.items() if "NATS_URL" not in name}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=90, env={**environment, **changes}, check=False
+    )
 
 
 @pytest.fixture
@@ -216,6 +228,43 @@ def test_one_that_is_not_well_in_time_is_ended_again(commands: Commands) -> None
     commands.run(*START, "--health-port", "1", "--wait", "4", expect=1)
     assert commands.processes() == []
     commands.run("status", expect=1)
+
+
+def test_the_commands_of_a_mesh_find_one_that_is_well_well(commands: Commands) -> None:
+    """Though it has neither nodes nor work."""
+    commands.run(*START)
+    place = str(commands.folder / "mesh")
+    told = json.loads(mesh_command("status", "--json", COMPUTEMESH_HOME=place).stdout)
+    assert (told["ready"], told["problem"], told["nodes"]) == (True, "", None)
+    shown = mesh_command("status", COMPUTEMESH_HOME=place)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    found = json.loads(mesh_command("doctor", "--json", COMPUTEMESH_HOME=place).stdout)["findings"]
+    troubles = [finding for finding in found if finding["level"] in ("warning", "problem")]
+    assert [finding for finding in troubles if finding["about"] not in ("disk", "open files")] == []
+    assert [finding for finding in found if finding["about"] == "not seen"] == []
+
+
+async def test_a_store_that_is_too_small_is_named_while_it_starts_and_when_it_has_not(
+    commands: Commands, tmp_path: Path
+) -> None:
+    """By the start itself, and meanwhile by `computemesh status` and `computemesh doctor`."""
+    place, why = str(commands.folder / "mesh"), "insufficient storage resources available"
+    server = NatsServer(tmp_path / "nats", tmp_path / "credentials.json", max_file_store_bytes=2**20)
+    await server.start()
+    try:
+        url = server.url(Role.SERVICES)
+        start = commands.begin("start", "--port", "0", "--wait", "30", "--nats-url", url)
+        async with asyncio.timeout(25):
+            while why not in (await asyncio.to_thread(mesh_command, "status", COMPUTEMESH_HOME=place)).stdout:
+                await asyncio.sleep(0.1)
+        done = await asyncio.to_thread(mesh_command, "doctor", "--json", COMPUTEMESH_HOME=place)
+        found = json.loads(done.stdout)["findings"]
+        assert any(one["about"] == "control-plane" and why in one["text"] for one in found), found
+        _, trouble = await asyncio.to_thread(start.communicate, timeout=120)
+        assert start.returncode == 1
+        assert why in trouble
+    finally:
+        await server.stop()
 
 
 async def test_a_nats_server_that_is_there_is_used(commands: Commands, tmp_path: Path) -> None:

@@ -186,6 +186,8 @@ TROUBLES: Final[list[tuple[str, dict[str, Any], Level, str, str]]] = [
     ("gone", with_process(alive="gone"), Level.PROBLEM, "work-marshaller", "is gone"),
     ("halted", with_process(alive="stopped"), Level.PROBLEM, "work-marshaller", "halted"),
     ("starting", with_process(state="starting"), Level.WARNING, "work-marshaller", "starting"),
+    ("waiting for something", with_process(state="starting", unready="no space left"), Level.PROBLEM,
+     "work-marshaller", "not ready for 2 h: no space left"),
     ("denied", with_login("denied"), Level.PROBLEM, "nats", "refuses the credentials of client"),
     ("silent", with_login("silent"), Level.PROBLEM, "nats", "does not answer client"),
     ("refused", with_login("refused"), Level.PROBLEM, "nats", "nothing listens at nats://h"),
@@ -316,6 +318,38 @@ def test_replicas_of_a_service_answer_for_each_other() -> None:
 def test_versions_are_compared_by_their_numbers(version: str, than: str, is_older: bool) -> None:
     """Not as text, where 8.10 comes before 8.9."""
     assert checks.older(version, than) is is_older
+
+
+def test_a_mesh_is_judged_by_the_services_that_it_is_meant_to_have() -> None:
+    """A control plane by itself has no nodes, and nobody who acts for them."""
+    alone = supervision(processes=[process("nats-server"), process("control-plane")])
+    facts = replace(
+        HEALTHY,
+        supervision=alone,
+        answers=[Answer(name="control-plane", instance="control-plane-n1", version="1")],
+        leases={"control-plane": "control-plane-n1"},
+        nodes=None,
+        work=None,
+    )
+    assert troubles(facts) == []
+    whole = troubles(replace(facts, supervision=supervision()))
+    assert {finding.about for finding in whole if "lease" in finding.text} == {"node-registry", "work-marshaller"}
+    joined = replace(alone, joined=True, processes=[process("node-agent")])
+    assert joined.expects("node-registry"), "it runs elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("subject", "todo"),
+    [
+        ("compute.peers.transfer.v1", "it ends with a node_id, as compute.peers.transfer.v1.<node_id>"),
+        ("compute.peers.transfer.v1.n1", "connect that program in the role that may"),
+        ("compute.work.assigned.v1", "connect that program in the role that may"),
+    ],
+)
+def test_whoever_leaves_an_id_out_of_a_subject_is_told_so(subject: str, todo: str) -> None:
+    denied = Violation(who="client", verb="publish", subject=subject, count=1, last_at=NOW)
+    (found,) = troubles(replace(HEALTHY, violations=[denied]))
+    assert todo in found.todo
 
 
 # --- logs --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from computemesh.contracts import nodes
 from computemesh.contracts import work as work_contracts
 from computemesh.contracts.base import Role
 from computemesh.contracts.nodes import NodeView
-from computemesh.contracts.services import PEER_AGENT
+from computemesh.contracts.services import NODE_REGISTRY, PEER_AGENT, WORK_MARSHALLER
 from computemesh.ids import token_from
 from computemesh.nats_server import LOOPBACK, BadCredentialsError, Credentials, add_node
 from computemesh.paths import Home, home, private_folder, write_private
@@ -405,29 +405,41 @@ def status(as_json: bool) -> None:
     looks for causes.
     """
     found = common.mesh_status()
-    counts, engines, failure = common.run(_counts())
+    whole = found.expects(NODE_REGISTRY.name) and found.expects(WORK_MARSHALLER.name)
+    counts, engines, failure = common.run(_counts()) if whole else (UNKNOWN, [], None)
     if as_json:
         print_json({**document(found, home()), **counts, "problem": failure.message if failure else ""})
     else:
         mesh = f", of the mesh at {nats_address(found)}" if found.joined else ""
         out.print(f"computemesh {found.version}, up {ago(found.started_at)}, node {found.node_id}{mesh}\n")
         rows = [
-            (s.name, state_cell(s.state), str(s.pid or "-"), str(s.restarts), ago(s.since), s.http or s.reason or "-")
+            (
+                s.name,
+                state_cell(s.state),
+                str(s.pid or "-"),
+                str(s.restarts),
+                ago(s.since),
+                s.http or s.unready or s.reason or "-",
+            )
             for s in found.services
         ]
         table(["service", "state", "pid", "restarts", "since", "address"], rows, right=["pid", "restarts"])
         if failure is not None:
             raise failure
-        nodes_found, items = counts["nodes"], counts["work"]
-        shown = [f"nodes: {nodes_found['count']}, {nodes_found['online']} online"]
-        shown += [f"{state}: {count}" for state, count in items.items() if count or state in ("pending", "running")]
-        out.print(f"\n{'; '.join(shown)}")
-        out.print(engine_views.summary(engines))
+        if whole:
+            nodes_found, items = counts["nodes"], counts["work"]
+            shown = [f"nodes: {nodes_found['count']}, {nodes_found['online']} online"]
+            shown += [f"{state}: {count}" for state, count in items.items() if count or state in ("pending", "running")]
+            out.print(f"\n{'; '.join(shown)}")
+            out.print(engine_views.summary(engines))
     if failure is not None:
         common.bail(failure.exit_code)
     if not found.ready:
         common.bail(1)
 
+
+UNKNOWN: Final[dict[str, Any]] = {"nodes": None, "engines": None, "work": None}
+"""What is told where nobody answers, or where there is nobody to ask: a control plane by itself has no nodes."""
 
 IN_HAND: Final = tuple(state for state in work_contracts.WorkState if state not in work_contracts.FINAL)
 
@@ -440,7 +452,7 @@ async def _counts() -> tuple[dict[str, Any], list[EngineRow], NoMesh | None]:
             questions = [work_contracts.WorkList(status=state, limit=1) for state in IN_HAND]
             listed = [await common.ask(bus, work_contracts.LIST, ask, timeout_s=COUNTS_S) for ask in questions]
     except NoMesh as failure:
-        return {"nodes": None, "engines": None, "work": None}, [], failure
+        return UNKNOWN, [], failure
     online = sum(node.state is nodes.NodeState.ONLINE for node in found.nodes)
     engines = engine_views.engines_of(found.nodes)
     ready = sum(engine.accepting and engine.state is nodes.EngineState.READY for engine in engines)

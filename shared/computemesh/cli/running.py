@@ -218,6 +218,8 @@ def show_status(status: ServiceStatus) -> None:
     """Says when a service is in trouble."""
     if status.state in ("waiting", "failed"):
         err.print(f"{status.name}: {coloured(status.state)} {common.escape(status.reason)}")
+    elif status.unready:
+        err.print(f"{status.name}: not ready yet: {common.escape(status.unready)}")
 
 
 def show_failed(status: MeshStatus) -> bool:
@@ -283,7 +285,7 @@ def _wait_ready(
     show: Callable[[str], None],
 ) -> MeshStatus:
     deadline_s = time.monotonic() + ready_s
-    problem = ""
+    problem = waiting = ""
     while time.monotonic() < deadline_s:
         status = read_status(place)
         if status is not None and status.pid == process.pid:
@@ -296,8 +298,8 @@ def _wait_ready(
             if status.problem and not problem:
                 err.print(f"{common.escape(status.problem)}; waiting for it")
             problem = status.problem
-            waiting = ", ".join(service.name for service in status.services if service.state != "ready")
-            show(f"Starting {what} … {common.escape(problem) or 'waiting for ' + (waiting or 'the services')}")
+            waiting = _waited_for(status)
+            show(f"Starting {what} … {common.escape(problem or 'waiting for ' + (waiting or 'the services'))}")
         if (left := process.poll()) is not None:
             said = log_file.read_bytes()[offset:].decode("utf-8", "replace").strip().splitlines()
             errors = [line.removeprefix("error:").strip() for line in said if line.startswith("error:")]
@@ -310,7 +312,14 @@ def _wait_ready(
         raise NoMesh(
             f"{problem}, and did not change in {ready_s:.3g} s", hint="is it running, and reachable from here?"
         )
-    raise Failure(f"{what} was not ready after {ready_s:.3g} s", hint=f"see {log_file}")
+    why = f": {waiting}" if waiting else ""
+    raise Failure(f"{what} was not ready after {ready_s:.3g} s{why}", hint=f"see {log_file}")
+
+
+def _waited_for(status: MeshStatus) -> str:
+    """The services that are not ready, and why, where they say so."""
+    found = [service for service in status.services if service.state != "ready"]
+    return ", ".join(f"{one.name} ({one.unready})" if one.unready else one.name for one in found)
 
 
 def _hint(broken: list[ServiceStatus], place: Home) -> str:

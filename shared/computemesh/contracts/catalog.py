@@ -52,6 +52,15 @@ def routes(service: ServiceCard) -> list[Route]:
     return [*own, *openai.routes_of(service)]
 
 
+def targeted() -> dict[str, str]:
+    """The subjects that are incomplete without an id behind them, each with the name of that id."""
+    found: list[Event[Any] | Request[Any, Any]] = [*events(), *requests()]
+    whole = {contract.subject for contract in found if not contract.target}
+    return {
+        contract.subject: contract.target for contract in found if contract.target and contract.subject not in whole
+    }
+
+
 def on_the_bus() -> frozenset[str]:
     """Names of the services that answer requests there; others only ask."""
     return frozenset(request.service.name for request in requests())

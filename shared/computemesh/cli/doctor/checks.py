@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from computemesh.cli.doctor.facts import Edge, Facts, File, Login, Process, Stream, Violation
-from computemesh.contracts.catalog import on_the_bus
+from computemesh.contracts.catalog import on_the_bus, targeted
 from computemesh.contracts.nodes import NodeState, NodeView
 from computemesh.contracts.work import Blacklisted
 from computemesh.findings import Finding, ok, problem, skipped, warning
@@ -202,6 +202,8 @@ def _process(process: Process, facts: Facts) -> Finding:
         return problem(process.name, f"process {process.pid} is gone", f"it is started again in a moment; else {log}")
     if process.alive == "stopped":
         return problem(process.name, f"process {process.pid} is halted by a signal", f"kill -CONT {process.pid}")
+    if process.state != "ready" and process.unready:
+        return problem(process.name, f"not ready for {age(ago)}: {process.unready}", f"mend that; else see {log}")
     if process.state != "ready":
         return warning(process.name, f"{process.state} for {age(ago)}", f"wait a moment; if it stays so, see {log}")
     if process.restarts and ago < RECENT_S:
@@ -376,13 +378,14 @@ def leases(facts: Facts) -> Iterator[Finding]:
     """Somebody acts for each service of the control plane."""
     if facts.leases is None:
         return
-    free = [service for service in CONTROL_PLANE if service not in facts.leases]
+    meant = [service for service in CONTROL_PLANE if facts.supervision.expects(service)]
+    free = [service for service in meant if service not in facts.leases]
     for service in free:
         yield problem(
             service, "nobody holds its lease, so nobody acts",
             "a lease is taken within seconds: try again; if it stays free, see the log of that service",
         )  # fmt: skip
-    if not free:
+    if not free and facts.leases:
         yield ok("leases", ", ".join(f"{service}: {holder}" for service, holder in sorted(facts.leases.items())))
 
 
@@ -524,6 +527,8 @@ def _allow(violation: Violation) -> str:
         )
     if violation.subject.startswith("_INBOX"):
         return "set the inbox prefix of that program's NATS library to NATS_INBOX_PREFIX of `computemesh env`"
+    if missing := targeted().get(violation.subject):
+        return f"the subject is not complete: it ends with a {missing}, as {violation.subject}.<{missing}>"
     return "connect that program in the role that may: see docs/reference/permissions.md and `computemesh env --role`"
 
 

@@ -39,6 +39,8 @@ class Process:
     since: float = 0.0
     """Unix seconds of its last change of state."""
     reason: str = ""
+    unready: str = ""
+    """What keeps it from being ready, as it says itself."""
     http: str = ""
     alive: Literal["running", "stopped", "gone", "unknown"] = "unknown"
     """``stopped`` is halted by a signal, as by SIGSTOP."""
@@ -63,6 +65,11 @@ class Supervision:
     """It is a node of a mesh that runs elsewhere."""
     node_id: str = ""
     processes: Sequence[Process] = ()
+
+    def expects(self, service: str) -> bool:
+        """Whether the mesh is meant to have a service. A control plane by itself has no other; what a node that joined
+        sees of its mesh runs elsewhere."""
+        return self.joined or not self.processes or any(process.name == service for process in self.processes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,10 +50,11 @@ from computemesh.cli.doctor.facts import (
 )
 from computemesh.cli.services import CHECKS, SERVICES
 from computemesh.contracts import nodes, storage, work
-from computemesh.contracts.base import Message, Refused, Request, Role
+from computemesh.contracts.base import Message, Refused, Request, Role, ServiceCard
 from computemesh.contracts.catalog import on_the_bus
 from computemesh.contracts.nodes import NodeView
 from computemesh.contracts.permissions import identity
+from computemesh.contracts.services import NODE_REGISTRY, WORK_MARSHALLER
 from computemesh.contracts.work import WorkList, WorkState
 from computemesh.findings import Finding, skipped
 from computemesh.nats_server import Credentials
@@ -203,13 +204,14 @@ def _version(name: str) -> str:
 
 async def _machine(supervision: Supervision) -> Sequence[Finding]:
     """What the services' own programs find on this machine."""
-    found = await asyncio.gather(*(_program(module, supervision) for module in CHECKS))
+    meant = [module for module in CHECKS if supervision.expects(_service_of(module))]
+    found = await asyncio.gather(*(_program(module, supervision) for module in meant))
     return [finding for findings in found for finding in findings]
 
 
 async def _program(module: str, supervision: Supervision) -> list[Finding]:
     """Runs one of them as the service itself runs: with its settings, if it does."""
-    name = module.rpartition(".")[0].rpartition(".")[2].replace("_", "-")
+    name = _service_of(module)
     pid = next((process.pid for process in supervision.processes if process.name == name), 0)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=_environment(pid)
@@ -225,6 +227,10 @@ async def _program(module: str, supervision: Supervision) -> list[Finding]:
     except ValueError:
         words = complained.decode("utf-8", "replace").strip().splitlines()
         return [skipped(name, f"{module}: {words[-1] if words else 'it said nothing'}")]
+
+
+def _service_of(module: str) -> str:
+    return module.rpartition(".")[0].rpartition(".")[2].replace("_", "-")
 
 
 def _environment(pid: int) -> dict[str, str]:
@@ -291,6 +297,7 @@ def _process(service: ServiceStatus) -> Process:
         restarts=service.restarts,
         since=service.since,
         reason=service.reason,
+        unready=service.unready,
         http=service.http,
         alive=_alive(service.pid),
         open_files=opened,
@@ -434,8 +441,8 @@ class _Look:
         # Nodes may not ask who is there.
         pings = self._any if self._any is None or self._any.where.role is not Role.NODE else None
         answers = start(self._part("answers", pings, self._answers))
-        found = start(self._part("nodes", self._any, _nodes))
-        items = start(self._part("work", self._any, _work))
+        found = start(self._part("nodes", self._any, _nodes, of=NODE_REGISTRY))
+        items = start(self._part("work", self._any, _work, of=WORK_MARSHALLER))
         return replace(
             self._facts,
             store=await store,
@@ -448,8 +455,13 @@ class _Look:
             unseen=self._unseen,
         )
 
-    async def _part(self, name: str, bus: Bus | None, look: Callable[[Bus], Awaitable[T]]) -> T | None:
-        """What *look* sees; None when it cannot, and then :attr:`_unseen` says why."""
+    async def _part(
+        self, name: str, bus: Bus | None, look: Callable[[Bus], Awaitable[T]], *, of: ServiceCard | None = None
+    ) -> T | None:
+        """What *look* sees; None when it cannot, and then :attr:`_unseen` says why; or when the mesh is not meant to
+        have the service that is asked."""
+        if of is not None and not self._facts.supervision.expects(of.name):
+            return None
         if bus is None:
             good = any(login.outcome == "ok" for login in self._facts.logins)
             self._unseen[name] = "needs the credentials of the role services" if good else "no connection to NATS"
