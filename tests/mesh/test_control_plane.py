@@ -454,8 +454,25 @@ async def test_while_the_bus_is_away_a_caller_is_told_so(tmp_path: Path) -> None
                         await asyncio.sleep(0.05)
                 return answer
 
+            async def unknown(path: str, **fields: Any) -> None:
+                """What nobody here remembers is looked for in the store, and not for longer than NanoCtrl's clients
+                wait."""
+                asked_s = time.monotonic()
+                answer = await http.post(path, json={"scope": "s", **fields})
+                said = answer.json()
+                assert (answer.status_code, said["code"]) == (503, "unavailable")
+                assert "store did not answer" in said["message"]
+                assert "$" not in said["message"]
+                assert time.monotonic() - asked_s < 5.0
+
             mesh.kill("nats-server", signal.SIGSTOP)
             try:
+                await asyncio.gather(
+                    unknown("/get_engine_info", engine_id="other"),
+                    unknown("/get_entity_info", entity_id="other"),
+                    unknown("/unregister_engine", engine_id="other"),
+                    unknown("/get_mr_info", dst="other", mr_name="kv"),
+                )
                 door = await statuses("/", 503)
                 assert "NanoCtrl Server Running" not in door.text
                 listing = await _asked(http, "/list_engines")

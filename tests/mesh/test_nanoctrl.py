@@ -249,6 +249,28 @@ async def test_what_is_no_message_is_refused_with_the_statuses_of_nanoctrl(http:
 
 
 @every_path
+async def test_a_body_that_is_empty_is_called_so(http: httpx.AsyncClient, path: str) -> None:
+    answer = await http.post(path, content=b"", headers={"content-type": "application/json"})
+    assert answer.json()["message"] == "Failed to parse the request body as JSON: the body is empty"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        ("/register_engine", {"engine_id": "e", **ENGINE, "host": "a b"}, "host: a host is a name or an address"),
+        ("/register_mr", {"agent_name": "a", "mr_name": "\n", "addr": 1, "length": 2, "rkey": 3},
+         "mr_name: the name of a region has no control characters"),
+    ],
+)  # fmt: skip
+async def test_what_may_stand_in_a_field_is_said_in_words(
+    ask: Caller, path: str, fields: dict[str, Any], words: str
+) -> None:
+    said = await ask(path, 422, **fields)
+    assert words in said["message"]
+    assert "regex" not in said["message"]
+
+
+@every_path
 async def test_another_method_is_refused_and_the_right_one_named(http: httpx.AsyncClient, path: str) -> None:
     answer = await http.get(path)
     assert (answer.status_code, answer.headers["allow"], answer.json()["status"]) == (405, "POST", "error")

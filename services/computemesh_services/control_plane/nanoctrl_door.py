@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -12,7 +13,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from computemesh import __version__
 from computemesh.addresses import without_login
-from computemesh.bus import micro
+from computemesh.bus import TimedOut, micro
 from computemesh.contracts import nanoctrl
 from computemesh.contracts.base import Message, Refused, Route, convert, decode, encode, refused, too_deep
 from computemesh.contracts.engines import (
@@ -55,6 +56,7 @@ from computemesh.ids import new_id
 from computemesh_services.control_plane import words
 from computemesh_services.control_plane.engine_desk import EngineDesk
 from computemesh_services.control_plane.peer_desk import PeerDesk
+from computemesh_services.control_plane.shelf import WITHIN_S
 
 Q = TypeVar("Q", bound=Message)
 
@@ -115,7 +117,7 @@ class NanoCtrlDoor:
     def _route(self, route: Route, kind: type[Q], handler: Callable[[Q], Awaitable[Any]]) -> Extra:
         async def handle(request: Request) -> Response:
             said = await read(request, kind)
-            answer = said if isinstance(said, Refused) else await micro.guarded(request.scope["path"], handler(said))
+            answer = said if isinstance(said, Refused) else await answered(request.scope["path"], handler(said))
             if isinstance(answer, Refused):
                 return nano_error(answer)
             body = answer if isinstance(answer, bytes) else encode(answer)
@@ -317,11 +319,24 @@ class NanoCtrlDoor:
         if isinstance(outcome, Refused):
             return outcome
         if outcome == "kept":
-            return Done(message=f"Agent {said.agent_name} stays: it is not that of who was refused its alias")
+            return Done(message=f"Agent {said.agent_name} stays: the one that registered this name first keeps it")
         return Done(message=f"Cleaned up agent: {said.agent_name}")
 
     async def on_get_redis_address(self, _: GetRedisAddress) -> RedisAddress:
         return RedisAddress(redis_address=self._public)
+
+
+async def answered(path: str, answering: Awaitable[Any]) -> Any:
+    """An answer while the caller still waits for it, or the refusal that stands for what went wrong."""
+
+    async def in_time() -> Any:
+        try:
+            async with asyncio.timeout(WITHIN_S):
+                return await answering
+        except TimeoutError:
+            raise TimedOut(f"the store did not answer in {WITHIN_S:g} s") from None
+
+    return await micro.guarded(path, in_time())
 
 
 OWN_WAYS: Final = {ENGINE: "/register_engine", AGENT: "/start_peer_agent"}
@@ -338,7 +353,9 @@ async def read(request: Request, kind: type[Q]) -> Q | Refused:
     body = await read_body(request)
     if isinstance(body, Refused):
         return body
-    if body and not request.path_params and not isinstance(said := decode(body, kind), Refused):
+    if not body:
+        return Refused(code="bad_message", reason=f"{NO_JSON}: the body is empty")
+    if not request.path_params and not isinstance(said := decode(body, kind), Refused):
         return said
     try:
         if too_deep(body):

@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 import msgspec
 
 from computemesh import log
-from computemesh.bus import Bucket, Bus, BusError, Conflict, Mirror, TimedOut, Writer
+from computemesh.bus import Bucket, Bus, BusError, Conflict, Mirror, NoResponder, TimedOut, Unreachable, Writer
 from computemesh.bus.kv import OnChange
 from computemesh.contracts import storage
 from computemesh.contracts.base import Refused
@@ -104,7 +104,12 @@ class Shelf(Generic[V]):
         Raises:
             BusError: the store does not answer.
         """
-        entry, revision = await self.bucket.read(key)
+        try:
+            async with asyncio.timeout(WITHIN_S):
+                entry, revision = await self.bucket.read(key)
+        except (TimeoutError, TimedOut, NoResponder, Unreachable) as error:
+            _log.debug("no answer from the store", bucket=self.bucket.spec.name, reason=str(error))
+            raise TimedOut(f"the store did not answer: {self.bucket.spec.name} could not be read") from None
         self.mirror.wrote(key, entry.value if entry is not None else None, revision)
         return entry.value if entry is not None else None
 

@@ -310,6 +310,16 @@ _ID_PATTERN_SHOWN: Final = repr(ID_PATTERN)[1:-1]
 _ENTITY_PATTERN_SHOWN: Final = "[A-Za-z0-9_.:@/+-]{0,127}"
 
 
+_IN_WORDS: Final[dict[str, str]] = {}
+"""What a refusal says instead of a pattern, by how the decoder shows that."""
+
+
+def in_words(pattern: str, words: str) -> str:
+    """A pattern of a field, for which a refusal says what may stand there."""
+    _IN_WORDS[repr(pattern)[1:-1]] = words
+    return pattern
+
+
 def refused(error: Exception, kind: Any = None, data: bytes = b"") -> Refused:
     """A decoder's complaint as a refusal that names the field.
 
@@ -330,6 +340,8 @@ def refused(error: Exception, kind: Any = None, data: bytes = b"") -> Refused:
         text = "an id is one token of letters, digits, '_' and '-', 1 to 63 long"
     elif _ENTITY_PATTERN_SHOWN in text:
         text = "an id is 1 to 128 of letters, digits and '_-.:@/+', and begins with a letter, a digit or '_'"
+    elif words := next((words for shown, words in _IN_WORDS.items() if shown in text), ""):
+        text = words
     elif isinstance(error, RecursionError):
         text = f"nested deeper than {DEPTH_MAX} levels"
     elif isinstance(error, UnicodeDecodeError):

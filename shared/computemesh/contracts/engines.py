@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role, in_words
 from computemesh.contracts.services import CONTROL_PLANE
 from computemesh.ids import EntityId, Scope
 
@@ -35,7 +35,8 @@ RECORD_BYTES_MAX: Final = 64 * 1024
 EngineRole = Literal["prefill", "decode", "hybrid"]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-Host = Annotated[str, msgspec.Meta(max_length=253, pattern=r"^[^\s/]*$(?!\n)")]
+_HOST: Final = in_words(r"^[^\s/]*$(?!\n)", "a host is a name or an address, without blanks and '/'")
+Host = Annotated[str, msgspec.Meta(max_length=253, pattern=_HOST)]
 PeerAddresses = Annotated[list[Annotated[str, msgspec.Meta(max_length=300)]], msgspec.Meta(max_length=4096)]
 ModelPath = Annotated[str, msgspec.Meta(max_length=4096)]
 Kind = Annotated[str, msgspec.Meta(max_length=128)]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role
+from computemesh.contracts.base import Event, Http, Message, Refusal, Request, Role, in_words
 from computemesh.contracts.nodes import Reason
 from computemesh.contracts.services import CONTROL_PLANE, PEER_AGENT
 from computemesh.ids import EntityId, Id, Scope
@@ -37,7 +37,8 @@ Address = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Key32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """Counts the registrations of a process: what was registered later under the same name has a higher one."""
-RegionName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)")]
+_REGION_NAME: Final = in_words(r"^[^\x00-\x1f\x7f]*$(?!\n)", "the name of a region has no control characters")
+RegionName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=_REGION_NAME)]
 Transport = Literal["rdma", "shm", "tcp"]
 Bandwidth = Annotated[str, msgspec.Meta(max_length=40)]
 """As `100Gbps`; how it was written is kept."""
@@ -215,6 +216,7 @@ class TopologyPut(Message, frozen=True, kw_only=True):
     scope: Scope = ""
     alias: EntityId
     target_peers: Annotated[list[EntityId], msgspec.Meta(max_length=4096)]
+    """Itself among them, as in a list of all, is left out."""
     min_bw: Bandwidth | None = None
     symmetric: bool = False
     """Each target is to be connected to this one as well, beside what it is told otherwise."""
