@@ -42,6 +42,16 @@ def test_the_executor_installs_from_its_own_package_and_passes_its_own_tests(tmp
     assert "4 passed" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize(("name", "words"), [("nanoctrl/register.py", "ADDRESS"), ("peers/hosted.py", "PEER")])
+def test_an_example_that_is_not_told_what_it_needs_says_what_that_is(name: str, words: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "COMPUTEMESH_PEER_SOCKET"}
+    command = [sys.executable, str(EXAMPLES / name)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 1
+    assert f"{Path(name).name} {words}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # --- a new subject --------------------------------------------------------------------------------------------
 
 INSERTS: Final = re.compile(r"(?ms)^<!-- insert: (?P<path>\S+) -->\n```diff\n(?P<lines>.*?)^```$")

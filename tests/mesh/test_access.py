@@ -224,6 +224,15 @@ async def test_a_node_that_is_invited_while_the_server_starts_is_admitted(tmp_pa
         await server.stop()
 
 
+async def test_an_invitation_leaves_no_refusal_in_the_log_of_the_server(tmp_path: Path) -> None:
+    """Where the doctor would read of a program with wrong credentials."""
+    async with running_server(tmp_path) as server:
+        for number in range(10):
+            await admit_node(server.folder, tmp_path / "credentials.json", f"n{number}")
+            await (await connect(server.url(Role.NODE, f"n{number}"))).close()
+        assert "authentication error" not in server.log_file.read_text()
+
+
 async def test_the_file_with_the_accounts_is_its_owners_alone(tmp_path: Path) -> None:
     """It holds every password, also after a change."""
     async with running_server(tmp_path) as server:

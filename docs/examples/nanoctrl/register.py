@@ -1,4 +1,4 @@
-"""Registers an engine, keeps it registered, and says who is there."""
+"""Registers an engine, keeps it registered, and says who is there: `register.py ADDRESS`."""
 
 import sys
 
@@ -13,6 +13,8 @@ ENGINE = {
     "peer_addrs": ["10.0.0.2:5000"],
 }
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 with NanoCtrlClient(sys.argv[1], scope="my-session") as client:
     client.check_connection()
     client.register("prefill-0", ENGINE)

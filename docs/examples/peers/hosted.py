@@ -8,6 +8,8 @@ import sys
 from typing import Any
 
 LENGTH = 4096
+if len(sys.argv) != 2 or "COMPUTEMESH_PEER_SOCKET" not in os.environ:
+    sys.exit(f"{__doc__} COMPUTEMESH_PEER_SOCKET names the socket of the peer-agent.")
 agent = socket.socket(socket.AF_UNIX)
 agent.connect(os.environ["COMPUTEMESH_PEER_SOCKET"])
 

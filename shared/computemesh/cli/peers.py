@@ -39,6 +39,9 @@ COLUMNS: Final = (
     Column(title="seen", rank=1),
 )
 
+NAMED_MAX: Final = 3
+"""Regions of a peer that a list names; a model has one for each of its layers."""
+
 MEMORY_COLUMNS: Final = (
     Column(title="region", least=16),
     Column(title="size", right=True),
@@ -103,9 +106,16 @@ def row(peer: Peer, now: float) -> tuple[Cell, ...]:
         peer.node_id or "-",
         peer.address or "-",
         f"{interface} {peer.link_type}".strip() or "-",
-        ", ".join(peer.memory_keys) or "-",
+        memory_cell(peer.memory_keys),
         f"{common.lasting(now - peer.seen_at)} ago",
     )
+
+
+def memory_cell(names: list[str]) -> str:
+    """The names of regions; of many, how many there are and the first."""
+    if len(names) <= NAMED_MAX:
+        return ", ".join(names) or "-"
+    return f"{len(names)}: {', '.join(names[: NAMED_MAX - 1])}, …"
 
 
 @peers_group.command()
@@ -167,5 +177,7 @@ def connect(
     if as_json:
         print_json(found)
     else:
+        if alias in targets:
+            common.notice(f"{alias} is not connected to itself")
         named = ", ".join(found.target_peers) or "nobody"
         out.print(f"{common.escape(alias)} is to be connected to {common.escape(named)}.")

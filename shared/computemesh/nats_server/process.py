@@ -50,9 +50,12 @@ RELOAD_AGAIN_S: Final = 1.0
 LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 """A log above this is set aside at the next start; one older log is kept."""
 
+LOG_FILE: Final = "nats-server.log"
+
 _ACCOUNTS_FILE: Final = "accounts.conf"
 _ANY_HOST: Final = ("0.0.0.0", "::")  # noqa: S104  # recognised, not bound
 _POLL_S: Final = 0.01
+_RELOADED: Final = b"Reloaded server configuration"
 _LOG_TAIL_BYTES: Final = 4096
 _LOG_TAIL_LINES: Final = 10
 
@@ -101,7 +104,7 @@ class NatsServer:
         cluster: ClusterConfig | None = None,
     ) -> None:
         self.folder: Final = folder
-        self.log_file: Final = folder / "nats-server.log"
+        self.log_file: Final = folder / LOG_FILE
         self._credentials_file = credentials_file
         self._credentials: Credentials | None = None
         self._host = host
@@ -381,16 +384,32 @@ async def _take_over(folder: Path, credentials_file: Path, login: str, *, admitt
         async with asyncio.timeout(TAKE_OVER_S):
             while _is_locked(folder / "lock"):
                 _write_accounts(folder, credentials_file)
-                if pid := _read_number(folder / "pid"):
+                log = folder / LOG_FILE
+                since = log.stat().st_size if log.exists() else 0
+                pid = _read_number(folder / "pid")
+                if pid:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGHUP)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RELOAD_AGAIN_S):
+                        if pid:
+                            await _reloaded(log, since)
                         return await _shows(folder, login, admitted=admitted)
     except TimeoutError:
         raise ServerError(
             f"the NATS server in {folder} did not take over its users within {TAKE_OVER_S:g} s; its log may say why"
         ) from None
+
+
+async def _reloaded(log: Path, since: int) -> None:
+    """Returns once a server says so in its log, behind *since*. Whoever tries a login before that is refused, and the
+    log has it as wrong credentials."""
+    while True:
+        with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+            file.seek(since)
+            if _RELOADED in file.read():
+                return
+        await asyncio.sleep(_POLL_S)
 
 
 async def _shows(folder: Path, login: str, *, admitted: bool) -> None:
