@@ -52,6 +52,7 @@ from computemesh.contracts.openai import ApiRefusal
 from computemesh.contracts.openapi import document, problem_of
 from computemesh.edge import page
 from computemesh.edge.observe import ROUTE, Observed
+from computemesh.edge.protocol import Protocol
 
 KEY_HEADERS: Final = (b"x-api-key", b"x-rolemesh-node-key")
 """Where a key, or the token, may stand as well; the latter is where RoleMesh's node agents show it."""
@@ -486,6 +487,7 @@ class Edge:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
+                http=Protocol,
                 loop="none",
                 lifespan="off",
                 access_log=False,
