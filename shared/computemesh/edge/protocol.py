@@ -74,7 +74,7 @@ class Protocol(HttpToolsProtocol):
         if self.flow.read_paused or (self._in_body and self._received >= COMING_BYTES):
             self._watch()
             return
-        answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        answering = self.cycle and self.cycle.response_started and not self.cycle.response_complete
         if self._begun and not answering:
             self.transport.write(_TOO_SLOW % (len(_WORDS), _WORDS))
         self.transport.close()
