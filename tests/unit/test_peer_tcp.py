@@ -14,13 +14,14 @@ from typing import Any, Literal
 import pytest
 
 from computemesh.peer.tcp import TcpEndpoint
-from computemesh.peer.tcp.asker import TRUSTED
+from computemesh.peer.tcp.asker import TRUSTED, Asker
 from computemesh.peer.tcp.link import SMALL_MAX
 from computemesh.peer.tcp.mail import SENDS_MAX, STORED_MAX
 from computemesh.peer.tcp.wire import EAGER_MAX, FRAME_MAX, PIECES_MAX
 from computemesh.peer.transport import DONE, Copy, Outcome, RemoteRegion
 from tests.unit.tcp_peers import (
     MIB,
+    PATIENCE_S,
     Pair,
     Settled,
     bytes_of,
@@ -411,6 +412,25 @@ def test_numbers_that_nobody_takes_have_bounded_room(pair: Pair, monkeypatch: py
         pair.back.recv_imm(arrived)
         assert arrived.wait() == Outcome(imm=number)
     assert move(pair.link, "write", copy, imm=4) == DONE
+
+
+def test_who_answers_and_goes_has_answered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is seen on one socket before what came over the other one has been read."""
+    sent, received = Settled(), Settled()
+    asker, ends = pair.link._askers[0], threading.Event()
+
+    def dispose() -> None:
+        ends.set()
+        Asker.dispose(asker)
+
+    monkeypatch.setattr(asker, "dispose", dispose)
+    with asker._receiving:
+        pair.back.recv(memoryview(bytearray(4)), received)
+        pair.link.send(memoryview(b"last"), sent)
+        assert received.wait() == Outcome(received=4)
+        pair.back.close()
+        assert ends.wait(PATIENCE_S)
+    assert sent.wait() == DONE
 
 
 def test_a_callback_may_do_what_it_likes(pair: Pair) -> None:

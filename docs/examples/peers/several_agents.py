@@ -37,7 +37,7 @@ def worker(number: int, count: int) -> None:
         places = {other: int(other.removeprefix("worker-")) * PART for other in others}
         for read in [agent.read(other, ("parts", place, place, PART)) for other, place in places.items()]:
             read.wait()
-        print(agent.alias, "has", [everything[part * PART] for part in range(count)], flush=True)
+        print(f"{agent.alias} has {[everything[part * PART] for part in range(count)]}", flush=True)
 
         # Nobody leaves before all others have read.
         meet(agent, others)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import socket
 import threading
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable, Sequence
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, POLLIN, POLLOUT, poll
 from typing import Final, Protocol
 
-from computemesh.peer.tcp.reactor import Reactor
+from computemesh.peer.tcp.reactor import SPIN_S, Reactor
 from computemesh.peer.tcp.views import NOW, VIEWS_MAX, advance, upto
 from computemesh.peer.tcp.wire import FRAME, QUESTION, Malformed
 
@@ -23,6 +25,8 @@ DIRECT: Final = 16 * 1024
 """From here on a copy costs more than a call, and bytes go straight to where they belong."""
 TURN: Final = 8 * 1024 * 1024
 """Bytes after which a lane lets the others of its thread go on."""
+SPIN_MAX: Final = 256 * 1024
+"""Answers of more bytes than this are slept for: what is read at every moment is read in many small pieces."""
 TRUSTED: Final = 16
 """After so many answers that were waited for, one after the other, the next ones will be, too."""
 IDLE: Final = 50
@@ -177,10 +181,15 @@ class Asker:
                     return
                 self._driven = True
                 self._watch(EPOLLRDHUP)
+            spin_until = time.perf_counter() + SPIN_S if question.left <= SPIN_MAX else 0.0
             while not question.ended:
                 if deadline is None and not self._out:
-                    if not self._receive_small(question):
-                        self._receive(0)
+                    flags = 0
+                    if time.perf_counter() < spin_until:
+                        os.sched_yield()
+                        flags = NOW
+                    if not self._receive_small(question, flags):
+                        self._receive(flags)
                 elif self._await(deadline):
                     self._receive(NOW)
                 else:
@@ -204,8 +213,15 @@ class Asker:
             self._receiving.release()
 
     def dispose(self) -> None:
-        """Closes it, and ends all that was asked; in the reactor's thread, after the socket was shut down."""
+        """Closes it, and ends all that was asked; in the reactor's thread, after the socket was shut down.
+
+        What had come by then is an answer all the same: one who answers and closes is seen to close another lane first.
+        """
         with self._receiving:
+            with contextlib.suppress(OSError, EOFError, Malformed):
+                moved = 0
+                while (count := self._receive(NOW)) and moved < TURN:
+                    moved += count
             with self._sending:
                 self._closed = True
                 self.reactor.unregister(self._fd)
@@ -342,16 +358,19 @@ class Asker:
         self._parse()
         return count
 
-    def _receive_small(self, question: Question) -> bool:
-        """Waits for an answer and takes it, if there is none before it and it is small: in a third of the steps where
-        it comes as a whole. False if it is another one; then nothing was done."""
+    def _receive_small(self, question: Question, flags: int) -> bool:
+        """Takes an answer, if there is none before it and it is small: in a third of the steps where it comes as a
+        whole. False if it is another one; then nothing was done. It waits as :meth:`_receive` does, or not."""
         length = question.left
         if self._begin != self._end or self._frame_left or length >= DIRECT or len(question.targets) != 1:
             return False
         if self.pending[0] is not question:
             return False
         view = self._view
-        count = self.sock.recv_into(view)
+        try:
+            count = self.sock.recv_into(view, 0, flags)
+        except BlockingIOError:
+            return True
         if not count:
             raise EOFError(CLOSED)
         self.progress += 1
