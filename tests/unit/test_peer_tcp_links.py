@@ -141,6 +141,26 @@ def test_a_peer_that_is_not_there_is_said_at_once(endpoints: Callable[..., TcpEn
     assert not a._links
 
 
+def test_a_peer_that_ends_while_it_is_dialled_is_lost(endpoints: Callable[..., TcpEndpoint]) -> None:
+    """As one that is killed: what it listened on is there, and then nobody."""
+    a = endpoints()
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+
+        def die() -> None:
+            sock, _ = dying.accept()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        mine = parties()
+        a.offer(mine)
+        with pytest.raises(TransportError, match="went meanwhile") as refused:
+            a.establish(mine, {"version": 1, "lanes": 1, "address": list(dying.getsockname())})
+        thread.join()
+    assert refused.value.code == "link_lost"
+
+
 def test_a_peer_that_says_nothing_is_given_up_at_the_deadline(endpoints: Callable[..., TcpEndpoint]) -> None:
     a = endpoints()
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -33,7 +33,7 @@ from computemesh.peer.tcp.wire import (
     prove,
     proven,
 )
-from computemesh.peer.transport import NO_WAY, STALL_S, TIMED_OUT, LocalRegion, Parties, TransportError
+from computemesh.peer.transport import LINK_LOST, NO_WAY, STALL_S, TIMED_OUT, LocalRegion, Parties, TransportError
 
 HOST_VARIABLE: Final = "COMPUTEMESH_PEER_HOST"
 LANES: Final = 2
@@ -296,6 +296,8 @@ class TcpEndpoint:
                     raise TransportError(NO_WAY, "the link has ended meanwhile")
         except TimeoutError as error:
             raise TransportError(TIMED_OUT, f"{host} port {port} did not answer in time") from error
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise TransportError(LINK_LOST, f"the peer at {host} port {port} went meanwhile: {error}") from error
         except (OSError, OverflowError, ValueError) as error:  # The last two: a port or a name that can be none.
             raise TransportError(NO_WAY, f"{host} port {port} cannot be reached: {error}") from error
         finally:
