@@ -41,7 +41,7 @@ test-rdma: $(VENV)/.dev ## Run the tests of RDMA, in a virtual machine that has 
 	$(SAY) "Testing RDMA in a virtual machine"
 	@# To collect them here compiles them; inside, that takes ten times as long, as do plugins that they do not need.
 	@$(PYTEST) -q --collect-only -m rdma tests/rdma >/dev/null
-	@$(BIN)/python -m tests.rdma.vm --verbose --timeout 1800 $(if $(OPTIONAL),--optional) \
+	@$(BIN)/python -m tests.rdma.vm --verbose --timeout $(or $(LIMIT),1800) $(if $(OPTIONAL),--optional) \
 	  --env PYTHONPATH=/usr/lib/python3/dist-packages --env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 -- $(PYTEST) -v \
 	  -p no:cacheprovider -p pytest_asyncio.plugin -p pytest_timeout -m rdma --durations 5 tests/rdma $(TESTS)
 
