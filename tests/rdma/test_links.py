@@ -292,7 +292,7 @@ def test_a_peer_that_is_killed_in_the_middle_fails_what_is_under_way(two: Two) -
     theirs = two.b.expose("source", 32 * MB, 27)
     two.a.expose("target", 32 * MB, 28)
     before = two.a.bytes_of("target", 1024)
-    reading = two.a.order("read", [("target", 0, theirs, 0, 32 * MB)] * 32)  # No machine is so fast that it ends before.
+    reading = two.a.order("read", [("target", 0, theirs, 0, 32 * MB)] * 32)  # Enough for any machine.
     receiving, number = two.a.recv(100), two.a.recv_imm()
     end = time.monotonic() + 60
     while two.a.bytes_of("target", 1024) == before:  # until the first bytes have come
