@@ -253,7 +253,8 @@ async def run(load: Load) -> Took:
             last = answer.rfind(b'"next":') if load.paged else -1
             if last < 0 or not (after := _decode_next(b"{" + answer[last:]).next):
                 return size
-            ask = body.removesuffix(b"}") + b',"after":%b}' % msgspec.json.encode(after)
+            fields = body[1:-1]
+            ask = b'{%b%b"after":%b}' % (fields, b"," if fields else b"", msgspec.json.encode(after))
 
     async def go_on(connection: Connection) -> None:
         nonlocal turn, answer_bytes
