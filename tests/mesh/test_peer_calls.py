@@ -15,6 +15,7 @@ from computemesh.contracts import peers
 from computemesh.contracts.base import Refused, Role
 from computemesh.contracts.peers import (
     Close,
+    Closed,
     Connect,
     Connected,
     MemoryPut,
@@ -158,7 +159,7 @@ async def test_a_peer_that_comes_while_it_is_asked_for_is_connected_within_the_n
     assert not [told for told in node.told if isinstance(told, Lost)]
     closed, _ = await asyncio.to_thread(a.ask, Call(peer="b", body=Close(link="l-1")))
     assert isinstance(closed, Called)
-    assert closed.body.found  # type: ignore[union-attr]
+    assert closed.body == Closed(found=True)
 
 
 async def test_memory_that_the_control_plane_refuses_leaves_what_had_its_name(node: Node) -> None:

@@ -47,7 +47,7 @@ from computemesh.peer.errors import (
     PeerError,
 )
 from computemesh.peer.shm import ShmEndpoint, ShmLink
-from computemesh.peer.signals import Accept, Begun, Desired, Lost, Moves, Order
+from computemesh.peer.signals import Accept, Begun, Desired, Lost, Moves, Order, Traffic
 from computemesh.peer.tcp import TcpLink
 from computemesh.peer.transport import CANCELLED
 from computemesh.testing.peers import Exchange, Seat
@@ -595,48 +595,70 @@ def test_what_is_moved_and_what_fails_is_counted(agents: Agents, transport: str)
     assert (a.stats()["under_way"], a.stats()["failed"]) == (0, {LINK_LOST: 1})
 
 
+def told(seat: Seat, transport: str) -> tuple[int, int, int, int, dict[str, int]]:
+    """The sums of what an agent told its peer-agent that it moved, and what failed."""
+    moves = [said.moved[cast(Any, transport)] for said in seat.reports if said.moved]
+    assert all(said.moved.keys() <= {transport} for said in seat.reports)
+    failed: Counter[str] = Counter()
+    for said in seat.reports:
+        failed.update(said.failed)
+    sums = [sum(getattr(one, name) for one in moves) for name in Moves.__struct_fields__]
+    return (sums[0], sums[1], sums[2], sums[3], dict(failed))
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-def test_what_is_moved_and_what_fails_is_told_to_the_peer_agent_and_at_the_end_the_rest(
+def test_what_is_moved_is_told_to_the_peer_agent(
     agents: Agents, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each once, and nothing while nothing moves; a peer-agent that is away hears it later."""
+    looked: list[threading.Thread] = []
+    since = traffic.since
+
+    def look(before: Traffic, now: Traffic) -> Traffic:
+        looked.append(threading.current_thread())
+        return since(before, now)
+
+    def until_both_looked_again() -> None:
+        count = len(looked)
+        until(lambda: [times for times in Counter(looked[count:]).values() if times > 1][1:])
+
     monkeypatch.setattr(traffic, "TELL_S", 0.05)
+    monkeypatch.setattr(traffic, "since", look)
+    a, b = agents.pair(transport)
+    seat = agents.exchange.seats["", "a"]
+    for agent in (a, b):
+        agent.allocate_memory_region("kv", 64)
+    for _ in range(3):
+        a.read("b", [("kv", 0, 0, 8), ("kv", 8, 8, 16)]).wait(WAIT_S)
+    until(lambda: told(seat, transport) == (3, 0, 72, 0, {}))
+    count = len(seat.reports)
+    until_both_looked_again()
+    assert len(seat.reports) == count
+    seat.away = True
+    a.write("b", ("kv", 0, 0, 5)).wait(WAIT_S)
+    until_both_looked_again()
+    assert len(seat.reports) == count
+    seat.away = False
+    until(lambda: told(seat, transport) == (3, 1, 72, 5, {}))
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_the_rest_of_what_is_moved_and_what_fails_is_told_at_the_end(
+    agents: Agents, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic, "TELL_S", 60.0)
     a, b = agents.pair(transport)
     seat, other = (agents.exchange.seats["", alias] for alias in ("a", "b"))
     for agent in (a, b):
         agent.allocate_memory_region("kv", 64)
-
-    def told(seat: Seat) -> tuple[int, int, int, int, dict[str, int]]:
-        moves = [said.moved[cast(Any, transport)] for said in seat.reports if said.moved]
-        assert all(said.moved.keys() <= {transport} for said in seat.reports)
-        failed: Counter[str] = Counter()
-        for said in seat.reports:
-            failed.update(said.failed)
-        sums = [sum(getattr(one, name) for one in moves) for name in Moves.__struct_fields__]
-        return (sums[0], sums[1], sums[2], sums[3], dict(failed))
-
-    for _ in range(3):
-        a.read("b", [("kv", 0, 0, 8), ("kv", 8, 8, 16)]).wait(WAIT_S)
-    until(lambda: told(seat) == (3, 0, 72, 0, {}))
-    count = len(seat.reports)
-    time.sleep(0.2)
-    assert len(seat.reports) == count
-    seat.away = True
-    a.write("b", ("kv", 0, 0, 5)).wait(WAIT_S)
-    time.sleep(0.2)
-    assert len(seat.reports) == count
-    seat.away = False
-    until(lambda: told(seat) == (3, 1, 72, 5, {}))
-    monkeypatch.setattr(traffic, "TELL_S", 60.0)
-    time.sleep(0.1)  # Whoever waits now waits long.
     message = a.recv("b", bytearray(8))
     a.read("b", ("kv", 0, 0, 1)).wait(WAIT_S)
     b.shutdown()
     assert code_of(lambda: message.wait(WAIT_S)) == LINK_LOST
-    assert told(seat) == (3, 1, 72, 5, {})
+    assert not seat.reports
     a.shutdown()
-    assert told(seat) == (4, 1, 73, 5, {LINK_LOST: 1})
-    assert told(other) == (0, 0, 0, 0, {})
+    assert told(seat, transport) == (1, 0, 1, 0, {LINK_LOST: 1})
+    assert told(other, transport) == (0, 0, 0, 0, {})
 
 
 def test_memory_of_an_earlier_registration_ends_only_that_one(agents: Agents) -> None:
